@@ -1,0 +1,32 @@
+"""lightning_prune: pruning and lottery-ticket experiments for PyTorch Lightning.
+
+*The criterion says which weights, the schedule says how far, the allocation says how many where, the rewind
+says from where to go on.*
+
+- `masks`: masks, and the one function in which they are born
+- `criteria`: which; parameters -> scores
+- `schedules`: how far; round -> sparsity
+- `allocation`: how many where; scores and a total -> survivors per tensor
+- `pruning`: score, allocate, keep; and `prune` for any module
+- `holding`: masks stay on while an optimizer trains; `hold` for plain loops
+- `rewind`: from where; the snapshot
+- `rng`: the state of the random number generators
+- `callbacks`: when
+"""
+
+from lightning_prune import allocation, criteria, schedules
+from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind
+from lightning_prune.holding import hold
+from lightning_prune.pruning import prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IterativeMagnitudePruning",
+    "LotteryTicketRewind",
+    "allocation",
+    "criteria",
+    "hold",
+    "prune",
+    "schedules",
+]

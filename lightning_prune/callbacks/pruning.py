@@ -1,0 +1,380 @@
+"""IterativeMagnitudePruning: when to prune, what to log, what to checkpoint."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_prune import allocation, criteria, rng
+from lightning_prune.holding import Hold, check_fit, mixes_weights
+from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.pruning import LAYERS, Allocation, Criterion, groups, next_masks, prunable
+from lightning_prune.schedules import Geometric, Schedule
+
+log = logging.getLogger(__name__)
+
+
+class IterativeMagnitudePruning(Callback):
+    """Prune between rounds of training and keep dead weights exactly zero during them.
+
+    A fit is a sequence of rounds of equal length. Round 0 trains the dense network; each of the `rounds`
+    prunings opens another, and the last round ends trained. A pruning happens as the next round starts, so
+    validation, checkpoints and the model that `fit` leaves behind show the trained network of a round with
+    the masks of that round. Masks are kept here and in the checkpoint, never in the model: its `state_dict`
+    has the names and shapes of the unpruned model and exact zeros. A second `fit` goes on from the masks and
+    the clock of the first.
+
+    Logged as `round`, `sparsity` and, with the loggers, `round_step`, the optimizer steps since the round
+    began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
+
+    Args:
+        schedule: round -> sparsity in [0, 1); or a dict {pattern over parameter names: schedule}, in which
+            the first pattern that matches wins and each pattern's weights have an exact budget of their own.
+        rounds: number of prunings, 0 or more.
+        every_n_epochs: length of a round in epochs.
+        criterion: which weights: params -> scores, higher = keep.
+        allocate: how many survive in each tensor.
+        layers: layer types whose weights are prunable.
+        include: fnmatch patterns over parameter names; only these. None: all.
+        exclude: fnmatch patterns over parameter names; not these.
+        masks: the masks of round 0. None: dense. "zeros": weights that are 0 are dead. A path: the masks in a
+            checkpoint of such a run, or a file of {name: bool tensor}. Or such a dict.
+        every_n_train_steps: length of a round in optimizer steps (`trainer.global_step`); replaces the epoch
+            clock.
+        max_sparsity: end the fit after the round whose next pruning would exceed this.
+        stop_below: {metric: threshold}: end the fit after a round at whose end a logged metric is below its
+            threshold.
+
+    Attributes:
+        masks: {parameter name: bool tensor, True = alive}; empty before the first fit.
+        round: the round in progress.
+        sparsity: fraction of the prunable weights that is dead.
+
+    Raises:
+        ValueError: at construction, or as the fit starts and before anything is trained, naming the argument.
+
+    Reference: Frankle & Carbin (2019), arXiv:1803.03635; Han et al. (2015), arXiv:1506.02626.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | dict[str, Schedule] = Geometric(0.2),
+        rounds: int = 10,
+        every_n_epochs: int = 1,
+        criterion: Criterion = criteria.magnitude,
+        allocate: Allocation = allocation.global_rank,
+        layers: Sequence[str] = LAYERS,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        masks: str | Path | dict[str, Tensor] | None = None,
+        every_n_train_steps: int | None = None,
+        max_sparsity: float = 1.0,
+        stop_below: dict[str, float] | None = None,
+    ) -> None:
+        for name, value, lowest in (
+            ("rounds", rounds, 0),
+            ("every_n_epochs", every_n_epochs, 1),
+            ("every_n_train_steps", 1 if every_n_train_steps is None else every_n_train_steps, 1),
+        ):
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
+        if not 0 < max_sparsity <= 1:
+            raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1.")
+        self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule
+        for its in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
+            _check_schedule(its, rounds)
+        self.rounds = rounds
+        self.every_n_epochs = every_n_epochs
+        self.every_n_train_steps = every_n_train_steps
+        self.criterion = criterion
+        self.allocate = allocate
+        self.layers = layers
+        self.include = include
+        self.exclude = exclude
+        self.max_sparsity = max_sparsity
+        self.stop_below = dict(stop_below or {})
+
+        self.masks: Masks = {}
+        self.round = 0
+        self._start_from = masks
+        self._origin = 0  # what the clock read when round 0 began
+        self._elapsed = 0  # what it had passed when the last fit ended
+        self._began = 0  # the global step at which the round in progress began
+        self._resumed: dict[str, Any] | None = None
+        self._params: dict[str, nn.Parameter] = {}
+        self._hold: Hold | None = None
+        self._trainer: Trainer | None = None
+        self._announce = True
+
+    # ----------------------------------------------------------------------------------------- what is public
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that is dead, 0 before the first fit."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return 1 - alive(self.masks) / total if total else 0.0
+
+    @property
+    def steps_per_round(self) -> int | float:
+        """Optimizer steps of a round, for learning rate schedules made in `configure_optimizers`.
+
+        Infinite when a round is counted in epochs of unknown length.
+        """
+        if self.every_n_train_steps is not None:
+            return self.every_n_train_steps
+        if self._trainer is None:
+            raise RuntimeError("steps_per_round is known during a fit, from `configure_optimizers` on.")
+        self._trainer.fit_loop.setup_data()
+        batches = self._trainer.num_training_batches
+        if batches == float("inf"):
+            return batches
+        return -(-int(batches) // self._trainer.accumulate_grad_batches) * self.every_n_epochs
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    # ----------------------------------------------------------------------------------------- the fit starts
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._params = self.prunable(pl_module)
+        groups(list(self._params), self.schedule)
+        for other in callbacks_of(trainer):
+            if not isinstance(other, IterativeMagnitudePruning) or other is self:
+                continue
+            if shared := sorted(set(self._params) & set(other.prunable(pl_module))):
+                raise ValueError(
+                    f"two pruning callbacks hold the same weights: {', '.join(shared)}. Divide them with "
+                    "include= and exclude=, or use one callback with a schedule per pattern."
+                )
+        masks = self.masks or self._first_masks()
+        check_fit(masks, self._params)
+        self.masks = {name: masks[name].to(p.device) for name, p in self._params.items()}
+        clipped = trainer.gradient_clip_val or not pl_module.automatic_optimization
+        custom = is_overridden("configure_gradient_clipping", pl_module)
+        gradients = bool(clipped or custom or any(mixes_weights(o) for o in trainer.optimizers))
+        self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
+        if self._resumed:
+            rng.restore(self._resumed)
+
+    def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of `model` that this callback prunes, by name."""
+        return prunable(model, self.layers, self.include, self.exclude)
+
+    def _first_masks(self) -> Masks:
+        if self._start_from is None:
+            return {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._params.items()}
+        if self._start_from == "zeros":
+            return {name: p.detach() != 0 for name, p in self._params.items()}
+        return (
+            dict(self._start_from) if isinstance(self._start_from, Mapping) else load_masks(self._start_from)
+        )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed is None:  # only now does the clock show the truth
+            self._origin = self._clock(trainer) - self._elapsed
+            self._began = trainer.global_step
+
+    # ----------------------------------------------------------------------------------------- between rounds
+
+    def _clock(self, trainer: Trainer) -> int:
+        return trainer.current_epoch if self.every_n_train_steps is None else trainer.global_step
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop = trainer.fit_loop
+        if (
+            self._resumed
+            and trainer.current_epoch > 0
+            and not loop.is_resuming
+            and not loop.epoch_loop.restarting
+        ):
+            # From a checkpoint written at the end of a validation Lightning first replays the end of that
+            # epoch, and makes this epoch's data iterator anew, which draws again.
+            rng.restore(self._resumed)
+        self._begin_round_if_due(trainer, pl_module)
+        self._announce = True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._resumed = None
+        # Here too: rounds in steps begin within an epoch, and a checkpoint of an epoch's last batch resumes
+        # here.
+        self._begin_round_if_due(trainer, pl_module)
+        if trainer.barebones:
+            return
+        if self._announce or (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            self._announce = False
+            values = {"round": float(self.round), "sparsity": self.sparsity}
+            pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=True)
+            pl_module.log(
+                "round_step", float(trainer.global_step - self._began), on_step=True, on_epoch=False
+            )
+
+    def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        length = self.every_n_epochs if self.every_n_train_steps is None else self.every_n_train_steps
+        due = min(self.rounds, (self._clock(trainer) - self._origin) // length)
+        if due <= self.round:
+            return
+        sparsities = [(names, its(due)) for names, its in groups(list(self._params), self.schedule)]
+        if reason := self._reason_to_stop(trainer, sparsities):
+            log.info("round %d is the last: %s", self.round, reason)
+            trainer.should_stop = True
+            raise StopIteration  # Lightning's own way out of an epoch before its next batch
+        self.masks = next_masks(self._params, self.masks, sparsities, self.criterion, self.allocate)
+        self.round, self._began = due, trainer.global_step
+        for callback in callbacks_of(trainer):
+            if on_prune := getattr(callback, "on_prune", None):
+                on_prune(trainer, pl_module, self.masks)
+        assert self._hold is not None
+        self._hold.set(self.masks)
+        for stopper in trainer.early_stopping_callbacks:
+            stopper.wait_count = 0
+            stopper.best_score = torch.tensor(
+                float("inf") if stopper.monitor_op == torch.lt else -float("inf")
+            )
+        self._announce = True
+        left = alive(self.masks)
+        log.info(
+            "round %d of %d: %d weights left (%.2f %%)",
+            self.round,
+            self.rounds,
+            left,
+            100 * (1 - self.sparsity),
+        )
+
+    def _reason_to_stop(self, trainer: Trainer, sparsities: list[tuple[list[str], float]]) -> str | None:
+        sizes = [(sum(self._params[n].numel() for n in names), s) for names, s in sparsities]
+        next_sparsity = sum(n * s for n, s in sizes) / sum(n for n, _ in sizes)
+        if next_sparsity > self.max_sparsity:
+            return f"the next sparsity, {next_sparsity:.4f}, is above max_sparsity={self.max_sparsity}."
+        for metric, lowest in self.stop_below.items():
+            if metric not in trainer.callback_metrics:
+                raise ValueError(
+                    f"stop_below: no metric {metric!r} was logged in this round. "
+                    f"Logged are: {', '.join(trainer.callback_metrics) or 'none'}."
+                )
+            if (value := float(trainer.callback_metrics[metric])) < lowest:
+                return f"{metric} is {value:.4g}, below {lowest}."
+        return None
+
+    # -------------------------------------------------------------------- wherever weights leave the training
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._hold:
+            self._hold.apply()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._hold:
+            self._hold.apply()
+        # A DictConfig among the hyper-parameters would make the checkpoint unreadable with weights_only=True.
+        for key in (pl_module.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
+            if key in checkpoint:
+                checkpoint[key] = _plain(checkpoint[key])
+        checkpoint.pop(pl_module.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._elapsed = self._clock(trainer) - self._origin
+        if self._hold:
+            self._hold.apply()
+            self._hold.remove()
+            self._hold = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._hold:
+            self.on_train_end(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = None
+        self._params = {}
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "origin": self._origin,
+            "began": self._began,
+            "masks": pack(self.masks),
+            "rng": self._resumed or rng.capture(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.round = state_dict["round"]
+        self._origin = state_dict["origin"]
+        self._began = state_dict["began"]
+        self.masks = unpack(state_dict["masks"])
+        self._resumed = state_dict["rng"]
+
+
+def load_masks(path: str | Path) -> Masks:
+    """The masks in a checkpoint of an `IterativeMagnitudePruning` run, or in a file of {name: bool tensor}.
+
+    Raises:
+        ValueError: when the file holds neither.
+    """
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    for key, state in stored.get("callbacks", {}).items():
+        if key.startswith(IterativeMagnitudePruning.__qualname__):
+            return unpack(state["masks"])
+    if stored and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in stored.values()):
+        return stored
+    raise ValueError(
+        f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file "
+        "in which torch.save put {parameter name: bool tensor}."
+    )
+
+
+def _check_schedule(schedule: Schedule, rounds: int) -> None:
+    reached = 0.0
+    for r in range(rounds + 1):
+        sparsity = schedule(r)
+        if not 0 <= sparsity < 1:
+            raise ValueError(
+                f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
+                "allowed is from 0 up to, and not including, 1."
+            )
+        if sparsity < reached:
+            raise ValueError(
+                f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
+                "masks only shrink, so it may not fall."
+            )
+        reached = sparsity
+
+
+def _plain(value: Any) -> Any:
+    """Containers of any library, such as omegaconf's, as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks (an attribute that its class does not declare)."""
+    return trainer.callbacks  # type: ignore[attr-defined]

@@ -1,0 +1,161 @@
+"""Holding: masks stay on while an optimizer trains.
+
+Nothing is added to the model, and the hooks go when the hold is removed.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from lightning_prune.masks import Masks, bits, zero_dead_
+
+# Optimizers that update each weight from its own gradient alone. Under any other, the gradient of a dead
+# weight reaches living ones (through a norm, a line search, a row's mean square, an orthogonalization), so
+# gradients are masked too.
+ELEMENTWISE = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.RMSprop,
+    optim.Rprop,
+    optim.ASGD,
+    optim.SparseAdam,
+)
+
+
+class Hold:
+    """Masks held on parameters: after every step of every optimizer, dead weights are exactly +0.0.
+
+    Args:
+        params: the masked parameters, by name.
+        masks: one for each.
+        optimizers: those that step these parameters.
+        gradients: also mask each gradient as soon as it exists, so that dead weights count nothing in a norm
+            that is clipped, nor in an optimizer that mixes weights.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        masks: Masks,
+        optimizers: Iterable[optim.Optimizer],
+        *,
+        gradients: bool,
+    ) -> None:
+        self._params = dict(params)
+        self._optimizers = list(optimizers)
+        self._bits: dict[str, Tensor] = {}
+        self.set(masks)
+        self._handles = [o.register_step_post_hook(lambda *_: self.apply()) for o in self._optimizers]
+        for name, p in self._params.items():
+            if gradients and p.requires_grad:
+                self._handles.append(p.register_post_accumulate_grad_hook(self._mask_gradient(name)))
+
+    def set(self, masks: Masks) -> None:
+        """Hold these masks from now on: dead weights become 0, and what the optimizers remember of them."""
+        check_fit(masks, self._params)
+        self._bits = {name: bits(masks[name], like=p) for name, p in self._params.items()}
+        self.apply()
+        # A dead weight's momentum would otherwise decay into denormals, which a CPU computes slowly.
+        for optimizer in self._optimizers:
+            _zero_dead_state(optimizer, {self._params[name]: masks[name] for name in masks})
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set dead weights to +0.0."""
+        for p, alive_bits in zip(self._params.values(), self._bits.values(), strict=True):
+            zero_dead_(p, alive_bits)
+
+    def _mask_gradient(self, name: str) -> Any:
+        def hook(p: Tensor) -> None:
+            if p.grad is not None and p.grad.layout == torch.strided:
+                zero_dead_(p.grad, self._bits[name])
+
+        return hook
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _zero_dead_state(optimizer: optim.Optimizer, masks: dict[Tensor, Tensor]) -> None:
+    """Zero what an optimizer keeps for dead weights, where it keeps something of the weight's shape."""
+    for p, mask in masks.items():
+        for value in optimizer.state.get(p, {}).values():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                value.masked_fill_(~mask.to(value.device), 0)
+    if isinstance(optimizer, optim.LBFGS):  # keeps vectors over all of its parameters, under the first
+        params: list[Tensor] = optimizer.param_groups[0]["params"]
+        full = [masks.get(p, torch.ones_like(p, dtype=torch.bool)).to(p.device).reshape(-1) for p in params]
+        dead = ~torch.cat(full)
+        for value in optimizer.state.get(params[0], {}).values():
+            for vector in value if isinstance(value, list) else [value]:
+                if isinstance(vector, Tensor) and vector.shape == dead.shape:
+                    vector.masked_fill_(dead, 0)
+
+
+def mixes_weights(optimizer: optim.Optimizer) -> bool:
+    """Whether the gradient of one weight may reach another through this optimizer."""
+    return type(optimizer) not in ELEMENTWISE
+
+
+def check_fit(masks: Masks, params: Mapping[str, Tensor]) -> None:
+    """Make sure that the masks are those of these weights.
+
+    Raises:
+        ValueError: when a name is in only one of the two, or the shapes differ.
+    """
+    for name in sorted(set(masks) ^ set(params)):
+        here, there = ("masks", "model") if name in masks else ("model", "masks")
+        raise ValueError(
+            f"masks: {name} is in the {here}, not in the {there}; both must name the same weights."
+        )
+    for name, p in params.items():
+        if masks[name].shape != p.shape or masks[name].dtype != torch.bool:
+            given = f"{masks[name].dtype} {tuple(masks[name].shape)}"
+            raise ValueError(f"masks: {name} is {given}; allowed is torch.bool of shape {tuple(p.shape)}.")
+
+
+def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer], masks: Masks) -> Hold:
+    """Keep masks on while a plain PyTorch (or Fabric) loop trains.
+
+    >>> import lightning_prune as lp
+    >>> model = nn.Linear(4, 2)
+    >>> masks = lp.prune(model, sparsity=0.5)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    >>> handle = lp.hold(model, optimizer, masks)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.ones(1, 4)).sum().backward()
+    ...     optimizer.step()
+    >>> bool((model.weight[~masks["weight"]] == 0).all())
+    True
+    >>> handle.remove()
+
+    Args:
+        model: the module whose parameters the masks name.
+        optimizer: the optimizer, or several, that step the model.
+        masks: as `lightning_prune.prune` returns them.
+
+    Returns:
+        A handle: `.set(masks)` changes the masks, `.remove()` takes the hooks away.
+
+    Raises:
+        ValueError: when the masks do not fit the model.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = [name for name in masks if name not in parameters]
+    if unknown:
+        raise ValueError(f"masks: {', '.join(unknown)} not among the parameters of {type(model).__name__}.")
+    optimizers = [optimizer] if isinstance(optimizer, optim.Optimizer) else list(optimizer)
+    # A plain loop may clip at any place between backward and step, so gradients are always masked here.
+    return Hold({name: parameters[name] for name in masks}, masks, optimizers, gradients=True)
