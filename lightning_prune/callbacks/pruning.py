@@ -218,7 +218,7 @@ class IterativeMagnitudePruning(Callback):
         self._begin_round_if_due(trainer, pl_module)
         if trainer.barebones:
             return
-        if self._announce or (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if self._announce or (trainer.global_step + 1) % _log_interval(trainer) == 0:
             self._announce = False
             values = {"round": float(self.round), "sparsity": self.sparsity}
             pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=True)
@@ -378,3 +378,7 @@ def _plain(value: Any) -> Any:
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The trainer's callbacks (an attribute that its class does not declare)."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _log_interval(trainer: Trainer) -> int:
+    return trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
