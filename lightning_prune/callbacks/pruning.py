@@ -118,7 +118,7 @@ class IterativeMagnitudePruning(Callback):
     def sparsity(self) -> float:
         """Fraction of the prunable weights that is dead, 0 before the first fit."""
         total = sum(mask.numel() for mask in self.masks.values())
-        return 1 - alive(self.masks) / total if total else 0.0
+        return (total - alive(self.masks)) / total if total else 0.0
 
     @property
     def steps_per_round(self) -> int | float:

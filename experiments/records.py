@@ -1,0 +1,158 @@
+"""What is written while an experiment runs: one JSON line a round, and how long each weight survived."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune import IterativeMagnitudePruning
+from lightning_prune.masks import Masks
+
+
+class Records(Callback):
+    """Append a line to `records.jsonl` when a round has been trained.
+
+    A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, seconds. Early stopping is read
+    off the evaluations of the round, not done: `early_stop_step` is the step of minimum validation loss (the first of
+    equals) and `censored` says that it is the round's last evaluation. Accuracies are fractions.
+
+    Args:
+        folder: of the run.
+        kind: ticket, reinit, random, ...
+        seed: of the run.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, seed: int) -> None:
+        self.path = Path(folder) / "records.jsonl"
+        self.kind, self.seed = kind, seed
+        self.survived: dict[str, Tensor] = {}
+        self._round: dict[str, Any] = {}
+        self._evaluations: list[dict[str, float]] = []
+        self._began = 0
+        self._seconds = 0.0
+        self._since = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = pruner_of(trainer)
+        if not self._round:
+            self.survived = {name: torch.zeros_like(m, dtype=torch.uint8) for name, m in pruner.masks.items()}
+            self._round = _described(pruner.round, pruner.masks)
+        self._since = time.monotonic()
+        # A run that was killed may have finished rounds after its last checkpoint: they are trained again.
+        write(self.path, [r for r in read(self.path)[0] if r["round"] < self._round["round"]])
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val_", "test_"))
+        }
+        self._evaluations.append({"step": trainer.global_step - self._began, **metrics})
+
+    def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
+        """The round is trained: write its line, and count who survived."""
+        self._finish()
+        for name, mask in masks.items():
+            self.survived[name] += mask
+        self._round = _described(pruner_of(trainer).round, masks)
+        self._began = trainer.global_step
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+        temporary = self.path.with_name("survived.tmp")
+        torch.save(self.survived, temporary)
+        temporary.replace(self.path.with_name("survived.pt"))
+
+    def _finish(self) -> None:
+        seconds = self._seconds + time.monotonic() - self._since
+        record = {"kind": self.kind, "seed": self.seed, **self._round, "metrics": summary(self._evaluations)}
+        write(self.path, [*read(self.path)[0], {**record, "seconds": round(seconds, 3)}])
+        self._evaluations, self._seconds, self._since = [], 0.0, time.monotonic()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "survived": self.survived,
+            "round": self._round,
+            "evaluations": self._evaluations,
+            "began": self._began,
+            "seconds": self._seconds + time.monotonic() - self._since,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.survived = state_dict["survived"]
+        self._round = state_dict["round"]
+        self._evaluations = list(state_dict["evaluations"])
+        self._began = state_dict["began"]
+        self._seconds = state_dict["seconds"]
+
+
+def pruner_of(trainer: Trainer) -> IterativeMagnitudePruning:
+    """The pruning callback of a trainer."""
+    return next(c for c in trainer.callbacks if isinstance(c, IterativeMagnitudePruning))  # type: ignore[attr-defined]
+
+
+def _described(round: int, masks: Masks) -> dict[str, Any]:
+    alive = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    total = sum(mask.numel() for mask in masks.values())
+    return {
+        "round": round,
+        "sparsity": (total - sum(alive.values())) / total,
+        "alive": sum(alive.values()),
+        "total": total,
+        "layers": {name: alive[name] / mask.numel() for name, mask in masks.items()},
+    }
+
+
+def summary(evaluations: list[dict[str, float]]) -> dict[str, Any]:
+    """The metrics of a round from its evaluations, in order of their steps.
+
+    >>> summary([{"step": 100, "val_loss": 0.3, "test_acc": 0.9}, {"step": 200, "val_loss": 0.4, "test_acc": 0.8}])
+    {'val_loss': 0.4, 'test_acc': 0.8, 'early_stop_step': 100, 'val_loss_at_early_stop': 0.3, \
+'test_acc_at_early_stop': 0.9, 'censored': False}
+    """
+    if not evaluations:
+        return {}
+    last, best = evaluations[-1], min(evaluations, key=lambda e: e["val_loss"])
+    return {
+        **{k: v for k, v in last.items() if k != "step"},
+        "early_stop_step": best["step"],
+        **{f"{k}_at_early_stop": v for k, v in best.items() if k != "step"},
+        "censored": best is last,
+    }
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    """Replace the file by these records, all or nothing."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file, and how many of its lines are no records."""
+    if not path.is_file():
+        return [], 0
+    records: list[dict[str, Any]] = []
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and {"round", "kind", "metrics"} <= record.keys():
+            records.append(record)
+    return records, len(lines) - len(records)
