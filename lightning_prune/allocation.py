@@ -5,6 +5,7 @@ a dead weight is minus infinity; every other score is finite.
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 from lightning_prune.masks import DEAD, Keep, Scores, count_above, threshold
 
@@ -61,17 +62,18 @@ def apportion(total: int, shares: Mapping[str, float], caps: Mapping[str, int]) 
     """
     if total > sum(caps.values()):
         raise ValueError(f"total={total}: only {sum(caps.values())} weights are alive.")
-    exact: dict[str, float] = {}
-    free = list(shares)
+    # In exact arithmetic: the rounding errors of floats would break ties.
+    exact: dict[str, Fraction] = {}
+    free = {name: Fraction(share) for name, share in shares.items()}
     while free:  # whoever would get more than its cap gets the cap, and the others share the rest
         rest = total - sum(caps[name] for name in exact)
-        mass = sum(shares[name] for name in free)
-        full = [name for name in free if mass and rest * shares[name] / mass >= caps[name]]
+        mass = sum(free.values()) or Fraction(1)
+        full = [name for name, share in free.items() if rest * share / mass >= caps[name]]
         if not full:
-            exact.update({name: rest * shares[name] / mass if mass else 0.0 for name in free})
+            exact.update({name: rest * share / mass for name, share in free.items()})
             break
-        exact.update({name: float(caps[name]) for name in full})
-        free = [name for name in free if name not in full]
+        exact.update({name: Fraction(caps[name]) for name in full})
+        free = {name: share for name, share in free.items() if name not in full}
     keep = Keep({name: int(exact[name]) for name in shares})
     by_remainder = sorted(shares, key=lambda name: keep[name] - exact[name])
     while (missing := total - sum(keep.values())) > 0:

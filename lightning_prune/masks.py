@@ -69,15 +69,16 @@ def threshold(scores: Iterable[Tensor], keep: int) -> tuple[float, int]:
         raise ValueError(f"keep={keep}: allowed is 1 to {total}, the number of scores.")
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     integer, width = _integer(dtype), dtype.itemsize * 8
-    signed = any(t.numel() and bool(t.min() < 0) for t in tensors)
+    tensors = [t for t in tensors if t.numel()]
+    signed = any(bool(c.view(integer).amin() < 0) for t in tensors for c in _chunks(t, dtype))
 
     prefix = 0
     for shift in range(width - 16, -1, -16):
         counts = torch.zeros(_DIGIT, dtype=torch.int64)
         for tensor in tensors:
             for chunk in _chunks(tensor, dtype):
-                key = chunk.view(integer)
-                key = _flip(key) if signed else key
+                # -0.0 + 0.0 is +0.0: the two zeros are equal as scores
+                key = _flip((chunk + 0.0).view(integer)) if signed else chunk.view(integer)
                 if shift == width - 16:  # the first digit carries the sign
                     digit = (key >> shift).to(torch.int32) + _DIGIT // 2
                 else:
@@ -95,7 +96,10 @@ def threshold(scores: Iterable[Tensor], keep: int) -> tuple[float, int]:
 def count_above(scores: Tensor, score: float, *, or_equal: bool = False) -> int:
     """How many of the scores are above `score`, without a temporary as large as the scores."""
     compare = torch.ge if or_equal else torch.gt
-    return sum(int(compare(c, score).count_nonzero()) for c in _chunks(scores, scores.dtype))
+    # torch rounds a number to the dtype of the tensor that it is compared with
+    exact = torch.tensor(score, dtype=scores.dtype).item() == score
+    dtype = scores.dtype if exact else torch.float64
+    return sum(int(compare(c, score).count_nonzero()) for c in _chunks(scores, dtype))
 
 
 def keep_top(scores: Tensor, keep: int, near: float | None = None) -> Tensor:

@@ -1,0 +1,43 @@
+"""Schedules: the published numbers, and no others."""
+
+import dataclasses
+import itertools
+import pickle
+
+import pytest
+
+from lightning_prune.schedules import Geometric, OneShot
+
+# weights left in percent: Frankle & Carbin (2019), Figure 4
+LADDER = [100.0, 80.04, 64.06, 51.28, 41.05, 32.87, 26.32, 21.07, 16.88, 13.52]
+
+
+def test_the_lenet_ladder_of_the_paper():
+    hidden, output = 784 * 300 + 300 * 100, 100 * 10
+    for r, paper in enumerate(LADDER):
+        left = hidden * (1 - Geometric(0.2)(r)) + output * (1 - Geometric(0.1)(r))
+        assert 100 * left / (hidden + output) == pytest.approx(paper, abs=0.05)
+
+
+def test_geometric_removes_the_same_fraction_of_what_is_left():
+    left = [1 - Geometric(0.3)(r) for r in range(12)]
+    assert left[0] == 1
+    assert all(b / a == pytest.approx(0.7) for a, b in itertools.pairwise(left))
+
+
+def test_one_shot_is_dense_first_and_then_all_at_once():
+    assert [OneShot(0.7)(r) for r in range(4)] == [0.0, 0.7, 0.7, 0.7]
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize(("make", "name"), [(Geometric, "rate"), (OneShot, "sparsity")])
+def test_fractions_outside_0_and_1_are_refused(make, name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value}: allowed are fractions between 0 and 1"):
+        make(value)
+
+
+def test_a_schedule_is_a_value():
+    assert Geometric(0.2) == Geometric(0.2) != Geometric(0.3)
+    assert pickle.loads(pickle.dumps(OneShot(0.5))) == OneShot(0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Geometric(0.2).rate = 0.3
