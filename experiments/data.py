@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -32,13 +34,12 @@ def mnist1d(seed: int = 42) -> Splits:
     """
     from mnist1d.data import get_dataset_args, make_dataset
 
-    state = np.random.get_state()  # the generator seeds the global one
-    args = get_dataset_args()
-    args.seed = seed
-    published = make_dataset(args)
-    args.seed, args.num_samples, args.train_split = seed + 1, 1000, 0.999
-    fresh = make_dataset(args)
-    np.random.set_state(state)
+    args: Any = get_dataset_args()
+    with isolate_rng():  # the generator seeds the global ones
+        args.seed = seed
+        published: Any = make_dataset(args)
+        args.seed, args.num_samples, args.train_split = seed + 1, 1000, 0.999
+        fresh: Any = make_dataset(args)
     return Splits(
         train=_pair(published["x"], published["y"]),
         val=_pair(
@@ -145,5 +146,5 @@ class Batches(LightningDataModule):
         return [DataLoader(Sliced(p), self.eval_batch_size, collate_fn=_as_it_is) for p in pairs]
 
 
-def _as_it_is(batch: Pair) -> Pair:
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 class LeNet(nn.Module):
     """LeNet-300-100: a fully connected network, Gaussian Glorot initialization, zero biases.
 
-    Reference: LeCun et al. (1998); as in Frankle & Carbin (2019), arXiv:1803.03635, Figure 2: 266,200 weights.
+    Reference: LeCun et al. (1998); as in Frankle & Carbin (2019), arXiv:1803.03635, Figure 2: 266,200
+        weights.
     """
 
     def __init__(self, inputs: int = 784, hidden: tuple[int, int] = (300, 100), classes: int = 10) -> None:
@@ -38,3 +39,47 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.fc1(x.flatten(1)))
         return self.out(h + torch.relu(self.fc2(h)))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for 32x32 images: three stages of three blocks, with 1x1 convolution shortcuts.
+
+    Reference: He et al. (2016), arXiv:1512.03385, Section 4.2.
+    """
+
+    def __init__(self, classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        blocks: list[nn.Module] = []
+        channels = width
+        for out, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+            for i in range(3):
+                blocks.append(Block(channels, out, stride if i == 0 else 1))
+                channels = out
+        self.blocks = nn.Sequential(*blocks)
+        self.out = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm beside a shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(h + self.shortcut(x))

@@ -1,9 +1,13 @@
-"""Run an experiment from its config: `python -m experiments.run experiment=lenet_mnist kind=ticket seed=1`."""
+"""Run an experiment from its config.
+
+`python -m experiments.run experiment=lenet_mnist kind=ticket seed=1`, or `--multirun` with lists of values.
+"""
 
 import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -17,8 +21,8 @@ from experiments.records import Records
 
 log = logging.getLogger(__name__)
 
-# Where a value does not change what is computed, the run of a folder may be resumed with another.
-_FREE = ("threads", "progress", "runs")
+# What does not change the numbers of a run may differ when it is resumed.
+_FREE = ("progress", "runs", "claims", "hydra")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -32,12 +36,12 @@ def run(cfg: DictConfig) -> Path:
     config, done = folder / "config.yaml", folder / "DONE"
     if config.is_file():
         _same_config(OmegaConf.load(config), cfg, folder)
-    if done.is_file():
-        log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
-        return folder
     resolved = OmegaConf.to_yaml(cfg, resolve=True)
     config.with_suffix(".tmp").write_text(resolved)
     config.with_suffix(".tmp").replace(config)
+    if done.is_file():
+        log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
+        return folder
 
     torch.set_num_threads(cfg.threads)
     batches = instantiate(cfg.batches)
@@ -69,7 +73,7 @@ def run(cfg: DictConfig) -> Path:
     return folder
 
 
-def _same_config(there: DictConfig, here: DictConfig, folder: Path) -> None:
+def _same_config(there: Any, here: DictConfig, folder: Path) -> None:
     old, new = (_flat(OmegaConf.to_container(c, resolve=True)) for c in (there, here))
     changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and k.split(".")[0] not in _FREE]
     if changed:

@@ -1,0 +1,125 @@
+"""Size and writing time of sparse files: against the entropy limit, gzip -6 and xz -6 of the same tensors.
+
+`python -m experiments.benchmarks.size [--full]`. Weights are normal, layer by layer with the usual initial
+spread, pruned to one global threshold. All ratios are from one run; times are medians of alternated
+runs, those of gzip over ours. xz is slow: the larger network is compared with it with --full only.
+"""
+
+import argparse
+import gzip
+import io
+import lzma
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from experiments.benchmarks.timing import alternated, machine, ratio, seconds
+
+SPARSITIES = (0.4, 0.8, 0.9, 0.98)
+
+
+def limit(state_dict: Mapping[str, Tensor]) -> float:
+    """Bytes of float32 tensors at the limit: positions and exponents at their entropy, mantissas as they are.
+
+    Per tensor n * H(density) + survivors * (23 + order-0 entropy of sign and exponent) bits.
+
+    >>> limit({"w": torch.tensor([1.0, 0.0, -1.0, 0.0])}) * 8  # 4 * 1 + 2 * (23 + 1)
+    52.0
+    """
+    bits = 0.0
+    for tensor in state_dict.values():
+        words = tensor.contiguous().view(torch.int32)
+        survivors = words[words != 0]
+        alive = torch.tensor([len(survivors), words.numel() - len(survivors)])
+        bits += words.numel() * entropy(alive)
+        bits += len(survivors) * (23 + entropy(((survivors >> 23) & 511).bincount()))
+    return bits / 8
+
+
+def entropy(counts: Tensor) -> float:
+    """Bits a symbol.
+
+    >>> entropy(torch.tensor([1, 1, 2]))
+    1.5
+    """
+    p = counts[counts > 0].double() / counts.sum()
+    return float(-(p * p.log2()).sum())
+
+
+def lenet() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.Linear(2048, 1024))
+
+
+def raw(state_dict: Mapping[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(state_dict), buffer)
+    return buffer.getvalue()
+
+
+def measure(model: nn.Module, sparsity: float, folder: Path, repeats: int, xz: bool) -> str:
+    """One line of the table."""
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.kaiming_normal_(p)
+    lp.prune(model, sparsity)
+    state_dict = {name: p.detach() for name, p in model.state_dict().items()}
+    sparse, zipped, plain = folder / "sparse", folder / "gzip", raw(state_dict)
+
+    def write_sparse() -> None:
+        sparse.unlink(missing_ok=True)  # to replace a file costs more than to write a small one
+        lp.save_sparse(state_dict, sparse)
+
+    def write_gzip() -> None:
+        zipped.unlink(missing_ok=True)
+        with gzip.open(zipped, "wb", compresslevel=6) as target:
+            target.write(plain)
+
+    def read_gzip() -> None:
+        with gzip.open(zipped, "rb") as source:
+            torch.load(io.BytesIO(source.read()), weights_only=True)
+
+    ways = {
+        "ours": write_sparse,
+        "gzip": write_gzip,
+        "load": lambda: lp.load_sparse(sparse),
+        "unzip": read_gzip,
+    }
+    times = alternated({name: partial(seconds, way) for name, way in ways.items()}, repeats)
+    write, read = ratio(times["gzip"], times["ours"]), ratio(times["unzip"], times["load"])
+    loaded = lp.load_sparse(sparse)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state_dict.items())
+    size, bound = sparse.stat().st_size, limit(state_dict)
+    against_xz = f"{size / len(lzma.compress(plain, preset=6)):7.3f}" if xz else "      -"
+    return (
+        f"{sparsity:8.0%} {len(plain) / 1e6:9.3f} {size / 1e6:9.3f} {size / bound:9.3f} "
+        f"{size / zipped.stat().st_size:8.3f} {against_xz} {write:11.1f}x {read:10.1f}x"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="more repeats, and xz of the larger network too")
+    full: bool = parser.parse_args().full
+    torch.manual_seed(0)
+    print(machine())
+    print(f"{'sparsity':>8} {'raw MB':>9} {'sparse MB':>9} {'/ limit':>9} {'/ gzip':>8} {'/ xz':>7}", end=" ")
+    print(f"{'write time':>12} {'read time':>11}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in (("LeNet-300-100", lenet), ("1024-2048-2048-1024", wide)):
+            print(name)
+            for sparsity in SPARSITIES:
+                repeats = 5 if full or model is lenet else 3
+                print(measure(model(), sparsity, Path(folder), repeats, xz=full or model is lenet))
+
+
+if __name__ == "__main__":
+    main()

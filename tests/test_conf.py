@@ -1,0 +1,67 @@
+"""Every config composes, and what it names comes out of the right type."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import OmegaConf
+
+import lightning_prune as lp
+
+CONF = Path(__file__).parents[1] / "conf"
+EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.mark.parametrize("kind", ["ticket", "reinit", "random"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_its_parts_instantiate(experiment, kind):
+    cfg = composed(f"experiment={experiment}", f"kind={kind}", "seed=3")
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    pruner = instantiate(cfg.pruner)
+    assert isinstance(pruner, lp.IterativeMagnitudePruning)
+    assert pruner.rounds == cfg.rounds
+    its = pruner.schedule.values() if isinstance(pruner.schedule, dict) else [pruner.schedule]
+    assert all(type(schedule).__module__ == "lightning_prune.schedules" for schedule in its)
+    assert cfg.kind == kind
+    assert isinstance(instantiate(cfg.task), LightningModule)
+    if cfg.rewind:
+        assert isinstance(instantiate(cfg.rewind), lp.LotteryTicketRewind)
+    assert instantiate(cfg.claims, _convert_="all") is not None
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "experiment"],
+)
+def test_every_choice_of_every_group_composes(group, name):
+    assert group in composed(f"{group}={name}")
+
+
+def test_a_control_replays_the_tickets_masks_whatever_the_experiment_chose():
+    assert composed("kind=reinit").criterion._target_ == "experiments.controls.Replay"
+    assert composed("kind=reinit").init_offset > 0
+    assert composed("kind=ticket").init_offset == 0
+
+
+def test_the_trainer_instantiates():
+    assert isinstance(instantiate(composed().trainer, max_steps=3, logger=False), Trainer)
+
+
+def test_an_unknown_name_is_told_apart_by_hydra():
+    with pytest.raises(MissingConfigException, match="lenet_mnist_short"):
+        composed("experiment=lenet_mnst")
+
+
+def test_optimizers_are_fused():
+    for name in ("adam", "sgd"):
+        make = instantiate(composed(f"optimizer={name}").optimizer)
+        assert make([torch.nn.Parameter(torch.zeros(1))]).defaults["fused"]

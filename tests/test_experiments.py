@@ -1,0 +1,268 @@
+"""Experiments from config: their runs, records, controls, data and report."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import lightning_prune as lp
+from experiments import claims, data, records, report
+from experiments.controls import Replay
+from experiments.models import LeNet, ResidualMLP, ResNet20
+from experiments.run import run
+from lightning_prune.masks import alive
+from lightning_prune.pruning import groups, next_masks, prunable
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # where continuous integration keeps the data sets
+
+# Weights left after n rounds, in percent: Frankle & Carbin (2019), LeNet, 20 % and 10 % (output) a round.
+LADDER = [100, 80.04, 64.06, 51.28, 41.05, 32.87, 26.32, 21.07, 16.88, 13.52, 10.83, 8.68, 6.95, 5.57, 4.47]
+LADDER += [3.58, 2.87, 2.31, 1.85, 1.49, 1.19]
+
+
+def config(folder, *overrides):
+    small = [
+        "rounds=2",
+        "steps_per_round=40",
+        "evaluate_every=20",
+        "checkpoint_every_n_epochs=1",
+        "progress=false",
+    ]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", ["experiment=mnist1d", *small, f"runs={folder}", *overrides])
+
+
+def lines(folder):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records.read(folder / "records.jsonl")[0]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: run(config(folder, f"kind={kind}")) for kind in ("ticket", "reinit", "random")}
+
+
+def test_a_run_writes_one_record_a_round(runs):
+    found = lines(runs["ticket"])
+    assert [r["round"] for r in found] == [0, 1, 2]
+    assert [r["alive"] for r in found] == [50_000, 35_000, 24_500]
+    for r in found:
+        assert r["kind"] == "ticket"
+        assert r["seed"] == 1
+        assert r["total"] == 50_000
+        assert r["sparsity"] == (r["total"] - r["alive"]) / r["total"]
+        assert set(r["layers"]) == {"net.fc1.weight", "net.fc2.weight", "net.out.weight"}
+        metrics = r["metrics"]
+        assert metrics["early_stop_step"] in (20, 40)
+        assert metrics["censored"] == (metrics["early_stop_step"] == 40)
+        assert 0 <= metrics["test_acc"] <= 1
+
+
+def test_the_reinitialised_control_has_the_tickets_masks_and_other_weights(runs):
+    ticket, reinit = (torch.load(runs[k] / "survived.pt", weights_only=True) for k in ("ticket", "reinit"))
+    for name in ticket:
+        assert torch.equal(ticket[name], reinit[name])
+    losses = [[r["metrics"]["val_loss"] for r in lines(runs[k])] for k in ("ticket", "reinit")]
+    assert all(a != b for a, b in zip(*losses, strict=True))
+
+
+def test_the_random_control_has_as_many_weights_in_each_layer_elsewhere(runs):
+    for ticket, random in zip(lines(runs["ticket"]), lines(runs["random"]), strict=True):
+        assert ticket["layers"] == random["layers"]
+    # the same initialization and data order: the dense round is the same, bit for bit
+    assert lines(runs["ticket"])[0]["metrics"] == lines(runs["random"])[0]["metrics"]
+    ticket, random = (torch.load(runs[k] / "survived.pt", weights_only=True) for k in ("ticket", "random"))
+    overlap = ((ticket["net.fc2.weight"] == 2) & (random["net.fc2.weight"] == 2)).float().mean()
+    assert 0.2 < overlap < 0.28  # by chance 0.49**2 = 0.24
+
+
+def test_a_finished_run_is_left_alone_and_another_config_refused(runs):
+    folder = runs["ticket"].parents[1]
+    before = (runs["ticket"] / "records.jsonl").stat().st_mtime_ns
+    run(config(folder))
+    assert (runs["ticket"] / "records.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"another config \(batch_size: 100 there, 50 now"):
+        run(config(folder, "batch_size=50"))
+
+
+def test_an_interrupted_run_goes_on_with_the_same_command_to_the_same_records(runs, tmp_path, monkeypatch):
+    evaluated, original = [], records.Records.on_validation_end
+
+    def crash(self, trainer, pl_module):
+        original(self, trainer, pl_module)
+        evaluated.append(trainer.global_step)
+        if len(evaluated) == 5:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(records.Records, "on_validation_end", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config(tmp_path))
+    assert len(lines(tmp_path / "mnist1d" / "ticket-1")) == 2
+    monkeypatch.undo()
+    folder = run(config(tmp_path))
+    assert lines(folder) == lines(runs["ticket"])
+    there, here = (torch.load(f / "survived.pt", weights_only=True) for f in (folder, runs["ticket"]))
+    assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_a_control_without_its_ticket_is_told_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="kind=ticket first"):
+        run(config(tmp_path, "kind=reinit"))
+
+
+def test_replay_gives_the_same_masks_for_every_allocation():
+    generator = torch.Generator().manual_seed(0)
+    params = {"a": torch.randn(40, 30, generator=generator), "b": torch.randn(20, 10, generator=generator)}
+    for allocate in (lp.allocation.uniform, lp.allocation.global_rank):
+        masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
+        survived, history = {n: torch.zeros(p.shape, dtype=torch.uint8) for n, p in params.items()}, []
+        for r in (1, 2, 3):
+            masks = next_masks(params, masks, [(list(params), 1 - 0.7**r)], allocate=allocate)
+            survived = {n: s + masks[n] for n, s in survived.items()}
+            history.append(masks)
+        torch.save(survived, "survived.pt")
+        again = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
+        for r, masks in zip((1, 2, 3), history, strict=True):
+            again = next_masks(params, again, [(list(params), 1 - 0.7**r)], Replay("survived.pt"), allocate)
+            assert all(torch.equal(again[n], masks[n]) for n in params)
+
+
+def test_lenet_walks_down_the_papers_ladder():
+    net = LeNet()
+    params = prunable(net)
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
+    assert alive(masks) == 266_200
+    schedules = {"out.weight": lp.schedules.Geometric(0.1), "*": lp.schedules.Geometric(0.2)}
+    for r, percent in enumerate(LADDER):
+        sparsities = [(names, schedule(r)) for names, schedule in groups(list(params), schedules)]
+        masks = next_masks(params, masks, sparsities, allocate=lp.allocation.uniform)
+        assert abs(100 * alive(masks) / 266_200 - percent) < 0.05
+    assert abs(masks["fc1.weight"].float().mean() - masks["fc2.weight"].float().mean()) < 1e-4
+
+
+def test_the_networks_have_the_papers_sizes():
+    assert sum(p.numel() for p in prunable(ResidualMLP()).values()) == 50_000
+    resnet = ResNet20()
+    assert sum(p.numel() for p in prunable(resnet).values()) == 270_896
+    assert resnet(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    weights = {n: p.numel() for n, p in prunable(resnet).items()}
+    assert sum(n for name, n in weights.items() if "shortcut" in name) == 2_560
+    assert weights["out.weight"] == 640
+
+
+def test_mnist1d_is_generated_without_touching_the_global_generators():
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    splits = data.mnist1d()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert [tuple(x.shape) for x, _ in (splits.train, splits.val, splits.test)] == [
+        (4000, 40),
+        (1000, 40),
+        (1000, 40),
+    ]
+    assert torch.equal(splits.train[0], data.mnist1d().train[0])
+    train = {tuple(row.tolist()) for row in splits.train[0]}
+    assert not any(tuple(row.tolist()) in train for row in splits.val[0])
+
+
+@pytest.mark.skipif(not (SHARED / "MNIST").is_dir(), reason=f"MNIST is not at {SHARED}")
+def test_mnist_is_split_as_in_the_paper():
+    splits = data.mnist(str(SHARED), download=False)
+    assert [len(y) for _, y in (splits.train, splits.val, splits.test)] == [55_000, 5_000, 10_000]
+    assert float(splits.train[0].max()) == 1.0
+    assert torch.bincount(splits.val[1], minlength=10).min() > 400
+    assert torch.equal(splits.val[0], data.mnist(str(SHARED), download=False).val[0])
+
+
+@pytest.mark.skipif(
+    not (SHARED / "cifar10_12k.npz").is_file(), reason=f"the CIFAR-10 subset is not at {SHARED}"
+)
+def test_an_arrays_file_is_a_data_set():
+    splits = data.npz(str(SHARED / "cifar10_12k.npz"), validation=500)
+    assert splits.train[0].shape == (9500, 3, 32, 32)
+    assert len(splits.val[1]) == 500
+    assert splits.test[0].max() <= 1.0
+
+
+def test_missing_data_names_the_path_and_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.*Set data\.root to a folder"):
+        data.mnist(str(tmp_path), download=False)
+    with pytest.raises(FileNotFoundError, match=r"data\.path=nowhere.npz: there is no such file"):
+        data.npz("nowhere.npz")
+    np.savez(tmp_path / "half.npz", x_train=np.zeros(3))
+    with pytest.raises(ValueError, match="lacks the arrays"):
+        data.npz(str(tmp_path / "half.npz"))
+
+
+def test_batches_are_every_example_once_in_a_new_order():
+    x = torch.arange(103).float()[:, None]
+    loader = data.Batches(data.Splits(*[(x, x[:, 0].long())] * 3), 10)
+    first, second = ([b[1] for b in loader.train_dataloader()] for _ in range(2))
+    assert [len(b) for b in first] == [10] * 10 + [3]
+    assert sorted(torch.cat(first).tolist()) == list(range(103))
+    assert torch.cat(first).tolist() != torch.cat(second).tolist()
+    assert all(torch.equal(inputs[:, 0].long(), labels) for inputs, labels in loader.train_dataloader())
+
+
+def record(kind, seed, round, left, **metrics):
+    return {
+        "kind": kind,
+        "seed": seed,
+        "round": round,
+        "alive": int(1000 * left),
+        "total": 1000,
+        "metrics": metrics,
+    }
+
+
+def test_broken_lines_are_counted_and_skipped():
+    path = Path("records.jsonl")
+    path.write_text(json.dumps(record("ticket", 1, 0, 1.0)) + '\n{"round": 1\n[]\n\n')
+    found, broken = records.read(path)
+    assert len(found) == 1
+    assert broken == 2
+
+
+def test_claims_are_held_not_held_or_undecided():
+    rows = [record("ticket", s, 0, 1.0, acc=0.90 + 0.001 * s, step=1000) for s in range(5)]
+    rows += [record("ticket", s, 1, 0.2, acc=0.92 + 0.001 * s, step=500 + s) for s in range(5)]
+    rows += [record("reinit", s, 1, 0.2, acc=0.92 + 0.01 * (s - 2), step=1) for s in range(5)]
+
+    def verdict(cls, bound, against="ticket", against_left=1.0, metric="acc", left=0.2):
+        claim = cls("c", "s", metric, "ticket", against, [left], bound, against_left=against_left)
+        return claim.check(rows).verdict
+
+    assert verdict(claims.Difference, 0.019) == "held"
+    assert verdict(claims.Difference, 0.021) == "not held"
+    assert verdict(claims.Difference, 0.0, against="reinit", against_left=None) == "undecided"
+    assert verdict(claims.Ratio, 1.9, metric="step", left=1.0, against_left=0.2) == "held"
+    assert verdict(claims.Difference, 0.0, against="nobody") == "undecided"
+    assert claims.Ladder("l", "s", [1.0, 0.2]).check(rows).verdict == "held"
+    assert claims.Ladder("l", "s", [1.0, 0.21]).check(rows).verdict == "not held"
+
+
+def test_several_fractions_are_judged_by_the_worst():
+    rows = [record("ticket", s, r, left, acc=0.9) for s in range(3) for r, left in ((1, 0.5), (2, 0.25))]
+    rows += [record("reinit", s, 1, 0.5, acc=0.8) for s in range(3)]
+    rows += [record("reinit", s, 2, 0.25, acc=0.95) for s in range(3)]
+    found = claims.Difference("c", "s", "acc", "ticket", "reinit", [0.5, 0.25], 0.0).check(rows)
+    assert found.verdict == "not held"
+    assert "25.0% left" in found.numbers
+
+
+def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
+    report.report(runs["ticket"].parent, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 2 | 49.00% |" in text
+    assert "re-initialised" in text
+    assert "random mask" in text
+    assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(report.load(tmp_path / "out")) == 9
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(SystemExit, match="no records"):
+        report.report(tmp_path / "nothing", tmp_path / "out")
