@@ -1,23 +1,426 @@
 """Criteria: which weights to keep. A criterion turns parameters into scores, higher = keep.
 
 A criterion is any callable `(params, **evidence) -> {name: scores of the parameter's shape}`. `params` maps
-names to detached tensors. Of the evidence it receives, by keyword, what its signature names:
+names to detached tensors. Scores may be negative; those of dead weights do not matter. Of the evidence it
+receives, by keyword, what its signature names (what has a default there is optional):
 
-- `masks`: the masks so far, {name: bool tensor}.
+- `masks`: the masks so far, {name: bool tensor};
+- `sparsity`: the fraction of all units that is to be dead after this pruning;
+- `initial`: the weights at the start of the first fit, before its first step, {name: tensor};
+- `batches`: a list of batches: of the training data, or what `prune` got as `data`;
+- `model`: the module, in the mode it was found in; whatever a criterion does to it is undone afterwards;
+- `loss`: `(model, batch) -> scalar`: the module's own `training_step`, or `prune`'s `loss` on (input,
+  target);
+- `forward`: `(model, batch) -> anything`: runs the model on a batch;
+- `grads`: the mean over the batches of the gradient of the loss, {name: tensor};
+- `generator`: a seeded `torch.Generator`, equal on all ranks.
 """
 
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from lightning_prune.masks import Scores
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_prune.evidence import Loss, differentiable, gradients, inputs, mean_gradients
+from lightning_prune.masks import DEAD, Masks, Scores, keep_top
+
+Params = dict[str, Tensor]
+
+# -------------------------------------------------------------------------------- of the weights themselves
 
 
-def magnitude(params: dict[str, Tensor]) -> Scores:
+def magnitude(params: Params) -> Scores:
     """Magnitude |w| of each weight.
 
-    >>> import torch
     >>> magnitude({"w": torch.tensor([-2.0, 1.0])})
     {'w': tensor([2., 1.])}
 
     Reference: Han et al. (2015), arXiv:1506.02626.
     """
     return {name: w.abs() for name, w in params.items()}
+
+
+@dataclass(frozen=True)
+class Ln:
+    """The n-th power of the magnitude, |w|^n: what a weight adds to the Ln norm of its group.
+
+    Single weights rank as by `magnitude`; groups, sums and buckets of scores differ.
+
+    >>> Ln(n=2)({"w": torch.tensor([-2.0, 3.0])})
+    {'w': tensor([4., 9.])}
+
+    Args:
+        n: above 0 and finite.
+
+    Reference: Li et al. (2017), arXiv:1608.08710 (n=1 and n=2).
+    """
+
+    n: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < float("inf"):
+            raise ValueError(f"n={self.n}: allowed are finite numbers above 0.")
+
+    def __call__(self, params: Params) -> Scores:
+        return {name: w.abs() ** self.n for name, w in params.items()}
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform random scores in [0, 1): the same for the same seed, in every round and on every rank.
+
+    >>> scores = Random(seed=0)({"w": torch.zeros(3)})["w"]
+    >>> torch.equal(scores, Random(seed=0)({"w": torch.ones(3)})["w"])
+    True
+
+    Args:
+        seed: of a generator of its own; the global one is left alone.
+
+    Reference: the control of Frankle & Carbin (2019), arXiv:1803.03635, Appendix E.
+    """
+
+    seed: int = 0
+
+    def __call__(self, params: Params) -> Scores:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in params.items()}
+
+
+# ------------------------------------------------------------ of the weights now and at the start: w and w0
+
+
+def large_init(params: Params, initial: Params) -> Scores:
+    """Large init: |w0|.
+
+    >>> large_init({"w": torch.tensor([9.0, 9.0])}, initial={"w": torch.tensor([-2.0, 1.0])})
+    {'w': tensor([2., 1.])}
+
+    Reference: Zhou et al. (2019), arXiv:1905.01067, Section 3.
+    """
+    return {name: initial[name].abs() for name in params}
+
+
+def small_final(params: Params) -> Scores:
+    """Small final: -|w|; the largest weights go first.
+
+    >>> small_final({"w": torch.tensor([-2.0, 1.0])})
+    {'w': tensor([-2., -1.])}
+
+    Reference: Zhou et al. (2019), arXiv:1905.01067, Section 3.
+    """
+    return {name: -w.abs() for name, w in params.items()}
+
+
+def large_init_large_final(params: Params, initial: Params, masks: Masks) -> Scores:
+    """Large init, large final: min(alpha |w|, |w0|).
+
+    The authors' code keeps what is above the same percentile of its layer in both, |w| and |w0|, and so does
+    this: the score is the smaller of the two ranks among the layer's living weights, as a fraction in (0, 1].
+
+    >>> now, start = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([0.1, 0.3, 0.4, 0.2])
+    >>> large_init_large_final({"w": now}, {"w": start}, {"w": torch.ones(4, dtype=torch.bool)})
+    {'w': tensor([0.2500, 0.7500, 0.5000, 0.2500], dtype=torch.float64)}
+
+    Reference: Zhou et al. (2019), arXiv:1905.01067, Section 3.
+    """
+
+    def rank(x: Tensor, mask: Tensor) -> Tensor:
+        living = x.abs().masked_fill(~mask, DEAD).reshape(-1)
+        ranks = living.argsort(stable=True).argsort().double() + 1
+        return ((ranks - (~mask).sum()) / mask.sum().clamp_min(1)).view(x.shape)
+
+    return {
+        name: torch.minimum(rank(w, masks[name]), rank(initial[name], masks[name]))
+        for name, w in params.items()
+    }
+
+
+def magnitude_increase(params: Params, initial: Params) -> Scores:
+    """Magnitude increase: |w| - |w0|.
+
+    >>> magnitude_increase({"w": torch.tensor([-2.0, 1.0])}, initial={"w": torch.tensor([0.5, 3.0])})
+    {'w': tensor([ 1.5000, -2.0000])}
+
+    Reference: Zhou et al. (2019), arXiv:1905.01067, Section 3.
+    """
+    return {name: w.abs() - initial[name].abs() for name, w in params.items()}
+
+
+def movement(params: Params, initial: Params) -> Scores:
+    """Movement: |w - w0|.
+
+    >>> movement({"w": torch.tensor([-2.0, 1.0])}, initial={"w": torch.tensor([0.5, 3.0])})
+    {'w': tensor([2.5000, 2.0000])}
+
+    Reference: Zhou et al. (2019), arXiv:1905.01067, Section 3.
+    """
+    return {name: (w - initial[name]).abs() for name, w in params.items()}
+
+
+# ---------------------------------------------------------------------------------- of the loss on the data
+
+
+def saliency(params: Params, grads: Params) -> Scores:
+    """First-order saliency |w * g|, g the mean gradient over the batches.
+
+    >>> saliency({"w": torch.tensor([-2.0, 1.0])}, grads={"w": torch.tensor([0.5, 3.0])})
+    {'w': tensor([1., 3.])}
+
+    Reference: Mozer & Smolensky (1989), "Skeletonization".
+    """
+    return {name: (w * grads[name]).abs() for name, w in params.items()}
+
+
+def snip(params: Params, grads: Params) -> Scores:
+    """Connection sensitivity |w * g| / (sum of |w * g| over all weights), meant for initialization.
+
+    With one batch it is the paper's; prune in round 0, `schedule=Explicit([0.9])`.
+
+    >>> snip({"w": torch.tensor([-2.0, 1.0])}, grads={"w": torch.tensor([0.5, 3.0])})
+    {'w': tensor([0.2500, 0.7500])}
+
+    Reference: Lee et al. (2019), arXiv:1810.02340, Equation 6.
+    """
+    scores = saliency(params, grads)
+    total = sum(float(s.double().sum()) for s in scores.values())
+    return {name: s / (total or 1.0) for name, s in scores.items()}
+
+
+def taylor(params: Params, model: nn.Module, batches: list[Any], loss: Loss) -> Scores:
+    """First-order Taylor importance (w * g)^2, its mean over the batches, each with its own gradient g.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.fill_(2.0)
+    >>> batches = [torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 3.0]])]
+    >>> taylor({"weight": model.weight.data}, model, batches, loss=lambda m, x: m(x).sum())
+    {'weight': tensor([[ 4., 18.]])}
+
+    Reference: Molchanov et al. (2019), arXiv:1906.10771, Equation 8.
+    """
+    scores = {name: torch.zeros_like(w) for name, w in params.items()}
+    for batch in batches:
+        for name, g in gradients(params, model, loss, batch).items():
+            scores[name] += (params[name] * g).square() / len(batches)
+    return scores
+
+
+@dataclass(frozen=True)
+class GraSP:
+    """Gradient signal preservation: w * (H g), g the mean gradient and H the Hessian over the batches.
+
+    To remove weights of low w * Hg harms the gradient flow least: the paper's S(-w) = -w * Hg is what is
+    removed first. Two passes, both with the logits divided by a temperature. Needs a loss that can be
+    differentiated twice.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
+    >>> loss = lambda m, x: m(x).square().sum() / 2  # H = x x^T, g = H w
+    >>> GraSP(temperature=1)({"weight": model.weight.data}, model, [torch.tensor([[1.0, 1.0]])], loss)
+    {'weight': tensor([[-2.,  4.]])}
+
+    Args:
+        temperature: divides the logits, above 0; the authors' code has 200.
+        logits: name of the submodule whose output are the logits; "" is the model itself.
+
+    Raises:
+        ValueError: when the loss does not call the module named by `logits`.
+
+    Reference: Wang et al. (2020), arXiv:2002.07376, Equation 8.
+    """
+
+    temperature: float = 200.0
+    logits: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: allowed are finite numbers above 0.")
+
+    def __call__(self, params: Params, model: nn.Module, batches: list[Any], loss: Loss) -> Scores:
+        seen: list[bool] = []
+
+        def cooler(module: nn.Module, args: Any, output: Any) -> Any:
+            seen.append(True)
+            return output / self.temperature
+
+        handle = model.get_submodule(self.logits).register_forward_hook(cooler)
+        try:
+            g = mean_gradients(params, model, loss, batches)
+            if not seen:
+                raise ValueError(
+                    f"logits={self.logits!r}: the loss does not call this module, so its output cannot be "
+                    "divided by the temperature. Name the submodule that gives the logits."
+                )
+            scores = {name: torch.zeros_like(w) for name, w in params.items()}
+            for batch in batches:
+                for name, h in _hessian_times(g, model, loss, batch).items():
+                    scores[name] += params[name] * h / len(batches)
+        finally:
+            handle.remove()
+        return scores
+
+
+def _hessian_times(vector: Params, model: nn.Module, loss: Loss, batch: Any) -> Params:
+    with differentiable(model, vector) as live:
+        leaves = list(live.values())
+        g = torch.autograd.grad(loss(model, batch), leaves, create_graph=True, materialize_grads=True)
+        product = torch.stack([(a * b).sum() for a, b in zip(g, vector.values(), strict=True)]).sum()
+        found = torch.autograd.grad(product, leaves, materialize_grads=True)
+    return dict(zip(live, found, strict=True))
+
+
+def wanda(
+    params: Params, model: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]
+) -> Scores:
+    """Weights and activations: |w| * ||x||_2, x all the inputs that the weight is multiplied with.
+
+    The norm is over the batches, positions and, in a convolution, the places of the kernel. The paper
+    compares weights within an output; here the allocation says what is compared (`uniform`: the layer).
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
+    >>> batches = [torch.tensor([[3.0, 0.0], [4.0, 1.0]])]
+    >>> wanda({"weight": model.weight.data}, model, batches, forward=lambda m, x: m(x))
+    {'weight': tensor([[5., 2.]])}
+
+    Raises:
+        ValueError: when a layer is not called.
+
+    Reference: Sun et al. (2024), arXiv:2306.11695, Equation 1.
+    """
+    squares = {name: torch.zeros_like(w) for name, w in params.items()}
+    called: set[str] = set()
+    with differentiable(model, params) as live:
+        names = {id(p): name for name, p in live.items()}
+
+        def accumulate(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for p in layer.parameters(recurse=False):
+                if name := names.get(id(p)):
+                    # A layer is linear in its weight, so this gradient of its output on x^2 is the sum, for
+                    # each weight, of the squares of all that it is multiplied with: strides, padding, groups
+                    # and all.
+                    with torch.enable_grad(), torch.autocast(p.device.type, enabled=False):
+                        output = layer.forward(args[0].detach().to(p.dtype).square())
+                        squares[name] += torch.autograd.grad(output.sum(), p)[0]
+                    called.add(name)
+
+        handles = [m.register_forward_pre_hook(accumulate) for m in model.modules()]
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    forward(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if missed := [name for name in params if name not in called]:
+        raise ValueError(
+            f"wanda: the layers of {', '.join(missed)} are not called by the model; exclude them."
+        )
+    return {name: w.abs() * squares[name].sqrt() for name, w in params.items()}
+
+
+# ----------------------------------------------------------------------------------------- without any data
+
+
+@dataclass(frozen=True)
+class SynFlow:
+    """Iterative synaptic flow: |w * dR/dw|, R the summed output of the network of absolute weights on ones.
+
+    The density falls to the one asked for, 1 - sparsity, in `rounds` equal ratios, and the scores are
+    computed anew in each. What dies within gets a score below 0, lower the earlier its round, so the highest
+    scores of all tensors together (`global_rank`) are what the iteration keeps.
+
+    No data but the shape of an input. Computed in double precision, in evaluation mode and with absolute
+    biases; running means count as 0, so that nothing cancels. Other normalizations that subtract a mean break
+    the method.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+    >>> _ = model[1].weight.data.fill_(-1.0)
+    >>> params = {name: p.data for name, p in model.named_parameters()}
+    >>> alive = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    >>> SynFlow(rounds=1, input_shape=(2,))(params, model, alive, sparsity=0.5)["0.weight"]
+    tensor([[1., 2.],
+            [3., 4.]], dtype=torch.float64)
+
+    Args:
+        rounds: of the exponential schedule, 1 or more.
+        input_shape: of one input, without the batch. None: that of the model's `example_input_array`, or else
+            of the first batch.
+
+    Reference: Tanaka et al. (2020), arXiv:2006.05467, Algorithm 1.
+    """
+
+    rounds: int = 100
+    input_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds!r}: allowed are whole numbers from 1 on.")
+
+    def __call__(
+        self,
+        params: Params,
+        model: nn.Module,
+        masks: Masks,
+        sparsity: float,
+        batches: list[Any] | None = None,
+    ) -> Scores:
+        ones = torch.ones(1, *self._shape(model, batches), dtype=torch.float64, device=_device(params))
+        tensors = _absolute(model)
+        alive = torch.cat([masks[name].reshape(-1) for name in params])
+        before, after = int(alive.sum()) / alive.numel(), 1 - sparsity
+        scores = torch.full(alive.shape, DEAD, dtype=torch.float64, device=alive.device)
+        model.eval()
+        for k in range(1, self.rounds if after < before else 1):
+            left = round(alive.numel() * before * (after / before) ** (k / self.rounds))
+            flow = torch.where(alive, _flow(model, tensors, params, alive, ones), DEAD)
+            survivors = keep_top(flow, min(left, int(alive.sum())))
+            dying = alive & ~survivors
+            # round k has its scores in [k - rounds - 1, k - rounds - 1/2]
+            highest = torch.where(dying, flow, 0).max().clamp_min(1e-300)
+            scores = torch.where(dying, k - self.rounds - 1 + flow / (2 * highest), scores)
+            alive = survivors
+        scores = torch.where(alive, _flow(model, tensors, params, alive, ones), scores)
+        parts = scores.split([w.numel() for w in params.values()])
+        return {name: part.view(w.shape) for (name, w), part in zip(params.items(), parts, strict=True)}
+
+    def _shape(self, model: nn.Module, batches: list[Any] | None) -> tuple[int, ...]:
+        if self.input_shape is not None:
+            return tuple(self.input_shape)
+        example = getattr(model, "example_input_array", None)
+        if not isinstance(example, Tensor) and batches:
+            example = inputs(batches[0])
+        if not isinstance(example, Tensor):
+            raise ValueError(
+                "input_shape=None: allowed where the model has example_input_array, or with batches."
+            )
+        return tuple(example.shape[1:])
+
+
+def _device(params: Params) -> torch.device:
+    return next(iter(params.values())).device
+
+
+def _absolute(model: nn.Module) -> Params:
+    """Absolute parameters, and buffers without running means, in double precision."""
+    tensors = {name: p.detach().double().abs() for name, p in model.named_parameters()}
+    for name, b in model.named_buffers():
+        mean = name.rpartition(".")[2] == "running_mean"
+        tensors[name] = (torch.zeros_like(b) if mean else b).double() if b.is_floating_point() else b
+    return tensors
+
+
+def _flow(model: nn.Module, tensors: Params, params: Params, alive: Tensor, ones: Tensor) -> Tensor:
+    """|w * dR/dw| of all the weights, flat."""
+    masks = alive.split([w.numel() for w in params.values()])
+    leaves = {
+        name: (tensors[name] * mask.view(w.shape)).requires_grad_(True)
+        for (name, w), mask in zip(params.items(), masks, strict=True)
+    }
+    with torch.enable_grad():
+        output = functional_call(model, {**tensors, **leaves}, (ones,))
+        found = torch.autograd.grad(output.sum(), list(leaves.values()), materialize_grads=True)
+    return torch.cat([(w.detach() * g).reshape(-1) for w, g in zip(leaves.values(), found, strict=True)])

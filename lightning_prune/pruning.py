@@ -1,20 +1,24 @@
 """Pruning: score, allocate, keep. The four axes meet here, and nowhere else."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune import allocation, criteria
-from lightning_prune.masks import DEAD, Masks, Scores, alive, bits, keep_top, zero_dead_
+from lightning_prune.allocation import Allocation, AtLeast
+from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
+from lightning_prune.granularity import Granularity, single
+from lightning_prune.masks import DEAD, Masks, Scores, bits, keep_top, zero_dead_
 from lightning_prune.schedules import Schedule
 
 Criterion = Callable[..., Scores]
-Allocation = Callable[[Scores, int], dict[str, int]]
 Groups = list[tuple[list[str], Schedule]]
+Sparsity = float | Callable[..., float]
 
 LAYERS = (
     "Linear",
@@ -130,12 +134,18 @@ def budget(sparsity: float, n: int) -> int:
     return round((1 - sparsity) * n)
 
 
+def plan(groups: Groups, round: int) -> list[tuple[list[str], Sparsity]]:
+    """How far each group's schedule goes in a round: a number, or a function of the scores."""
+    return [(names, partial(its, round) if asked(its) else its(round)) for names, its in groups]
+
+
 def next_masks(
     params: Mapping[str, Tensor],
     masks: Masks,
-    sparsities: Sequence[tuple[Sequence[str], float]],
+    sparsities: Sequence[tuple[Sequence[str], Sparsity]],
     criterion: Criterion = criteria.magnitude,
     allocate: Allocation = allocation.global_rank,
+    granularity: Granularity = single,
     **evidence: Any,
 ) -> Masks:
     """One pruning: score the weights, allocate each group's budget, keep the best. Masks only shrink.
@@ -143,10 +153,13 @@ def next_masks(
     Args:
         params: the weights, by name.
         masks: which of them are alive now.
-        sparsities: pairs of a group's names and the sparsity it is to have; its budget is met exactly, unless
-            fewer weights are alive already.
+        sparsities: pairs of a group's names and the sparsity it is to have, or a function that reads the
+            scores to say it; the budget is met exactly, unless fewer are alive already. Sparsity 0 leaves a
+            group as it is.
         criterion: weights -> scores.
-        allocate: scores and survivors in a group -> survivors per tensor.
+        allocate: scores and survivors in a group -> survivors per tensor. None is left empty, unless it is an
+            `AtLeast(0, ...)` or the total is too small.
+        granularity: what lives and dies together; budgets and survivors count its units.
         evidence: what criteria may ask for besides; see `lightning_prune.criteria`.
 
     Returns:
@@ -157,40 +170,50 @@ def next_masks(
     """
     weights = {name: p.detach() for name, p in params.items()}
     _check_finite(weights, "the weight")
+    known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
+    if len(known) == len(sparsities):
+        evidence["sparsity"] = sum(s * n for s, n in known) / sum(n for _, n in known)
     scores = _score(criterion, weights, {"masks": masks, **evidence})
-    for name, score in scores.items():
-        if not bool(masks[name].all()):
-            scores[name] = torch.where(masks[name], score, DEAD)
-    _check_finite(scores, "the score of", allow_dead=True)
+    units: Scores = {}
+    expand: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, mask in masks.items():
+        score, dense = scores.pop(name), bool(mask.all())
+        score = score if dense else torch.where(mask, score, 0)  # whatever the dead score
+        _check_finite({name: score}, "the score of")
+        units[name], expand[name] = granularity(score if dense else score.masked_fill_(~mask, DEAD))
+    if not isinstance(allocate, AtLeast):
+        allocate = AtLeast(1, of=allocate)
     new: Masks = {}
     for names, sparsity in sparsities:
-        total = min(
-            budget(sparsity, sum(weights[n].numel() for n in names)), alive({n: masks[n] for n in names})
-        )
-        keep = allocate({name: scores[name] for name in names}, total)
+        group = {name: units[name] for name in names}
+        sparsity = call(sparsity, scores=group) if callable(sparsity) else sparsity
+        left = budget(sparsity, sum(s.numel() for s in group.values()))
+        if not sparsity:
+            new.update({name: masks[name].clone() for name in names})
+            continue
+        candidates = allocation.alive_per_tensor(group)
+        total = min(left, sum(candidates.values()))
+        keep = allocate(group, total, params=weights, masks=masks)
         if sum(keep.values()) != total:
             raise ValueError(
-                f"allocate: {allocate} gave {sum(keep.values())} survivors where {total} were asked for."
+                f"allocate: {allocate.of} gave {sum(keep.values())} survivors where {total} were asked for."
             )
         for name in names:
-            mask = keep_top(scores[name], keep[name], near=getattr(keep, "near", None))
-            if bool((mask & ~masks[name]).any()):
+            if keep[name] > candidates[name]:
                 raise ValueError(
-                    f"allocate: {allocate} gave {name} {keep[name]} survivors, more than it has alive."
+                    f"allocate: {allocate.of} gave {name} {keep[name]} survivors, more than it has alive."
                 )
-            new[name] = mask
+            best = keep_top(units[name], keep[name], near=getattr(keep, "near", None))
+            new[name] = expand[name](best) & masks[name]
     return {name: new[name] for name in weights}
 
 
 def _score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, Any]) -> Scores:
     """Call the criterion with the evidence that its signature names."""
-    asked = [name for name in inspect.signature(criterion).parameters if name in EVIDENCE]
-    for name in asked:
-        if evidence.get(name) is None:
-            raise ValueError(
-                f"criterion: {criterion} asks for `{name}`, and there is none here. {EVIDENCE[name]}"
-            )
-    scores = criterion(weights, **{name: evidence[name] for name in asked})
+    if "grads" in asked(criterion) and evidence.get("batches") and evidence.get("loss"):
+        run = (evidence[name] for name in ("model", "loss", "batches"))
+        evidence = {**evidence, "grads": mean_gradients(weights, *run)}
+    scores = call(criterion, weights, **evidence)
     for name, w in weights.items():
         if name not in scores or scores[name].shape != w.shape or not scores[name].is_floating_point():
             raise ValueError(
@@ -199,32 +222,30 @@ def _score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str,
     return {name: scores[name].detach() for name in weights}
 
 
-EVIDENCE = {
-    "masks": "Masks are always there.",
-}
-
-
-def _check_finite(tensors: Mapping[str, Tensor], what: str, *, allow_dead: bool = False) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     for name, t in tensors.items():
         if not t.numel():
             continue
         low, high = (float(x) for x in torch.aminmax(t))
-        if not (low > DEAD or (allow_dead and low == DEAD)) or not high < float("inf"):
+        if not (low > float("-inf") and high < float("inf")):  # NaN compares false
             raise ValueError(
                 f"{what} {name} holds NaN or infinity; allowed are finite numbers. "
                 "Did the training diverge? Nothing was pruned."
             )
 
 
-@torch.no_grad()
 def prune(
     model: nn.Module,
-    sparsity: float = 0.5,
+    sparsity: float | Schedule = 0.5,
     criterion: Criterion = criteria.magnitude,
     allocate: Allocation = allocation.global_rank,
+    granularity: Granularity = single,
     layers: Sequence[str] = LAYERS,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Prune any module once, in place, without training: dead weights become exactly 0. Returns the masks.
 
@@ -239,20 +260,38 @@ def prune(
 
     Args:
         model: any module; parameters keep their identity and their names.
-        sparsity: fraction of the prunable weights to remove, in [0, 1].
-        criterion: which weights; see `lightning_prune.criteria`.
+        sparsity: fraction of the prunable weights (of the units, with a granularity) to remove, in [0, 1]; or
+            a schedule, of which this is round 1.
+        criterion: which weights; see `lightning_prune.criteria`. One that needs data runs the model in the
+            mode it is in, and leaves it and the random number generators as they were.
         allocate: how many where; see `lightning_prune.allocation`.
+        granularity: what lives and dies together; see `lightning_prune.granularity`.
         layers: layer types whose weights are prunable.
         include: fnmatch patterns over parameter names; only these.
         exclude: fnmatch patterns over parameter names; not these.
+        data: batches, pairs (input, target) or inputs, on the model's device; all of it is held in memory.
+        loss: (output, target) -> scalar.
+        initial: {name: weight at initialization}, a `state_dict` say, for criteria that compare with it.
 
     Raises:
-        ValueError: when a pattern matches nothing, nothing is prunable, or a weight is not finite. The model
-            is then as it was.
+        ValueError: when a pattern matches nothing, nothing is prunable, a weight is not finite, or the
+            criterion asks for something that is not given. The model is then as it was.
     """
     params = prunable(model, layers, include, exclude)
     dense = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
-    masks = next_masks(params, dense, [(list(params), sparsity)], criterion, allocate)
+    evidence: dict[str, Any] = {"initial": initial, "model": model}
+    if "generator" in asked(criterion):
+        evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())
+    if data is not None:
+        evidence["batches"] = list(data)
+        evidence["forward"] = lambda model, batch: model(inputs(batch))
+        if loss is not None:
+            evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
+    schedule = sparsity if callable(sparsity) else lambda round: sparsity
+    with undisturbed(model) if OF_A_RUN & asked(criterion).keys() else nullcontext():
+        masks = next_masks(
+            params, dense, plan([(list(params), schedule)], 1), criterion, allocate, granularity, **evidence
+        )
     for name, p in params.items():
         zero_dead_(p, bits(masks[name], like=p))
     return masks

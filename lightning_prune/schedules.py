@@ -1,12 +1,22 @@
 """Schedules: how far. A schedule maps the round (0, 1, 2, ...) to the sparsity to have in it, in [0, 1).
 
-Any callable `int -> float` is a schedule; those here are frozen dataclasses, so that YAML can name them.
+Any callable `int -> float` is a schedule; those here are frozen dataclasses, so that YAML can name them. A
+schedule whose signature has `scores`, {name: scores of its weights (of their units, with a granularity),
+minus infinity where dead}, reads them to say how far.
+
+The round is whatever the clock of the callback counts: with `every_n_train_steps=100` and `Linear` or `Cubic`
+it is gradual pruning during training; with a sparsity above 0 in round 0 it is pruning at initialization.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Schedule = Callable[[int], float]
+import torch
+
+from lightning_prune.masks import DEAD, Scores, count_above
+
+Schedule = Callable[..., float]
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -56,3 +66,244 @@ class OneShot:
 
     def __call__(self, round: int) -> float:
         return self.sparsity if round else 0.0
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Prune the same number of units in every round: round * count of all.
+
+    >>> TopK(count=2)(round=3, scores={"w": torch.rand(10)})
+    0.6
+
+    Args:
+        count: units that each pruning removes, 1 or more. When nothing would be left, the fit ends.
+    """
+
+    count: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_whole("count", self.count, 1)
+
+    def __call__(self, round: int, scores: Scores) -> float:
+        return min(1.0, round * self.count / _size(scores))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `initial` to `sparsity` in equal steps: initial + (sparsity - initial) * x.
+
+    x = (round - start) / rounds, from 0 to 1.
+
+    >>> [round(Linear(sparsity=0.8, rounds=4)(r), 2) for r in range(6)]
+    [0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
+
+    Args:
+        sparsity: reached at round `start + rounds` and held, in [initial, 1).
+        rounds: length of the ramp, 1 or more.
+        start: round of its beginning, 0 or more; `initial` holds until then.
+        initial: in [0, 1).
+    """
+
+    sparsity: float = 0.9
+    rounds: int = 10
+    start: int = 0
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_ramp(self)
+
+    def __call__(self, round: int) -> float:
+        return self.initial + (self.sparsity - self.initial) * _progress(self, round)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """Gradual pruning, fast at first: sparsity + (initial - sparsity) * (1 - x)^3.
+
+    x = (round - start) / rounds, from 0 to 1. With `every_n_train_steps=dt` in the callback these are the
+    paper's t0 = start * dt and n = rounds.
+
+    >>> [round(Cubic(sparsity=0.8, rounds=4)(r), 4) for r in range(6)]
+    [0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
+
+    Args:
+        sparsity: reached at round `start + rounds` and held, in [initial, 1).
+        rounds: length of the ramp, 1 or more.
+        start: round of its beginning, 0 or more; `initial` holds until then.
+        initial: in [0, 1).
+
+    Reference: Zhu & Gupta (2017), arXiv:1710.01878, Section 3.
+    """
+
+    sparsity: float = 0.9
+    rounds: int = 10
+    start: int = 0
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_ramp(self)
+
+    def __call__(self, round: int) -> float:
+        return self.sparsity + (self.initial - self.sparsity) * (1 - _progress(self, round)) ** 3
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """One-cycle pruning: initial + (sparsity - initial) * (1 + e^(b - a)) / (1 + e^(b - a x)).
+
+    x = (round - start) / rounds. Up to round `start` it is `initial`, where the formula gives 0.2 % of the
+    way.
+
+    >>> [round(OneCycle(sparsity=0.8, rounds=4)(r), 4) for r in range(6)]
+    [0.0, 0.0607, 0.585, 0.7915, 0.8, 0.8]
+
+    Args:
+        sparsity: reached at round `start + rounds` and held, in [initial, 1).
+        rounds: length of the ramp, 1 or more.
+        start: round of its beginning, 0 or more.
+        initial: in [0, 1).
+        a: steepness, above 0.
+        b: place of the steepest slope, x = b / a.
+
+    Reference: Hubens et al. (2021), arXiv:2107.02086.
+    """
+
+    sparsity: float = 0.9
+    rounds: int = 10
+    start: int = 0
+    initial: float = 0.0
+    a: float = 14.0
+    b: float = 6.0
+
+    def __post_init__(self) -> None:
+        _check_ramp(self)
+        if not 0 < self.a < math.inf or not math.isfinite(self.b):
+            raise ValueError(f"a={self.a}, b={self.b}: allowed are finite numbers, a above 0.")
+
+    def __call__(self, round: int) -> float:
+        if round <= self.start:
+            return self.initial
+        x = _progress(self, round)
+        rise = (1 + math.exp(self.b - self.a)) / (1 + math.exp(self.b - self.a * x))
+        return self.initial + (self.sparsity - self.initial) * rise
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """The sparsities of the rounds 0, 1, ... as they are given; the last one holds.
+
+    >>> [Explicit([0.0, 0.5, 0.75])(r) for r in range(4)]
+    [0.0, 0.5, 0.75, 0.75]
+
+    Args:
+        sparsities: at least one, each in [0, 1), none below the one before it. `[0.9]` prunes at
+            initialization.
+    """
+
+    sparsities: Sequence[float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsities", tuple(self.sparsities))
+        if not self.sparsities or not all(0 <= s < 1 for s in self.sparsities):
+            raise ValueError(
+                f"sparsities={self.sparsities}: allowed are one or more, each from 0 to below 1."
+            )
+        if list(self.sparsities) != sorted(self.sparsities):
+            raise ValueError(f"sparsities={self.sparsities}: masks only shrink, so they may not fall.")
+
+    def __call__(self, round: int) -> float:
+        return self.sparsities[min(round, len(self.sparsities) - 1)]
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Prune nothing: keep the masks that one starts from, for instance `masks="zeros"`.
+
+    >>> [Hold()(r) for r in range(3)]
+    [0.0, 0.0, 0.0]
+    """
+
+    def __call__(self, round: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Prune, in every round from 1 on, what has a score below theta.
+
+    Which units these are is up to the allocation: with `global_rank` exactly those below theta.
+
+    >>> Threshold(theta=0.5)(round=1, scores={"w": torch.tensor([0.1, 0.4, 0.5, 2.0])})
+    0.5
+
+    Args:
+        theta: any finite number; its scale is that of the criterion. When nothing would be left, the fit
+            ends.
+
+    Reference: Han et al. (2015), arXiv:1506.02626, Section 3.
+    """
+
+    theta: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.theta):
+            raise ValueError(f"theta={self.theta}: allowed are finite numbers.")
+
+    def __call__(self, round: int, scores: Scores) -> float:
+        if not round:
+            return 0.0
+        size = _size(scores)
+        return 1 - sum(count_above(s, self.theta, or_equal=True) for s in scores.values()) / size
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Prune, in every round from 1 on, the smallest scores as long as their sum stays within beta.
+
+    The scores of all the tensors are poured into one bucket in ascending order; the first that does not fit,
+    and all after it, are kept. Each round has a bucket of its own.
+
+    >>> Bucket(beta=1.0)(round=1, scores={"a": torch.tensor([0.5, 0.75]), "b": torch.tensor([0.25, 2.0])})
+    0.5
+
+    Args:
+        beta: the sum that a pruning may remove, above 0. When everything fits, the fit ends.
+
+    Reference: the bucket strategy of J. Stier's deepstruct, github.com/innvariant/deepstruct.
+    """
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta}: allowed are finite numbers above 0.")
+
+    def __call__(self, round: int, scores: Scores) -> float:
+        if not round:
+            return 0.0
+        living = torch.cat([s[s > DEAD].cpu().double() for s in scores.values()])
+        over = (living.sort().values.cumsum(0) > self.beta).nonzero()
+        kept = len(living) - int(over[0]) if len(over) else 0
+        return 1 - kept / _size(scores)
+
+
+def _size(scores: Scores) -> int:
+    return max(1, sum(s.numel() for s in scores.values()))
+
+
+def _check_whole(name: str, value: int, lowest: int) -> None:
+    if not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
+
+
+def _check_ramp(ramp: Linear | Cubic | OneCycle) -> None:
+    _check_whole("rounds", ramp.rounds, 1)
+    _check_whole("start", ramp.start, 0)
+    if not 0 <= ramp.initial <= ramp.sparsity < 1:
+        raise ValueError(
+            f"initial={ramp.initial}, sparsity={ramp.sparsity}: allowed is 0 <= initial <= sparsity < 1."
+        )
+
+
+def _progress(ramp: Linear | Cubic | OneCycle, round: int) -> float:
+    return min(1.0, max(0.0, (round - ramp.start) / ramp.rounds))

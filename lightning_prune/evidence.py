@@ -1,0 +1,185 @@
+"""Evidence: what criteria, allocations and schedules may ask for, and how to gather it without a trace.
+
+A function gets, by keyword, those of the names in `EVIDENCE` that its signature has. What has a default there
+is optional.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import rng
+
+EVIDENCE = {
+    "params": "The weights are always there.",
+    "masks": "Masks are always there.",
+    "scores": "Only schedules and allocations get scores.",
+    "sparsity": "A schedule that reads the scores says how far only after them.",
+    "initial": "A callback keeps it from the first batch of its first fit on; `prune` takes it as initial=.",
+    "model": "`next_masks` takes it as model=.",
+    "batches": "`prune` takes them as data=.",
+    "loss": "`prune` takes it as loss=, with pairs (input, target) as data=.",
+    "forward": "`prune` takes batches as data=.",
+    "grads": "They need batches and a loss: `prune` takes them as data= and loss=.",
+    "generator": "`next_masks` takes it as generator=.",
+}
+
+# What runs the model, or reads the training data.
+OF_A_RUN = frozenset({"model", "batches", "loss", "forward", "grads"})
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def asked(function: Callable[..., Any], given: int = 1) -> dict[str, bool]:
+    """The evidence that a function's signature names after the `given` first arguments: name -> must it be?
+
+    >>> asked(lambda params, grads, model=None: params)
+    {'grads': True, 'model': False}
+    """
+    rest = list(inspect.signature(function).parameters.values())[given:]
+    return {p.name: p.default is p.empty for p in rest if p.name in EVIDENCE}
+
+
+def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
+    """Call a function with what it asks for.
+
+    Raises:
+        ValueError: when it must have something that is not there.
+    """
+    wanted = asked(function, len(args))
+    for name, needed in wanted.items():
+        if needed and evidence.get(name) is None:
+            raise ValueError(f"{function} asks for `{name}`, and there is none here. {EVIDENCE[name]}")
+    return function(*args, **{name: evidence[name] for name in wanted if evidence.get(name) is not None})
+
+
+def inputs(batch: Any) -> Any:
+    """The input in a batch: the first of several things, or the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+@contextmanager
+def differentiable(
+    model: nn.Module, names: Mapping[str, Any]
+) -> Generator[dict[str, nn.Parameter], None, None]:
+    """The live parameters of these names, frozen ones too, ready to be differentiated by."""
+    parameters = dict(model.named_parameters())
+    live = {name: parameters[name] for name in names}
+    frozen = [p for p in live.values() if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield live
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def gradients(params: Mapping[str, Any], model: nn.Module, loss: Loss, batch: Any) -> dict[str, Tensor]:
+    """The gradient of the loss on one batch by the weights of these names; `.grad` is left alone.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> gradients({"weight": model.weight}, model, lambda m, x: m(x).sum(), torch.tensor([[1.0, 3.0]]))
+    {'weight': tensor([[1., 3.]])}
+    """
+    with differentiable(model, params) as live:
+        value = loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ValueError(
+                f"loss: it gave {value!r}; a scalar tensor that depends on the weights is needed."
+            )
+        found = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
+    return dict(zip(live, found, strict=True))
+
+
+def mean_gradients(
+    params: Mapping[str, Any], model: nn.Module, loss: Loss, batches: list[Any]
+) -> dict[str, Tensor]:
+    """The mean over the batches of the gradient of the loss."""
+    total: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, g in gradients(params, model, loss, batch).items():
+            total[name] = total[name] + g if name in total else g
+    if not total:
+        raise ValueError("batches: there are none; at least one is needed for gradients.")
+    return {name: g / len(batches) for name, g in total.items()}
+
+
+@contextmanager
+def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, None, None]:
+    """Run a model in any way inside; afterwards it and the random number generators are as they were.
+
+    Put back: buffers, train/eval mode, gradients, `requires_grad`, the global generators, and the tensors,
+    numbers and flat containers that modules keep as attributes (a metric that counts batches, say).
+
+    >>> model = nn.BatchNorm1d(2)
+    >>> with undisturbed(model):
+    ...     _ = model(torch.rand(8, 2)).sum().backward()
+    >>> model.running_mean, model.weight.grad
+    (tensor([0., 0.]), None)
+
+    Args:
+        model: any module.
+        seed: seeds the global generators for the time inside.
+    """
+    generators = rng.capture()
+    params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    attributes = [(m, dict(_attributes(m))) for m in model.modules()]
+    contents = [
+        (value, _content(value)) for _, known in attributes for value in known.values() if _is_mutable(value)
+    ]
+    contents += [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    places = [(m, dict(m._buffers)) for m in model.modules()]
+    for p, *_ in params:
+        p.grad = None
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+        yield
+    finally:
+        for p, grad, requires_grad in params:
+            p.grad = grad
+            p.requires_grad_(requires_grad)
+        for m, known in attributes:
+            for name in [name for name, _ in _attributes(m) if name not in known]:
+                del vars(m)[name]
+            vars(m).update(known)
+        for m, buffers in places:
+            m._buffers.update(buffers)
+        for value, content in contents:
+            _put_back(value, content)
+        rng.restore(generators)
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+
+
+def _is_mutable(value: Any) -> bool:
+    return isinstance(value, (Tensor, list, dict, set))
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return dict(value) if isinstance(value, dict) else list(value)
+
+
+def _put_back(value: Any, content: Any) -> None:
+    if isinstance(value, Tensor):
+        value.detach().copy_(content)
+    else:
+        value.clear()
+        value.extend(content) if isinstance(value, list) else value.update(content)
