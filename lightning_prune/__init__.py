@@ -5,12 +5,13 @@ says from where to go on.*
 
 - `masks`: masks, and the one function in which they are born
 - `criteria`: which; parameters -> scores
-- `schedules`: how far; round -> sparsity
+- `schedules`: how far; round (and scores) -> sparsity
 - `allocation`: how many where; scores and a total -> survivors per tensor
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot
 - `rng`: the state of the random number generators
+- `storage`: sparse files; `save_sparse` and `load_sparse`
 - `callbacks`: when
 """
 
@@ -18,6 +19,7 @@ from lightning_prune import allocation, criteria, schedules
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind
 from lightning_prune.holding import hold
 from lightning_prune.pruning import prune
+from lightning_prune.storage import load_sparse, save_sparse
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,8 @@ __all__ = [
     "allocation",
     "criteria",
     "hold",
+    "load_sparse",
     "prune",
+    "save_sparse",
     "schedules",
 ]

@@ -1,0 +1,361 @@
+import json
+import struct
+import sys
+import tracemalloc
+from itertools import pairwise
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from safetensors.torch import save_file
+from torch import nn
+
+import lightning_prune as lp
+from experiments.benchmarks.size import limit
+from lightning_prune import storage
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+WHOLE = [
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+OTHERS = [torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def raw(tensor):
+    """The bytes of a tensor's elements in row-major order."""
+    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).tolist())
+
+
+def assert_same(loaded, given):
+    assert list(loaded) == list(given)
+    for name, tensor in given.items():
+        assert loaded[name].dtype == tensor.dtype, name
+        assert loaded[name].shape == tensor.shape, name
+        assert raw(loaded[name]) == raw(tensor), name
+
+
+def round_trip(given, path="x.safetensors"):
+    lp.save_sparse(given, path)
+    loaded = lp.load_sparse(path)
+    assert_same(loaded, given)
+    return loaded
+
+
+def of_bits(dtype, shape, density, seed=0):
+    """Random bits, so every NaN, denormal and infinity there is, with zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    n = torch.Size(shape).numel()
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < density
+    words = torch.randint(0, 256, (n, dtype.itemsize), dtype=torch.uint8, generator=generator)
+    words[torch.rand(n, generator=generator) >= density] = 0
+    return words.flatten().view(dtype).view(shape)
+
+
+def pruned(sizes=(784, 300, 100, 10), sparsity=0.9):
+    model = nn.Sequential(*[nn.Linear(i, o) for i, o in pairwise(sizes)])
+    lp.prune(model, sparsity)
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+# -------------------------------------------------------------------------------------------- what comes back
+
+
+@pytest.mark.parametrize("density", [0, 0.01, 0.1, 0.2, 0.6, 0.95, 1])
+@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=str)
+def test_every_dtype_comes_back_bit_for_bit(dtype, density):
+    round_trip({"x": of_bits(dtype, (37, 53), density)})
+
+
+@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=str)
+def test_scalars_and_empty_tensors_come_back(dtype):
+    one = of_bits(dtype, (), 1)
+    shapes = {"zero": torch.zeros((), dtype=dtype), "one": one, "empty": torch.empty(0, dtype=dtype)}
+    round_trip({**shapes, "none of three": torch.empty(3, 0, 2, dtype=dtype), "row": one.view(1, 1)})
+
+
+def test_an_empty_state_dict_comes_back():
+    assert round_trip({}) == {}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_special_values_come_back(dtype):
+    special = [
+        0.0,
+        -0.0,
+        float("nan"),
+        -float("nan"),
+        float("inf"),
+        -float("inf"),
+        torch.finfo(dtype).tiny / 4,
+    ]
+    loaded = round_trip({"x": torch.tensor(special, dtype=dtype)})["x"]
+    assert torch.signbit(loaded[:2]).tolist() == [False, True]
+
+
+def test_values_of_non_contiguous_tensors_come_back_and_are_contiguous():
+    x = of_bits(torch.float32, (8, 6, 4, 4), 0.5)
+    views = {
+        "transposed": x.transpose(0, 3),
+        "strided": x[::2, :, 1:3],
+        "expanded": x[:1].expand(5, -1, -1, -1),
+        "flipped": torch.tensor([1 + 2j, 3 - 4j]).conj(),
+        "negative": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+        "channels last": x.to(memory_format=torch.channels_last),
+        "parameter": nn.Parameter(x),
+    }
+    lp.save_sparse(views, "x")
+    loaded = lp.load_sparse("x")
+    for name, view in views.items():
+        assert loaded[name].is_contiguous()
+        assert raw(loaded[name]) == raw(view.detach().resolve_conj().resolve_neg()), name
+
+
+def test_tied_tensors_are_stored_once_and_tied_again():
+    weight = of_bits(torch.float32, (200, 300), 0.5)
+    lp.save_sparse({"embedding": weight}, "once")
+    loaded = round_trip({"embedding": weight, "bias": torch.ones(3), "head": weight}, "twice")
+    assert loaded["head"] is loaded["embedding"]
+    lp.save_sparse({"embedding": weight, "head": weight}, "twice")
+    with open("once", "rb") as once, open("twice", "rb") as twice:
+        assert len(twice.read()) - len(once.read()) < 50
+
+
+def test_views_of_one_memory_that_differ_are_not_tied():
+    x = torch.arange(12.0)
+    loaded = round_trip({"all": x, "first": x[:6], "half": x.view(3, 4), "turned": x.view(3, 4).t()})
+    loaded["all"].zero_()
+    assert torch.equal(loaded["half"], x.view(3, 4))
+
+
+def test_tensors_longer_than_a_piece_come_back(monkeypatch):
+    monkeypatch.setattr(storage, "_PIECE", 1000)
+    x = of_bits(torch.float32, (7, 911), 0.3)
+    x[2:5] = 0  # pieces without a survivor
+    x[6] = 1  # and without a zero
+    given = {
+        "x": x,
+        "exact": of_bits(torch.bfloat16, (3000,), 0.1),
+        "one more": of_bits(torch.int8, (3001,), 0.1),
+    }
+    round_trip(given)
+
+
+def test_loaded_tensors_are_ones_own():
+    loaded = round_trip({"x": torch.tensor([1.0, 0.0])})
+    loaded["x"].add_(1)
+    assert lp.load_sparse("x.safetensors")["x"].tolist() == [1, 0]
+
+
+def test_a_pruned_model_loads_strictly():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    lp.prune(model, 0.8)
+    lp.save_sparse(model.state_dict(), "x")
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    other.load_state_dict(lp.load_sparse("x"), strict=True)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("density", [0, 0.0005, 0.02, 0.3, 1])
+def test_gaps_equal_the_obvious_loop(density):
+    alive = torch.rand(20000) < density
+    where, before, obvious = alive.nonzero().flatten().tolist(), -1, []
+    for position in where:
+        gap, before = position - before - 1, position
+        while gap >= 255:
+            obvious.append(255)
+            gap -= 255
+        obvious.append(gap)
+    gaps = storage._gaps(np.flatnonzero(alive.numpy()))
+    assert gaps.tolist() == obvious
+    assert storage._from_gaps(gaps).tolist() == where
+
+
+# --------------------------------------------------------------------------------------------------- its size
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.8, 0.9, 0.98])
+@pytest.mark.parametrize("sizes", [(784, 300, 100, 10), (1024, 1024)], ids=str)
+def test_a_file_is_about_as_small_as_the_entropy_of_its_zeros_and_exponents(sparsity, sizes):
+    given = pruned(sizes, sparsity)
+    lp.save_sparse(given, "x")
+    with open("x", "rb") as file:
+        assert len(file.read()) <= 1.03 * limit(given)
+
+
+@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=str)
+def test_what_cannot_be_compressed_grows_by_next_to_nothing(dtype):
+    x = of_bits(dtype, (100_000,), 1)
+    lp.save_sparse({"x": x}, "x")
+    with open("x", "rb") as file:
+        assert len(file.read()) < x.nbytes + 500
+
+
+def test_writing_and_reading_need_little_memory_besides(monkeypatch):
+    monkeypatch.setattr(storage, "_PIECE", 1 << 14)
+    x = of_bits(torch.float32, (2_000_000,), 0.3)
+
+    def peak(work):
+        tracemalloc.start()
+        work()
+        (_, most), _ = tracemalloc.get_traced_memory(), tracemalloc.stop()
+        return most
+
+    lp.save_sparse({"x": x}, "x")
+    assert peak(lambda: lp.save_sparse({"x": x}, "x")) < x.nbytes / 8
+    assert peak(lambda: lp.load_sparse("x")) < x.nbytes / 8
+
+
+# -------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a.extra_state": {"k": 1}}, "'a.extra_state' is a dict"),
+        ({3: torch.ones(1)}, "the key 3"),
+        ({"x": torch.eye(3).to_sparse()}, "'x' is a torch.sparse_coo tensor of torch.float32"),
+        ({"x": torch.empty(3, device="meta")}, "on meta"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_anything_is_written(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        lp.save_sparse(given, "x")
+    assert "llowed are" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    lp.save_sparse({"x": torch.ones(3)}, "x")
+    encode = storage._encode
+
+    def fail_late(words, turns, compress):
+        if len(words) == 7:
+            raise OSError("disk full")
+        return encode(words, turns, compress)
+
+    monkeypatch.setattr(storage, "_encode", fail_late)
+    with pytest.raises(OSError, match="disk full"):
+        lp.save_sparse({"y": torch.zeros(3), "z": torch.zeros(7)}, "x")
+    assert lp.load_sparse("x")["x"].tolist() == [1, 1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def assert_refused(content, message="cannot be read"):
+    with open("damaged", "wb") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match=message) as error:
+        lp.load_sparse("damaged")
+    assert "load_sparse: 'damaged' cannot be read" in str(error.value)
+
+
+@pytest.fixture
+def whole():
+    """A file with every form, a tie, several dtypes and an empty tensor."""
+    given = {
+        "dense": of_bits(torch.float32, (40,), 1),
+        "bits": of_bits(torch.bfloat16, (60, 10), 0.4),
+        "gaps": torch.where(torch.rand(100, 50) < 0.03, torch.randn(100, 50), 0.0),
+        "count": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+    }
+    lp.save_sparse({**given, "tied": given["gaps"]}, "whole")
+    with open("whole", "rb") as file:
+        return file.read()
+
+
+def test_every_truncation_is_refused(whole):
+    for length in range(0, len(whole), max(1, len(whole) // 400)):
+        assert_refused(whole[:length])
+    assert_refused(whole[:-1])
+    assert_refused(whole + b"\0")
+
+
+def test_every_flipped_bit_is_refused(whole):
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    places = {*range(start), *torch.randint(start, len(whole), (500,)).tolist()}  # the header in full
+    for place in sorted(places):
+        bit = 1 << int(torch.randint(8, ()))
+        assert_refused(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+
+
+def test_random_damage_is_refused(whole):
+    for _ in range(300):
+        start, other = torch.randint(len(whole) - 64, (2,)).tolist()
+        length = int(torch.randint(1, 64, ()))
+        end = start + length
+        noise = bytes(torch.randint(256, (length,), dtype=torch.uint8).tolist())
+        for damage in (noise, b"", bytes(length), whole[other : other + length], 2 * whole[start:end]):
+            damaged = whole[:start] + damage + whole[end:]
+            if damaged != whole:
+                assert_refused(damaged)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    assert_refused(b"")
+    assert_refused(b"not a tensor file, but longer than eight bytes" * 10)
+    torch.save({"x": torch.ones(3)}, "damaged")
+    with open("damaged", "rb") as file:
+        assert_refused(file.read())
+    for metadata in (None, {"format": "pt"}):
+        save_file({"x": torch.ones(3)}, "foreign", metadata)
+        with open("foreign", "rb") as file:
+            assert_refused(file.read(), "its format is (None|'pt'), and 'lightning_prune.sparse' is needed")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        lp.load_sparse("nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        lp.load_sparse(tmp_path)
+
+
+def test_other_versions_are_refused(whole):
+    for version in (b"0", b"2", b"9"):
+        other = whole.replace(b'"version":"1"', b'"version":"' + version + b'"', 1)
+        assert_refused(other, f"its version is '{version.decode()}', and '1' is needed")
+
+
+def test_a_container_without_data_or_index_is_refused():
+    for names in ({"data"}, {"index"}, {"other"}):
+        metadata = {"format": "lightning_prune.sparse", "version": "1", "crc": "0"}
+        save_file({name: torch.ones(3) for name in names}, "foreign", metadata)
+        with open("foreign", "rb") as file:
+            assert_refused(file.read())
+
+
+# ------------------------------------------------------------------------------------------ how it is written
+
+
+def test_a_file_is_a_safetensors_container_as_documented(whole):
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    start, end = header["index"]["data_offsets"]
+    packed = whole[8 + length :][start:end]
+    assert int(header["__metadata__"]["crc"]) == crc32(packed)
+    index = json.loads(zstandard.decompress(packed))
+    assert list(index) == ["dense", "bits", "gaps", "count", "empty", "tied"]
+    assert [index[name][2][0][1] for name in ("dense", "bits", "gaps")] == ["all", "bits", "gaps"]
+    assert index["tied"] == "gaps"
+
+
+def test_the_same_weights_make_the_same_file(whole):
+    lp.save_sparse(lp.load_sparse("whole"), "again")
+    with open("again", "rb") as file:
+        assert file.read() == whole
+
+
+@pytest.mark.parametrize("missing", ["safetensors", "zstandard"])
+def test_without_the_extra_it_says_what_is_missing(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for work in (lambda: lp.save_sparse({}, "x"), lambda: lp.load_sparse("x")):
+        with pytest.raises(
+            ModuleNotFoundError, match=rf"{missing} is needed .* 'lightning-prune\[storage\]'"
+        ):
+            work()
