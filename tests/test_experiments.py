@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
 def test_a_run_writes_one_record_a_round(runs):
     found = lines(runs["ticket"])
     assert [r["round"] for r in found] == [0, 1, 2]
-    assert [r["alive"] for r in found] == [50_000, 35_000, 24_500]
+    assert [r["alive"] for r in found] == [50_000, 33_600 + 1_700, 23_520 + 1_445]
     for r in found:
         assert r["kind"] == "ticket"
         assert r["seed"] == 1
