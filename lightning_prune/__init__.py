@@ -7,6 +7,8 @@ says from where to go on.*
 - `criteria`: which; parameters -> scores
 - `schedules`: how far; round (and scores) -> sparsity
 - `allocation`: how many where; scores and a total -> survivors per tensor
+- `granularity`: weights, blocks, kernels or filters; what lives and dies together
+- `evidence`: what these may ask for, and how to gather it without a trace
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot
@@ -15,7 +17,7 @@ says from where to go on.*
 - `callbacks`: when
 """
 
-from lightning_prune import allocation, criteria, schedules
+from lightning_prune import allocation, criteria, granularity, schedules
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind
 from lightning_prune.holding import hold
 from lightning_prune.pruning import prune
@@ -28,6 +30,7 @@ __all__ = [
     "LotteryTicketRewind",
     "allocation",
     "criteria",
+    "granularity",
     "hold",
     "load_sparse",
     "prune",

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria, rng
+from lightning_prune.callbacks.evidence import agreed, check_run, evidence_of
+from lightning_prune.evidence import asked
+from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import Hold, check_fit, mixes_weights
 from lightning_prune.masks import Masks, alive, pack, unpack
-from lightning_prune.pruning import LAYERS, Allocation, Criterion, groups, next_masks, prunable
+from lightning_prune.pruning import LAYERS, Allocation, Criterion, budget, groups, next_masks, plan, prunable
+from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
 
 log = logging.getLogger(__name__)
@@ -24,22 +28,25 @@ class IterativeMagnitudePruning(Callback):
     """Prune between rounds of training and keep dead weights exactly zero during them.
 
     A fit is a sequence of rounds of equal length. Round 0 trains the dense network; each of the `rounds`
-    prunings opens another, and the last round ends trained. A pruning happens as the next round starts, so
-    validation, checkpoints and the model that `fit` leaves behind show the trained network of a round with
-    the masks of that round. Masks are kept here and in the checkpoint, never in the model: its `state_dict`
-    has the names and shapes of the unpruned model and exact zeros. A second `fit` goes on from the masks and
-    the clock of the first.
+    prunings opens another, and the last round ends trained. A schedule that is above 0 in round 0 prunes at
+    initialization, as the first batch starts; one with many short rounds is gradual pruning. A pruning
+    happens as the next round starts, so validation, checkpoints and the model that `fit` leaves behind show
+    the trained network of a round with the masks of that round. Masks are kept here and in the checkpoint,
+    never in the model: its `state_dict` has the names and shapes of the unpruned model and exact zeros. A
+    second `fit` goes on from the masks and the clock of the first.
 
     Logged as `round`, `sparsity` and, with the loggers, `round_step`, the optimizer steps since the round
     began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
 
     Args:
-        schedule: round -> sparsity in [0, 1); or a dict {pattern over parameter names: schedule}, in which
-            the first pattern that matches wins and each pattern's weights have an exact budget of their own.
+        schedule: round (and scores) -> sparsity in [0, 1); or a dict {pattern over parameter names:
+            schedule}, in which the first pattern that matches wins and each pattern's weights have an exact
+            budget of their own.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which weights: params -> scores, higher = keep.
         allocate: how many survive in each tensor.
+        granularity: what lives and dies together: single weights, blocks, kernels, filters.
         layers: layer types whose weights are prunable.
         include: fnmatch patterns over parameter names; only these. None: all.
         exclude: fnmatch patterns over parameter names; not these.
@@ -50,6 +57,7 @@ class IterativeMagnitudePruning(Callback):
         max_sparsity: end the fit after the round whose next pruning would exceed this.
         stop_below: {metric: threshold}: end the fit after a round at whose end a logged metric is below its
             threshold.
+        score_batches: number of training batches, from each rank, that a criterion that reads data gets.
 
     Attributes:
         masks: {parameter name: bool tensor, True = alive}; empty before the first fit.
@@ -69,6 +77,7 @@ class IterativeMagnitudePruning(Callback):
         every_n_epochs: int = 1,
         criterion: Criterion = criteria.magnitude,
         allocate: Allocation = allocation.global_rank,
+        granularity: Granularity = single,
         layers: Sequence[str] = LAYERS,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -76,11 +85,13 @@ class IterativeMagnitudePruning(Callback):
         every_n_train_steps: int | None = None,
         max_sparsity: float = 1.0,
         stop_below: dict[str, float] | None = None,
+        score_batches: int = 1,
     ) -> None:
         for name, value, lowest in (
             ("rounds", rounds, 0),
             ("every_n_epochs", every_n_epochs, 1),
             ("every_n_train_steps", 1 if every_n_train_steps is None else every_n_train_steps, 1),
+            ("score_batches", score_batches, 1),
         ):
             if not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
@@ -94,11 +105,13 @@ class IterativeMagnitudePruning(Callback):
         self.every_n_train_steps = every_n_train_steps
         self.criterion = criterion
         self.allocate = allocate
+        self.granularity = granularity
         self.layers = layers
         self.include = include
         self.exclude = exclude
         self.max_sparsity = max_sparsity
         self.stop_below = dict(stop_below or {})
+        self.score_batches = score_batches
 
         self.masks: Masks = {}
         self.round = 0
@@ -106,6 +119,11 @@ class IterativeMagnitudePruning(Callback):
         self._origin = 0  # what the clock read when round 0 began
         self._elapsed = 0  # what it had passed when the last fit ended
         self._began = 0  # the global step at which the round in progress began
+        self._started = False  # whether the first batch of round 0 has started
+        self._seed: int | None = None  # of what criteria draw
+        self._initial: dict[
+            str, Tensor
+        ] = {}  # the weights at the first batch, if the criterion asks for them
         self._resumed: dict[str, Any] | None = None
         self._params: dict[str, nn.Parameter] = {}
         self._hold: Hold | None = None
@@ -151,6 +169,9 @@ class IterativeMagnitudePruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._params = self.prunable(pl_module)
         groups(list(self._params), self.schedule)
+        check_run(pl_module, self.criterion)
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
         for other in callbacks_of(trainer):
             if not isinstance(other, IterativeMagnitudePruning) or other is self:
                 continue
@@ -213,6 +234,11 @@ class IterativeMagnitudePruning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._resumed = None
+        if not self._started:
+            self._started = True
+            if "initial" in asked(self.criterion):
+                self._initial = copied(dict(self._params))
+            self._prune(trainer, pl_module, round=0)
         # Here too: rounds in steps begin within an epoch, and a checkpoint of an epoch's last batch resumes
         # here.
         self._begin_round_if_due(trainer, pl_module)
@@ -229,15 +255,38 @@ class IterativeMagnitudePruning(Callback):
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         length = self.every_n_epochs if self.every_n_train_steps is None else self.every_n_train_steps
         due = min(self.rounds, (self._clock(trainer) - self._origin) // length)
-        if due <= self.round:
-            return
-        sparsities = [(names, its(due)) for names, its in groups(list(self._params), self.schedule)]
-        if reason := self._reason_to_stop(trainer, sparsities):
-            log.info("round %d is the last: %s", self.round, reason)
-            trainer.should_stop = True
-            raise StopIteration  # Lightning's own way out of an epoch before its next batch
-        self.masks = next_masks(self._params, self.masks, sparsities, self.criterion, self.allocate)
-        self.round, self._began = due, trainer.global_step
+        if due > self.round:
+            self._prune(trainer, pl_module, due)
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, round: int) -> None:
+        sparsities = plan(groups(list(self._params), self.schedule), round)
+        if not round and not any(sparsity for _, sparsity in sparsities):
+            return  # dense
+        if reason := self._below(trainer) if round else None:
+            self._stop(trainer, reason)
+        assert self._seed is not None
+        initial = {
+            name: self._initial[name].to(p.device) for name, p in self._params.items() if self._initial
+        }
+        with evidence_of(
+            trainer, pl_module, self.criterion, self.score_batches, self._seed + round
+        ) as evidence:
+            masks = next_masks(
+                self._params,
+                self.masks,
+                sparsities,
+                self.criterion,
+                self.allocate,
+                self.granularity,
+                initial=initial or None,
+                **evidence,
+            )
+        masks, total = agreed(trainer, masks), sum(mask.numel() for mask in masks.values())
+        if (left := alive(masks)) < max(1, budget(self.max_sparsity, total)):
+            sparsity = f"the next sparsity, {1 - left / total:.4f},"
+            self._stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
+        self.masks = masks
+        self.round, self._began = round, trainer.global_step
         for callback in callbacks_of(trainer):
             if on_prune := getattr(callback, "on_prune", None):
                 on_prune(trainer, pl_module, self.masks)
@@ -258,11 +307,12 @@ class IterativeMagnitudePruning(Callback):
             100 * (1 - self.sparsity),
         )
 
-    def _reason_to_stop(self, trainer: Trainer, sparsities: list[tuple[list[str], float]]) -> str | None:
-        sizes = [(sum(self._params[n].numel() for n in names), s) for names, s in sparsities]
-        next_sparsity = sum(n * s for n, s in sizes) / sum(n for n, _ in sizes)
-        if next_sparsity > self.max_sparsity:
-            return f"the next sparsity, {next_sparsity:.4f}, is above max_sparsity={self.max_sparsity}."
+    def _stop(self, trainer: Trainer, reason: str) -> None:
+        log.info("round %d is the last: %s", self.round, reason)
+        trainer.should_stop = True
+        raise StopIteration  # Lightning's own way out of an epoch before its next batch
+
+    def _below(self, trainer: Trainer) -> str | None:
         for metric, lowest in self.stop_below.items():
             if metric not in trainer.callback_metrics:
                 raise ValueError(
@@ -318,6 +368,9 @@ class IterativeMagnitudePruning(Callback):
             "round": self.round,
             "origin": self._origin,
             "began": self._began,
+            "started": self._started,
+            "seed": self._seed,
+            "initial": self._initial,
             "masks": pack(self.masks),
             "rng": self._resumed or rng.capture(),
         }
@@ -327,6 +380,9 @@ class IterativeMagnitudePruning(Callback):
         self.round = state_dict["round"]
         self._origin = state_dict["origin"]
         self._began = state_dict["began"]
+        self._started = state_dict["started"]
+        self._seed = state_dict["seed"]
+        self._initial = state_dict["initial"]
         self.masks = unpack(state_dict["masks"])
         self._resumed = state_dict["rng"]
 
@@ -350,6 +406,8 @@ def load_masks(path: str | Path) -> Masks:
 
 
 def _check_schedule(schedule: Schedule, rounds: int) -> None:
+    if asked(schedule):
+        return  # it reads the scores, and there are none yet
     reached = 0.0
     for r in range(rounds + 1):
         sparsity = schedule(r)

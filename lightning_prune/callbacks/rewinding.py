@@ -76,8 +76,8 @@ class LotteryTicketRewind(Callback):
 
     def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Rewind; the pruning callback puts the masks on."""
-        assert self.snapshot is not None, "a pruning cannot come before the first round's to_step"
-        self.snapshot.restore(pl_module, trainer.optimizers, _schedulers(trainer))
+        if self.snapshot is not None:  # a pruning at initialization may come before it
+            self.snapshot.restore(pl_module, trainer.optimizers, _schedulers(trainer))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Evidence from a training under way: its batches and its loss, gathered without a trace."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from copy import deepcopy
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
+from lightning_prune.masks import Masks, pack, unpack
+from lightning_prune.pruning import Criterion
+
+
+def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
+    """Refuse a criterion that needs the loss of a module that steps its optimizers itself.
+
+    Raises:
+        ValueError: then.
+    """
+    if not pl_module.automatic_optimization and (
+        its := {"loss", "forward", "grads"} & asked(criterion).keys()
+    ):
+        raise ValueError(
+            f"criterion: {criterion} asks for {', '.join(sorted(its))}, from training_step; that of "
+            f"{type(pl_module).__name__} steps its optimizers itself (automatic_optimization=False). Allowed "
+            "here are criteria of the weights alone."
+        )
+
+
+@contextmanager
+def evidence_of(
+    trainer: Trainer, pl_module: LightningModule, criterion: Criterion, n_batches: int, seed: int
+) -> Generator[dict[str, Any], None, None]:
+    """What a criterion asks for of a training; when the context ends, the training is as it was.
+
+    Batches are the first of a fresh pass over the training data, the same on all ranks, in an order that
+    depends on `seed` alone. While they are drawn and the model runs, nothing is logged and the running pass
+    does not notice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wanted = OF_A_RUN & asked(criterion).keys()
+    if not wanted:
+        yield {"generator": generator}
+        return
+    loggers = trainer.loggers
+    with undisturbed(pl_module, seed):
+        try:
+            trainer.loggers = [DummyLogger() for _ in loggers]
+            for module in pl_module.modules():
+                if isinstance(module, LightningModule):
+                    module.log = module.log_dict = _ignore
+            step = _step(trainer, pl_module)
+            yield {
+                "generator": generator,
+                "model": pl_module,
+                "batches": _batches(trainer, pl_module, n_batches),
+                "loss": step,
+                "forward": step,
+            }
+        finally:
+            trainer.loggers = loggers
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _step(trainer: Trainer, pl_module: LightningModule) -> Loss:
+    """The module's training step as a loss function."""
+    with_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with trainer.precision_plugin.train_step_context():
+            output = pl_module.training_step(batch, 0) if with_index else pl_module.training_step(batch)
+        value = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"training_step of {type(pl_module).__name__} gave {value!r} as loss; "
+                "the criterion needs a tensor."
+            )
+        return value
+
+    return loss
+
+
+def _batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[Any]:
+    running = trainer.fit_loop._combined_loader
+    assert running is not None
+    loaders = CombinedLoader(tree_map(_twin, running.iterables), running._mode)  # type: ignore[arg-type]
+    batches = [batch for batch, _, _ in islice(iter(loaders), n)]
+    if trainer.world_size > 1:
+        of_all: list[list[Any]] = [[]] * trainer.world_size
+        distributed.all_gather_object(of_all, batches)
+        batches = [batch for of_ranks in zip(*of_all, strict=True) for batch in of_ranks]
+    for i, batch in enumerate(batches):
+        batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+        batches[i] = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return batches
+
+
+def _twin(loader: Any) -> Any:
+    """A loader that draws the same batches and shares the data, but neither generators nor a running pass."""
+    shared = [getattr(loader, "dataset", None), *(v for v in vars(loader).values() if isinstance(v, Tensor))]
+    memo: dict[int, Any] = {id(value): value for value in shared}
+    memo[id(getattr(loader, "_iterator", None))] = None
+    twin = deepcopy(loader, memo)
+    if isinstance(twin, DataLoader):  # worker processes for a batch or two cost more than they give
+        twin.num_workers, twin.timeout = 0, 0
+    return twin
+
+
+def agreed(trainer: Trainer, masks: Masks) -> Masks:
+    """The masks of rank 0, on every rank."""
+    if trainer.world_size == 1:
+        return masks
+    packed = unpack(trainer.strategy.broadcast(pack(masks)))
+    return {name: packed[name].to(mask.device) for name, mask in masks.items()}
