@@ -24,7 +24,7 @@ COLOURS = {
 PANELS = {
     "test_acc": "test accuracy at the end of the round",
     "test_acc_at_early_stop": "test accuracy at minimum validation loss",
-    "early_stop_step": "step of minimum validation loss",
+    "early_stop_step": "step of minimum validation loss (hollow: censored)",
 }
 Cells = dict[int, dict[str, list[Record]]]  # round -> kind -> one record a seed
 
@@ -92,17 +92,20 @@ def figure(records: list[Record], path: Path, title: str) -> None:
     for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
         left: list[float] = []
         for kind in kinds_of(records):
-            points: list[tuple[float, list[float]]] = []
-            for by_kind in by_round.values():
-                if values := [r["metrics"][metric] for r in by_kind.get(kind, []) if metric in r["metrics"]]:
-                    some = by_kind[kind][0]
-                    points.append((100 * some["alive"] / some["total"], values))
-            points.sort()
-            left = [x for x, _ in points]
+            rounds = [by_kind[kind] for by_kind in by_round.values() if kind in by_kind]
+            rounds = [its for its in rounds if all(metric in r["metrics"] for r in its)]
+            rounds.sort(key=lambda its: its[0]["alive"])
+            left = [100 * its[0]["alive"] / its[0]["total"] for its in rounds]
+            values = [[r["metrics"][metric] for r in its] for its in rounds]
+            means = [fmean(v) for v in values]
             style: dict[str, Any] = {"color": COLOURS.get(kind), "label": LABELS.get(kind, kind)}
-            axis.plot(left, [fmean(v) for _, v in points], marker="o", markersize=3.5, linewidth=1.5, **style)
-            low, high = [min(v) for _, v in points], [max(v) for _, v in points]
+            axis.plot(left, means, marker="o", markersize=3.5, linewidth=1.5, **style)
+            low, high = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(left, low, high, alpha=0.15, color=COLOURS.get(kind), linewidth=0)
+            if metric == "early_stop_step":  # hollow: the minimum of some seed is at the last evaluation
+                at = [i for i, its in enumerate(rounds) if any(r["metrics"]["censored"] for r in its)]
+                hollow: dict[str, Any] = {"facecolors": "white", "edgecolors": COLOURS.get(kind), "zorder": 3}
+                axis.scatter([left[i] for i in at], [means[i] for i in at], s=16, **hollow)
         dense = [
             r["metrics"][metric] for r in by_round.get(0, {}).get("ticket", []) if metric in r["metrics"]
         ]
@@ -111,7 +114,7 @@ def figure(records: list[Record], path: Path, title: str) -> None:
         axis.set_xscale("log")
         axis.invert_xaxis()
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.set_xticks([x for x in (100, 50, 20, 10, 5, 2, 1) if x >= min(left) * 0.9], minor=False)
+        axis.set_xticks([x for x in (100, 50, 20, 10, 5, 2, 1) if x >= min(left, default=100) * 0.9])
         axis.minorticks_off()
         if metric.startswith("test_acc"):
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
@@ -137,13 +140,14 @@ def report(folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     config = next(iter(sorted(folder.glob("ticket-*/config.yaml"))), folder / "config.yaml")
     seeds = len({r["seed"] for r in records})
-    title = f"{folder.name}: {seeds} seed{'s' if seeds > 1 else ''}, mean and range"
+    title = f"{folder.name}: " + (f"{seeds} seeds, mean and range" if seeds > 1 else "1 seed")
     figure(records, out / "figure.png", title)
 
     text = [f"# {folder.name}\n"]
     for metric, label in list(PANELS.items())[:2]:
         rows = table(records, metric)
-        text += [f"{label.capitalize()}: mean over {seeds} seeds (lowest to highest).\n", markdown(rows)]
+        spread = f", mean over {seeds} seeds (lowest to highest)" if seeds > 1 else ""
+        text += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(rows)]
     censored = sum(bool(r["metrics"].get("censored")) for r in records)
     text += [f"In {censored} of {len(records)} rounds the minimum was at the last evaluation (censored).\n"]
     if found := verdicts(config, records):
