@@ -1,0 +1,84 @@
+"""Parity: the same masks as torch.nn.utils.prune, and as open_lth apart from its off-by-one.
+
+Torch rounds the number of the pruned, we that of the survivors: at exact halves they may differ by one.
+"""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as peer
+
+import lightning_prune as lp
+from lightning_prune.allocation import AtLeast, uniform
+from lightning_prune.criteria import Random
+from lightning_prune.granularity import Filter
+from lightning_prune.pruning import next_masks
+from tests import reference_methods as oracle
+
+LAYERS = [lambda: nn.Linear(40, 30), lambda: nn.Conv2d(6, 10, 3), lambda: nn.Conv1d(8, 10, 5)]
+AMOUNTS = [0.1, 0.25, 0.5, 0.9]
+
+
+def theirs(prune, layer, **options):
+    twin = deepcopy(layer)
+    prune(twin, "weight", **options)
+    return twin.weight_mask.bool()
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_l1_unstructured(make, amount):
+    layer = make()
+    expected = theirs(peer.l1_unstructured, layer, amount=amount)
+    assert torch.equal(lp.prune(layer, amount)["weight"], expected)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_random_unstructured_has_the_same_count(make, amount):
+    layer = make()
+    expected = theirs(peer.random_unstructured, layer, amount=amount)
+    assert int(lp.prune(layer, amount, Random(1))["weight"].sum()) == int(expected.sum())
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("n", [1, 2, float("inf")])
+def test_ln_structured(make, amount, dim, n):
+    layer = make()
+    expected = theirs(peer.ln_structured, layer, amount=amount, n=n, dim=dim)
+    assert torch.equal(lp.prune(layer, amount, granularity=Filter(dim, n))["weight"], expected)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_global_unstructured(amount):
+    layers = nn.ModuleList([make() for make in LAYERS])
+    twins = nn.ModuleList([make() for make in LAYERS])
+    twins.load_state_dict(layers.state_dict())
+    peer.global_unstructured([(m, "weight") for m in twins], peer.L1Unstructured, amount=amount)
+    masks = lp.prune(layers, amount, allocate=AtLeast(0))
+    assert all(torch.equal(mask, m.weight_mask.bool()) for mask, m in zip(masks.values(), twins, strict=True))
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_the_same_fraction_of_every_layer(amount):
+    layers = nn.ModuleList([nn.Linear(40, 30), nn.Linear(30, 20)])  # amounts of these are whole numbers
+    expected = [theirs(peer.l1_unstructured, m, amount=amount) for m in layers]
+    masks = lp.prune(layers, amount, allocate=uniform)
+    assert all(torch.equal(mask, e) for mask, e in zip(masks.values(), expected, strict=True))
+
+
+def test_open_lth_removes_one_weight_more_and_is_the_same_otherwise():
+    weights = {"a": torch.randn(30, 20), "b": torch.randn(10, 30)}
+    ours = {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
+    for _ in range(5):
+        left = sum(int(m.sum()) for m in ours.values())
+        expected, cut = oracle.open_lth(weights, ours, fraction=0.2)
+        count = -(-left // 5)  # theirs is rounded up
+        ours = next_masks(weights, ours, [(list(weights), 1 - (left - count) / 900)])
+        extra = {n: ours[n] & ~expected[n] for n in ours}
+        assert [float(weights[n][e].abs()) for n, e in extra.items() if bool(e.any())] == [cut]
+        assert not any(bool((expected[n] & ~ours[n]).any()) for n in ours)
