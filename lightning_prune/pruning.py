@@ -1,5 +1,6 @@
 """Pruning: score, allocate, keep. The four axes meet here, and nowhere else."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
 from lightning_prune.granularity import Granularity, single
-from lightning_prune.masks import DEAD, Masks, Scores, bits, keep_top, zero_dead_
+from lightning_prune.masks import DEAD, Masks, Scores, bits, count_above, keep_top, zero_dead_
 from lightning_prune.schedules import Schedule
 
 Criterion = Callable[..., Scores]
@@ -177,10 +178,11 @@ def next_masks(
     units: Scores = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, mask in masks.items():
-        score, dense = scores.pop(name), bool(mask.all())
-        score = score if dense else torch.where(mask, score, 0)  # whatever the dead score
-        _check_finite({name: score}, "the score of")
-        units[name], expand[name] = granularity(score if dense else score.masked_fill_(~mask, DEAD))
+        score, living = scores.pop(name), int(mask.count_nonzero())
+        if living < mask.numel():
+            score = torch.where(mask, score, DEAD)  # whatever the dead score
+        _check_finite({name: score}, "the score of", mask.numel() - living)
+        units[name], expand[name] = granularity(score)
     if not isinstance(allocate, AtLeast):
         allocate = AtLeast(1, of=allocate)
     new: Masks = {}
@@ -222,12 +224,16 @@ def _score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str,
     return {name: scores[name].detach() for name in weights}
 
 
-def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], what: str, dead: int = 0) -> None:
     for name, t in tensors.items():
         if not t.numel():
             continue
         low, high = (float(x) for x in torch.aminmax(t))
-        if not (low > float("-inf") and high < float("inf")):  # NaN compares false
+        if dead:  # these are minus infinity, and no other may be
+            finite = high < math.inf and count_above(t, DEAD) == t.numel() - dead
+        else:
+            finite = low > DEAD and high < math.inf  # NaN compares false
+        if not finite:
             raise ValueError(
                 f"{what} {name} holds NaN or infinity; allowed are finite numbers. "
                 "Did the training diverge? Nothing was pruned."

@@ -108,11 +108,25 @@ def _batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[Any]:
 
 
 def _twin(loader: Any) -> Any:
-    """A loader that draws the same batches and shares the data, but neither generators nor a running pass."""
-    shared = [getattr(loader, "dataset", None), *(v for v in vars(loader).values() if isinstance(v, Tensor))]
-    memo: dict[int, Any] = {id(value): value for value in shared}
-    memo[id(getattr(loader, "_iterator", None))] = None
-    twin = deepcopy(loader, memo)
+    """A loader that draws the same batches without the other noticing: all but what draws is shared.
+
+    Raises:
+        ValueError: when it cannot be copied, a running generator for instance.
+    """
+    drawing = ("sampler", "batch_sampler", "generator")
+    memo: dict[int, Any] = {
+        id(value): value
+        for name, value in getattr(loader, "__dict__", {}).items()
+        if isinstance(value, Tensor) or (isinstance(loader, DataLoader) and name not in drawing)
+    }
+    memo[id(getattr(loader, "_iterator", None))] = None  # a running pass of persistent workers
+    try:
+        twin = deepcopy(loader, memo)
+    except TypeError as error:
+        raise ValueError(
+            f"criterion: it reads training batches, and a {type(loader).__name__} cannot be copied to draw "
+            f"them on the side ({error}). Allowed is a DataLoader, or an iterable that copy.deepcopy copies."
+        ) from error
     if isinstance(twin, DataLoader):  # worker processes for a batch or two cost more than they give
         twin.num_workers, twin.timeout = 0, 0
     return twin
