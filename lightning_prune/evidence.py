@@ -55,7 +55,8 @@ def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
     wanted = asked(function, len(args))
     for name, needed in wanted.items():
         if needed and evidence.get(name) is None:
-            raise ValueError(f"{function} asks for `{name}`, and there is none here. {EVIDENCE[name]}")
+            its = getattr(function, "__name__", repr(function))
+            raise ValueError(f"{its} asks for `{name}`, and there is none here. {EVIDENCE[name]}")
     return function(*args, **{name: evidence[name] for name in wanted if evidence.get(name) is not None})
 
 

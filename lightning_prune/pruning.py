@@ -171,6 +171,8 @@ def next_masks(
     """
     weights = {name: p.detach() for name, p in params.items()}
     _check_finite(weights, "the weight")
+    if not any(sparsity for _, sparsity in sparsities):
+        return {name: masks[name].clone() for name in weights}
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
     if len(known) == len(sparsities):
         evidence["sparsity"] = sum(s * n for s, n in known) / sum(n for _, n in known)
@@ -215,6 +217,13 @@ def _score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str,
     if "grads" in asked(criterion) and evidence.get("batches") and evidence.get("loss"):
         run = (evidence[name] for name in ("model", "loss", "batches"))
         evidence = {**evidence, "grads": mean_gradients(weights, *run)}
+    if (initial := evidence.get("initial")) is not None:
+        for name, w in weights.items():
+            if name not in initial or initial[name].shape != w.shape:
+                given = tuple(initial[name].shape) if name in initial else "none"
+                raise ValueError(
+                    f"initial: {name} of shape {tuple(w.shape)} is needed, and {given} is given."
+                )
     scores = call(criterion, weights, **evidence)
     for name, w in weights.items():
         if name not in scores or scores[name].shape != w.shape or not scores[name].is_floating_point():

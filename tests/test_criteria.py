@@ -254,6 +254,12 @@ def test_missing_evidence_is_named(criterion, name):
         lp.prune(mlp(), 0.5, criterion)
 
 
+def test_initial_weights_must_fit():
+    for initial in ({}, {"0.weight": torch.zeros(2, 2)}):
+        with pytest.raises(ValueError, match=r"initial: 0.weight of shape \(7, 5\) is needed"):
+            lp.prune(mlp(), 0.5, criteria.movement, initial=initial)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
