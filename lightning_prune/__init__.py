@@ -14,12 +14,14 @@ says from where to go on.*
 - `rewind`: from where; the snapshot
 - `rng`: the state of the random number generators
 - `storage`: sparse files; `save_sparse` and `load_sparse`
+- `inference`: what zeros are worth; `accelerate` and `summarize`
 - `callbacks`: when
 """
 
 from lightning_prune import allocation, criteria, granularity, schedules
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind
 from lightning_prune.holding import hold
+from lightning_prune.inference import accelerate, summarize
 from lightning_prune.pruning import prune
 from lightning_prune.storage import load_sparse, save_sparse
 
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IterativeMagnitudePruning",
     "LotteryTicketRewind",
+    "accelerate",
     "allocation",
     "criteria",
     "granularity",
@@ -36,4 +39,5 @@ __all__ = [
     "prune",
     "save_sparse",
     "schedules",
+    "summarize",
 ]
