@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 from scipy.stats import t
 
-Record = dict[str, Any]
+from experiments.records import Record
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The networks of the experiments. Their last layer is named `out`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,28 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.fc1(x.flatten(1)))
         return self.out(h + torch.relu(self.fc2(h)))
+
+
+class DeepFFN(nn.Module):
+    """A deep feed-forward network with ReLU, and optionally layer norm before each activation."""
+
+    def __init__(
+        self,
+        inputs: int = 784,
+        hidden: Sequence[int] = (1000, 500, 200, 100),
+        classes: int = 10,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in zip((inputs, *hidden[:-1]), hidden, strict=True):
+            norm = [nn.LayerNorm(after)] if layer_norm else []
+            layers += [nn.Linear(before, after), *norm, nn.ReLU()]
+        self.hidden = nn.Sequential(*layers)
+        self.out = nn.Linear(hidden[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x.flatten(1)))
 
 
 class ResNet20(nn.Module):
@@ -83,3 +107,55 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         return torch.relu(h + self.shortcut(x))
+
+
+class ResNeXt(nn.Module):
+    """A small ResNeXt for 32x32 images: grouped convolutions in bottleneck blocks with BatchNorm.
+
+    Reference: Xie et al. (2017), arXiv:1611.05431.
+    """
+
+    def __init__(self, widths: Sequence[int] = (64, 128, 256), groups: int = 8, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
+        )
+        blocks: list[nn.Module] = []
+        channels = 32
+        for width in widths:
+            blocks += [
+                Bottleneck(channels, width, groups, stride=2),
+                Bottleneck(width, width, groups, stride=1),
+            ]
+            channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.out = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, grouped 3x3 and 1x1 convolutions with BatchNorm beside a shortcut."""
+
+    def __init__(self, channels: int, out: int, groups: int, stride: int) -> None:
+        super().__init__()
+        inner = out // 2
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, inner, 3, stride, padding=1, groups=groups, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))

@@ -14,6 +14,9 @@ from typing_extensions import override
 from lightning_prune import IterativeMagnitudePruning
 from lightning_prune.masks import Masks
 
+Record = dict[str, Any]
+KINDS = ("ticket", "reinit", "random")  # in this order, before all others
+
 
 class Records(Callback):
     """Append a line to `records.jsonl` when a round has been trained.
@@ -44,7 +47,7 @@ class Records(Callback):
         pruner = pruner_of(trainer)
         if not self._round:
             self.survived = {name: torch.zeros_like(m, dtype=torch.uint8) for name, m in pruner.masks.items()}
-            self._round = _described(pruner.round, pruner.masks)
+            self._round = described(pruner.round, pruner.masks)
         self._since = time.monotonic()
         # A run that was killed may have finished rounds after its last checkpoint: they are trained again.
         write(self.path, [r for r in read(self.path)[0] if r["round"] < self._round["round"]])
@@ -63,7 +66,7 @@ class Records(Callback):
         self._finish()
         for name, mask in masks.items():
             self.survived[name] += mask
-        self._round = _described(pruner_of(trainer).round, masks)
+        self._round = described(pruner_of(trainer).round, masks)
         self._began = trainer.global_step
 
     @override
@@ -103,7 +106,8 @@ def pruner_of(trainer: Trainer) -> IterativeMagnitudePruning:
     return next(c for c in trainer.callbacks if isinstance(c, IterativeMagnitudePruning))  # type: ignore[attr-defined]
 
 
-def _described(round: int, masks: Masks) -> dict[str, Any]:
+def described(round: int, masks: Masks) -> dict[str, Any]:
+    """What a record says of the masks."""
     alive = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     total = sum(mask.numel() for mask in masks.values())
     return {
@@ -157,3 +161,17 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
         if isinstance(record, dict) and {"round", "kind", "metrics"} <= record.keys():
             records.append(record)
     return records, len(lines) - len(records)
+
+
+def by_round(records: list[Record]) -> dict[int, dict[str, list[Record]]]:
+    """Records by round and kind."""
+    table: dict[int, dict[str, list[Record]]] = {}
+    for record in records:
+        table.setdefault(record["round"], {}).setdefault(record["kind"], []).append(record)
+    return table
+
+
+def kinds_of(records: list[Record]) -> list[str]:
+    """The kinds of run there are, in the order in which figures show them."""
+    there = dict.fromkeys(r["kind"] for r in records)
+    return [k for k in KINDS if k in there] + [k for k in there if k not in KINDS]

@@ -16,8 +16,9 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.oneshot import sweep
 from experiments.progress import ExperimentProgress
-from experiments.records import Records
+from experiments.records import Records, read, write
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def run(cfg: DictConfig) -> Path:
         log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
         return folder
 
+    _hush()
     torch.set_num_threads(cfg.threads)
     batches = instantiate(cfg.batches)
     seed_everything(cfg.seed + cfg.init_offset, verbose=False)
@@ -65,9 +67,14 @@ def run(cfg: DictConfig) -> Path:
     logger = instantiate(cfg.logger, save_dir=str(folder)) if cfg.logger else False
     steps = (cfg.rounds + 1) * cfg.steps_per_round
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger, max_steps=steps)
-    with warnings.catch_warnings():
-        _hush()
-        trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    if cfg.oneshot:
+        methods = instantiate(cfg.oneshot, _convert_="all")
+        _, test = batches.val_dataloader()
+        path = folder / "records.jsonl"
+        trained = [r for r in read(path)[0] if r["kind"] not in methods]
+        write(path, trained + sweep(task, methods, test, cfg.seed))
+    trainer.save_checkpoint(folder / "final.ckpt")
     done.touch()
     log.info("written: %s", os.path.relpath(folder))
     return folder

@@ -258,7 +258,7 @@ def test_several_fractions_are_judged_by_the_worst():
 def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
     report.report(runs["ticket"].parent, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| 2 | 49.00% |" in text
+    assert "| 2 | 49.93% |" in text
     assert "re-initialised" in text
     assert "random mask" in text
     assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
