@@ -75,7 +75,7 @@ def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     path, tensors = Path(path), dict(state_dict)
     for name, tensor in tensors.items():
         _check(name, tensor)
-    _, zstd = _libraries()
+    _, zstd = libraries()
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -97,7 +97,7 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
         ValueError: when it is no such file, of another version, truncated or damaged.
         ModuleNotFoundError: without the extra `storage` (safetensors and zstandard).
     """
-    safetensors, zstd = _libraries()
+    safetensors, zstd = libraries()
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_sparse: there is no file {str(path)!r}.")
     try:
@@ -114,7 +114,8 @@ class _Unreadable(Exception):
     pass
 
 
-def _libraries() -> tuple[Any, Any]:
+def libraries() -> tuple[Any, Any]:
+    """Import safetensors and zstandard: here, so that only sparse files need them."""
     try:
         import safetensors
         import zstandard

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import nn
 
 import lightning_prune as lp
 from experiments.benchmarks.size import limit
 from lightning_prune import storage
+from tests.networks import Net, fitter, loader
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 WHOLE = [
@@ -349,6 +351,30 @@ def test_the_same_weights_make_the_same_file(whole):
     lp.save_sparse(lp.load_sparse("whole"), "again")
     with open("again", "rb") as file:
         assert file.read() == whole
+
+
+@pytest.mark.filterwarnings("ignore")  # those of Lightning
+def test_the_callback_writes_the_file_beside_the_checkpoint_when_a_fit_ends(tmp_path):
+    options = {"schedule": lp.schedules.OneShot(0.8), "rounds": 1, "save_sparse": "net.safetensors"}
+    net = Net()
+    checkpoints = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
+    pruner = lp.IterativeMagnitudePruning(**options)
+    fitter(pruner, checkpoints, epochs=2, enable_checkpointing=True).fit(net, loader())
+    written = lp.load_sparse(tmp_path / "checkpoints" / "net.safetensors")
+    assert_same(written, dict(net.state_dict()))
+    assert pruner.sparsity == 0.8
+    Net().load_state_dict(written, strict=True)
+
+    fitter(lp.IterativeMagnitudePruning(**options), epochs=2, default_root_dir=tmp_path / "root").fit(
+        Net(), loader()
+    )
+    assert lp.load_sparse(tmp_path / "root" / "net.safetensors")
+
+
+def test_the_callback_refuses_a_file_that_it_could_not_write(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ModuleNotFoundError, match="zstandard is needed"):
+        lp.IterativeMagnitudePruning(save_sparse="x")
 
 
 @pytest.mark.parametrize("missing", ["safetensors", "zstandard"])

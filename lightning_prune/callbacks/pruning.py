@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune import allocation, criteria, rng
+from lightning_prune import allocation, criteria, rng, storage
 from lightning_prune.callbacks.evidence import agreed, check_run, evidence_of
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
@@ -58,6 +58,8 @@ class IterativeMagnitudePruning(Callback):
         stop_below: {metric: threshold}: end the fit after a round at whose end a logged metric is below its
             threshold.
         score_batches: number of training batches, from each rank, that a criterion that reads data gets.
+        save_sparse: file that gets the model's `state_dict` when a fit ends, as `lightning_prune.save_sparse`
+            writes it; in the folder of the checkpoints, or where an absolute path says. None: no file.
 
     Attributes:
         masks: {parameter name: bool tensor, True = alive}; empty before the first fit.
@@ -86,6 +88,7 @@ class IterativeMagnitudePruning(Callback):
         max_sparsity: float = 1.0,
         stop_below: dict[str, float] | None = None,
         score_batches: int = 1,
+        save_sparse: str | Path | None = None,
     ) -> None:
         for name, value, lowest in (
             ("rounds", rounds, 0),
@@ -111,6 +114,9 @@ class IterativeMagnitudePruning(Callback):
         self.exclude = exclude
         self.max_sparsity = max_sparsity
         self.stop_below = dict(stop_below or {})
+        self.save_sparse = save_sparse
+        if save_sparse is not None:
+            storage.libraries()  # which fail now or never
         self.score_batches = score_batches
 
         self.masks: Masks = {}
@@ -349,6 +355,14 @@ class IterativeMagnitudePruning(Callback):
             self._hold.apply()
             self._hold.remove()
             self._hold = None
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.save_sparse is not None and trainer.is_global_zero:
+            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            path = Path(folder, self.save_sparse)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.save_sparse(pl_module.state_dict(), path)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
