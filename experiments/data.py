@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Splits:
     test: Pair
 
 
+@cache
 def mnist1d(seed: int = 42) -> Splits:
     """MNIST-1D: 4,000 training and 1,000 test signals of length 40 in 10 classes, generated, not downloaded.
 

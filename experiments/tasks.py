@@ -48,14 +48,14 @@ class Classification(LightningModule):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = cross_entropy(self.net(batch[0]), batch[1])
+        loss = cross_entropy(self(batch[0]), batch[1])
         if self.trainer.loggers and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train_loss", loss)
         return loss
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        logits, split = self.net(batch[0]), SPLITS[dataloader_idx]
+        logits, split = self(batch[0]), SPLITS[dataloader_idx]
         loss, accuracy = self.metrics[f"{split}_loss"], self.metrics[f"{split}_acc"]
         loss.update(cross_entropy(logits, batch[1]), weight=len(batch[1]))  # type: ignore[operator]
         accuracy.update(logits, batch[1])  # type: ignore[operator]

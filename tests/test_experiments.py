@@ -165,7 +165,7 @@ def test_mnist1d_is_generated_without_touching_the_global_generators():
         (1000, 40),
         (1000, 40),
     ]
-    assert torch.equal(splits.train[0], data.mnist1d().train[0])
+    assert torch.equal(splits.train[0], data.mnist1d.__wrapped__().train[0])
     train = {tuple(row.tolist()) for row in splits.train[0]}
     assert not any(tuple(row.tolist()) in train for row in splits.val[0])
 
@@ -266,3 +266,24 @@ def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(SystemExit, match="no records"):
         report.report(tmp_path / "nothing", tmp_path / "out")
+
+
+METHODS = [
+    (path.parent.name, path.stem)
+    for group in ("criterion", "allocation", "schedule", "granularity")
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+    if path.stem != "replay"
+]
+
+
+@pytest.mark.parametrize(("group", "name"), METHODS)
+def test_every_method_runs_from_its_config_in_the_mnist1d_experiment(group, name, tmp_path):
+    # half_rate_output is the experiment's own schedule; any other replaces it for all layers
+    schedule = [] if group == "schedule" else ["schedule=one_shot"]
+    short = ["steps_per_round=6", "evaluate_every=6", "rounds=1", "checkpoint_every_n_epochs=99"]
+    folder = run(config(tmp_path, *schedule, f"{group}={name}", *short))
+    last = lines(folder)[-1]
+    state = torch.load(folder / "final.ckpt", weights_only=True)["state_dict"]
+    zeros = sum(int((state[n] == 0).sum()) for n in last["layers"])
+    assert zeros == last["total"] - last["alive"]
+    assert (last["sparsity"] > 0) == (name != "hold")

@@ -2,7 +2,7 @@
 
 `python -m experiments.benchmarks.size [--full]`. Weights are normal, layer by layer with the usual initial
 spread, pruned to one global threshold. All ratios are from one run; times are medians of alternated
-runs, those of gzip over ours. xz is slow: the larger network is compared with it with --full only.
+runs, those of gzip over ours. ResNeXt-50, and xz of the larger networks, are slow: --full.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SPARSITIES = (0.4, 0.8, 0.9, 0.98)
 
 
 def limit(state_dict: Mapping[str, Tensor]) -> float:
-    """Bytes of float32 tensors at the limit: positions and exponents at their entropy, mantissas as they are.
+    """Bytes at the limit: positions and exponents of float32 at their entropy, mantissas as they are.
 
     Per tensor n * H(density) + survivors * (23 + order-0 entropy of sign and exponent) bits.
 
@@ -33,6 +33,9 @@ def limit(state_dict: Mapping[str, Tensor]) -> float:
     """
     bits = 0.0
     for tensor in state_dict.values():
+        if tensor.dtype != torch.float32:
+            bits += 8 * tensor.nbytes
+            continue
         words = tensor.contiguous().view(torch.int32)
         survivors = words[words != 0]
         alive = torch.tensor([len(survivors), words.numel() - len(survivors)])
@@ -57,6 +60,15 @@ def lenet() -> nn.Module:
 
 def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.Linear(2048, 1024))
+
+
+def resnext() -> nn.Module:
+    from torchvision.models import resnext50_32x4d  # of the extra `vision`
+
+    return resnext50_32x4d()
+
+
+NETWORKS = {"LeNet-300-100": lenet, "1024-2048-2048-1024": wide, "ResNeXt-50 32x4d": resnext}
 
 
 def raw(state_dict: Mapping[str, Tensor]) -> bytes:
@@ -107,17 +119,19 @@ def measure(model: nn.Module, sparsity: float, folder: Path, repeats: int, xz: b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="more repeats, and xz of the larger network too")
+    parser.add_argument("--full", action="store_true", help="ResNeXt-50 too, and xz of all")
     full: bool = parser.parse_args().full
     torch.manual_seed(0)
     print(machine())
     print(f"{'sparsity':>8} {'raw MB':>9} {'sparse MB':>9} {'/ limit':>9} {'/ gzip':>8} {'/ xz':>7}", end=" ")
     print(f"{'write time':>12} {'read time':>11}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, model in (("LeNet-300-100", lenet), ("1024-2048-2048-1024", wide)):
+        for name, model in NETWORKS.items():
+            if model is resnext and not full:
+                continue
             print(name)
             for sparsity in SPARSITIES:
-                repeats = 5 if full or model is lenet else 3
+                repeats = 5 if model is lenet else 3
                 print(measure(model(), sparsity, Path(folder), repeats, xz=full or model is lenet))
 
 
