@@ -39,9 +39,9 @@ class IterativeMagnitudePruning(Callback):
     began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
 
     Args:
-        schedule: round (and scores) -> sparsity in [0, 1); or a dict {pattern over parameter names:
-            schedule}, in which the first pattern that matches wins and each pattern's weights have an exact
-            budget of their own.
+        schedule: round (and scores) -> sparsity in [0, 1), by default `Geometric(0.2)`; or a dict {pattern over parameter
+            names: schedule}, in which the first pattern that matches wins and each pattern's weights have an
+            exact budget of their own.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which weights: params -> scores, higher = keep.
@@ -74,7 +74,7 @@ class IterativeMagnitudePruning(Callback):
 
     def __init__(
         self,
-        schedule: Schedule | dict[str, Schedule] = Geometric(0.2),
+        schedule: Schedule | dict[str, Schedule] | None = None,
         rounds: int = 10,
         every_n_epochs: int = 1,
         criterion: Criterion = criteria.magnitude,
@@ -100,7 +100,7 @@ class IterativeMagnitudePruning(Callback):
                 raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
         if not 0 < max_sparsity <= 1:
             raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1.")
-        self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule
+        self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
         for its in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
             _check_schedule(its, rounds)
         self.rounds = rounds
@@ -420,6 +420,11 @@ def load_masks(path: str | Path) -> Masks:
 
 
 def _check_schedule(schedule: Schedule, rounds: int) -> None:
+    if not callable(schedule):
+        raise ValueError(
+            f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
+            "From a Hydra config set `_convert_: all` beside the callback's `_target_`."
+        )
     if asked(schedule):
         return  # it reads the scores, and there are none yet
     reached = 0.0

@@ -1,0 +1,78 @@
+"""The callbacks are built from YAML alone: by their type hints (LightningCLI) and by `_target_` (Hydra)."""
+
+import pytest
+from hydra.utils import instantiate
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+
+import lightning_prune as lp
+
+BY_HINTS = """
+callbacks:
+- class_path: lightning_prune.IterativeMagnitudePruning
+  init_args:
+    schedule:
+      "*head*": {class_path: lightning_prune.schedules.Geometric, init_args: {rate: 0.1}}
+      "*": {class_path: lightning_prune.schedules.OneShot}
+    criterion: {class_path: lightning_prune.criteria.Random, init_args: {seed: 3}}
+    allocate: lightning_prune.allocation.uniform
+    granularity: {class_path: lightning_prune.granularity.NM}
+    include: ["body*", "head*"]
+    stop_below: {val_acc: 0.5}
+    every_n_train_steps: 5
+- class_path: lightning_prune.LotteryTicketRewind
+  init_args: {to_step: 4}
+"""
+
+BY_TARGET = """
+_target_: lightning_prune.IterativeMagnitudePruning
+_convert_: all
+schedule:
+  "*head*": {_target_: lightning_prune.schedules.Geometric, rate: 0.1}
+  "*": {_target_: lightning_prune.schedules.OneShot}
+criterion: {_target_: lightning_prune.criteria.Random, seed: 3}
+allocate: {_target_: hydra.utils.get_method, path: lightning_prune.allocation.uniform}
+granularity: {_target_: lightning_prune.granularity.NM}
+include: ["body*", "head*"]
+stop_below: {val_acc: 0.5}
+every_n_train_steps: 5
+"""
+
+
+def check(pruner):
+    assert pruner.schedule == {"*head*": lp.schedules.Geometric(0.1), "*": lp.schedules.OneShot()}
+    assert pruner.criterion == lp.criteria.Random(3)
+    assert pruner.allocate is lp.allocation.uniform
+    assert pruner.granularity == lp.granularity.NM()
+    assert pruner.include == ["body*", "head*"]
+    assert pruner.stop_below == {"val_acc": 0.5}
+    assert pruner.every_n_train_steps == 5
+
+
+def by_hints(text):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback])
+    return parser.instantiate(parser.parse_string(text)).callbacks
+
+
+def test_from_type_hints():
+    pruner, rewind = by_hints(BY_HINTS)
+    check(pruner)
+    assert rewind.to_step == 4
+
+
+def test_from_type_hints_with_no_arguments():
+    (pruner,) = by_hints("callbacks: [{class_path: lightning_prune.IterativeMagnitudePruning}]")
+    assert pruner.schedule == lp.schedules.Geometric(0.2)
+
+
+def test_from_hydras_target():
+    check(instantiate(OmegaConf.create(BY_TARGET)))
+
+
+def test_without_convert_hydra_hands_over_no_schedules_and_the_error_says_so():
+    cfg = OmegaConf.create(BY_TARGET)
+    del cfg["_convert_"]
+    with pytest.raises(Exception, match="_convert_: all"):
+        instantiate(cfg)
