@@ -39,9 +39,9 @@ class IterativeMagnitudePruning(Callback):
     began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
 
     Args:
-        schedule: round (and scores) -> sparsity in [0, 1), by default `Geometric(0.2)`; or a dict {pattern over parameter
-            names: schedule}, in which the first pattern that matches wins and each pattern's weights have an
-            exact budget of their own.
+        schedule: round (and scores) -> sparsity in [0, 1), by default `Geometric(0.2)`; or a dict {pattern
+            over parameter names: schedule}, in which the first pattern that matches wins and each pattern's
+            weights have an exact budget of their own.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which weights: params -> scores, higher = keep.
