@@ -34,13 +34,15 @@ def global_rank(scores: Scores, total: int) -> Keep:
     keep = Keep(dict.fromkeys(scores, 0))
     if total == 0:
         return keep
-    cut, ties = threshold(scores.values(), total)
-    for name, s in scores.items():
-        keep[name] = count_above(s, cut)
-        if ties:
-            equal = min(ties, count_above(s, cut, or_equal=True) - keep[name])
-            keep[name] += equal
-            ties -= equal
+    cut, _ = threshold(scores.values(), total)
+    keep.update({name: count_above(s, cut, or_equal=True) for name, s in scores.items()})
+    spare = sum(keep.values()) - total  # more are equal to the cut than there is room for
+    for name in reversed(list(scores)):
+        if not spare:
+            break
+        dropped = min(spare, keep[name] - count_above(scores[name], cut))
+        keep[name] -= dropped
+        spare -= dropped
     keep.near = cut
     return keep
 
@@ -209,7 +211,10 @@ class AtLeast:
 
 def alive_per_tensor(scores: Scores) -> dict[str, int]:
     """How many weights of each tensor are candidates."""
-    return {name: count_above(s, DEAD) for name, s in scores.items()}
+    return {
+        name: s.numel() if s.numel() and bool(s.amin() > DEAD) else count_above(s, DEAD)
+        for name, s in scores.items()
+    }
 
 
 def apportion(total: int, shares: Mapping[str, float | Fraction], caps: Mapping[str, int]) -> Keep:

@@ -120,7 +120,8 @@ def keep_top(scores: Tensor, keep: int, near: float | None = None) -> Tensor:
     if keep in (0, flat.numel()):
         return torch.full_like(scores, keep > 0, dtype=torch.bool, memory_format=torch.contiguous_format)
     if near is not None:
-        for mask in (flat > near, flat >= near):
+        for compare in (torch.ge, torch.gt):
+            mask = compare(flat, near)
             if int(mask.count_nonzero()) == keep:
                 return mask.view(scores.shape)
     cut, ties = threshold([flat], keep)
