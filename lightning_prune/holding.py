@@ -54,9 +54,11 @@ class Hold:
         self._bits: dict[str, Tensor] = {}
         self.set(masks)
         self._handles = [o.register_step_post_hook(lambda *_: self.apply()) for o in self._optimizers]
-        for name, p in self._params.items():
-            if gradients and p.requires_grad:
-                self._handles.append(p.register_post_accumulate_grad_hook(self._mask_gradient(name)))
+        for name, p in self._params.items() if gradients else ():
+            frozen = not p.requires_grad  # now; it may be trained later
+            p.requires_grad_(True)
+            self._handles.append(p.register_post_accumulate_grad_hook(self._mask_gradient(name)))
+            p.requires_grad_(not frozen)
 
     def set(self, masks: Masks) -> None:
         """Hold these masks from now on: dead weights become 0, and what the optimizers remember of them."""

@@ -80,6 +80,7 @@ class Snapshot:
         # load_state_dict keeps references to what it is given
         for optimizer, state in zip(optimizers, self.optimizers, strict=True):
             optimizer.load_state_dict(copied(state))
+            _keep_precision(optimizer, state)
         for scheduler, state in zip(schedulers, self.schedulers, strict=True):
             scheduler.load_state_dict(copied(state))
 
@@ -90,6 +91,17 @@ class Snapshot:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _keep_precision(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
+    """Undo the cast to the parameter's dtype that load_state_dict makes of NAdam's and ASGD's numbers."""
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, p in zip(keys, params, strict=True):
+        for what, value in state["state"].get(key, {}).items():
+            loaded = optimizer.state[p][what]
+            if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[p][what] = value.to(loaded.device, copy=True)
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
