@@ -130,7 +130,7 @@ class IterativeMagnitudePruning(Callback):
         self._initial: dict[
             str, Tensor
         ] = {}  # the weights at the first batch, if the criterion asks for them
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # generators of a checkpoint, until training goes on
         self._params: dict[str, nn.Parameter] = {}
         self._hold: Hold | None = None
         self._trainer: Trainer | None = None
@@ -193,8 +193,7 @@ class IterativeMagnitudePruning(Callback):
         custom = is_overridden("configure_gradient_clipping", pl_module)
         gradients = bool(clipped or custom or any(mixes_weights(o) for o in trainer.optimizers))
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
-        if self._resumed:
-            rng.restore(self._resumed)
+        self._restore_generators(trainer)
 
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of `model` that this callback prunes, by name."""
@@ -208,6 +207,10 @@ class IterativeMagnitudePruning(Callback):
         return (
             dict(self._start_from) if isinstance(self._start_from, Mapping) else load_masks(self._start_from)
         )
+
+    def _restore_generators(self, trainer: Trainer) -> None:
+        if self._resumed and trainer.world_size == 1:  # the checkpoint has the generators of rank 0 alone
+            rng.restore(self._resumed)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,15 +226,10 @@ class IterativeMagnitudePruning(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop
-        if (
-            self._resumed
-            and trainer.current_epoch > 0
-            and not loop.is_resuming
-            and not loop.epoch_loop.restarting
-        ):
+        if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
             # From a checkpoint written at the end of a validation Lightning first replays the end of that
             # epoch, and makes this epoch's data iterator anew, which draws again.
-            rng.restore(self._resumed)
+            self._restore_generators(trainer)
         self._begin_round_if_due(trainer, pl_module)
         self._announce = True
 
