@@ -131,6 +131,7 @@ class IterativeMagnitudePruning(Callback):
             str, Tensor
         ] = {}  # the weights at the first batch, if the criterion asks for them
         self._resumed: dict[str, Any] | None = None  # generators of a checkpoint, until training goes on
+        self._metrics: dict[str, float] = {}  # those of stop_below when that checkpoint was written
         self._params: dict[str, nn.Parameter] = {}
         self._hold: Hold | None = None
         self._trainer: Trainer | None = None
@@ -194,6 +195,10 @@ class IterativeMagnitudePruning(Callback):
         gradients = bool(clipped or custom or any(mixes_weights(o) for o in trainer.optimizers))
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
         self._restore_generators(trainer)
+        if self._resumed and (fetcher := trainer.fit_loop._data_fetcher):
+            # A configure_optimizers that asked for the length of the data has made the iterator of this epoch
+            # already, and drawn for it.
+            iter(fetcher)
 
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of `model` that this callback prunes, by name."""
@@ -317,15 +322,21 @@ class IterativeMagnitudePruning(Callback):
         raise StopIteration  # Lightning's own way out of an epoch before its next batch
 
     def _below(self, trainer: Trainer) -> str | None:
+        metrics = self._metrics | self._logged(trainer)
         for metric, lowest in self.stop_below.items():
-            if metric not in trainer.callback_metrics:
+            if metric not in metrics:
                 raise ValueError(
                     f"stop_below: no metric {metric!r} was logged in this round. "
                     f"Logged are: {', '.join(trainer.callback_metrics) or 'none'}."
                 )
-            if (value := float(trainer.callback_metrics[metric])) < lowest:
+            if (value := metrics[metric]) < lowest:
                 return f"{metric} is {value:.4g}, below {lowest}."
         return None
+
+    def _logged(self, trainer: Trainer) -> dict[str, float]:
+        """What stop_below looks at. In a checkpoint too: the next round begins after it, or does not."""
+        logged = trainer.callback_metrics
+        return {metric: float(logged[metric]) for metric in self.stop_below if metric in logged}
 
     # -------------------------------------------------------------------- wherever weights leave the training
 
@@ -384,6 +395,7 @@ class IterativeMagnitudePruning(Callback):
             "seed": self._seed,
             "initial": self._initial,
             "masks": pack(self.masks),
+            "metrics": self._metrics | (self._logged(self._trainer) if self._trainer else {}),
             "rng": self._resumed or rng.capture(),
         }
 
@@ -396,6 +408,7 @@ class IterativeMagnitudePruning(Callback):
         self._seed = state_dict["seed"]
         self._initial = state_dict["initial"]
         self.masks = unpack(state_dict["masks"])
+        self._metrics = state_dict["metrics"]
         self._resumed = state_dict["rng"]
 
 

@@ -1,0 +1,185 @@
+"""Resume equals straight run: killed anywhere and started again, a run ends with the same bits."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_prune as lp
+from tests.interrupted import CLOCKS, EPOCHS, Stopped, run, run_to_file
+from tests.networks import Net, fitter, same
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
+
+SAVED = ["epoch end", "validation end"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Uninterrupted runs with all their checkpoints, each made once."""
+    made = {}
+
+    def make(clock, saved, **options):
+        key = (clock, saved, *sorted(options.items(), key=str))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("straight")
+            made[key] = folder, run(folder, clock, saved, **options)
+        return made[key]
+
+    return make
+
+
+def equal(result, expected):
+    different = [key for key in expected if not same(result[key], expected[key])]
+    assert not different
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("epoch", range(EPOCHS - 1))
+def test_resume_equals_straight_run(epoch, clock, saved, straight, tmp_path):
+    folder, expected = straight(clock, saved)
+    equal(run(tmp_path, clock, saved, resume=folder / f"epoch={epoch}.ckpt"), expected)
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("to_step", [None, 0])
+def test_resume_equals_straight_run_without_a_rewind_and_from_initialization(
+    to_step, clock, saved, straight, tmp_path
+):
+    folder, expected = straight(clock, saved, to_step=to_step)
+    for epoch in (1, 4):
+        resume = folder / f"epoch={epoch}.ckpt"
+        equal(run(tmp_path, clock, saved, resume=resume, to_step=to_step), expected)
+
+
+@pytest.mark.parametrize("name", ["Adam", "RAdam", "Adamax", "NAdam"])
+def test_resume_equals_straight_run_under_other_optimizers(name, straight, tmp_path):
+    def make(params):
+        return getattr(torch.optim, name)(params, lr=0.02, weight_decay=0.05)
+
+    folder, expected = straight("epochs", "epoch end", make=make)
+    for epoch in (1, 2):
+        equal(
+            run(tmp_path, "epochs", "epoch end", resume=folder / f"epoch={epoch}.ckpt", make=make), expected
+        )
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize(
+    ("hook", "n"),
+    [
+        ("on_train_batch_start", 2),  # no checkpoint yet: from the start
+        ("on_train_batch_end", 8),
+        ("on_prune", 1),
+        ("on_train_batch_start", 17),
+        ("on_validation_start", 6),
+        ("on_train_epoch_end", 5),
+    ],
+)
+def test_a_run_that_failed_goes_on_as_if_it_had_not(hook, n, saved, straight, tmp_path):
+    _, expected = straight("epochs", saved)
+    with pytest.raises(Stopped):
+        run(tmp_path, "epochs", saved, stop=(hook, n))
+    equal(run(tmp_path, "epochs", saved), expected)
+
+
+def test_a_run_that_fails_again_and_again_ends_the_same(straight, tmp_path):
+    _, expected = straight("steps", "epoch end")
+    for n in (4, 5, 4, 3, 5):
+        with pytest.raises(Stopped):
+            run(tmp_path, "steps", "epoch end", stop=("on_train_batch_start", n))
+    equal(run(tmp_path, "steps", "epoch end"), expected)
+
+
+def in_another_process(*args):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.interrupted"])
+    process = context.Process(target=run_to_file, args=args)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+KILLS = [("on_train_batch_start", 8), ("on_prune", 2), ("on_save_checkpoint", 5)]
+MORE_KILLS = [
+    *((hook, n) for n in range(1, 25, 3) for hook in ("on_train_batch_start", "on_train_batch_end")),
+    *(
+        (hook, n)
+        for n in range(1, 9)
+        for hook in ("on_train_epoch_start", "on_train_epoch_end", "on_save_checkpoint")
+    ),
+    *((hook, n) for n in range(1, 9, 2) for hook in ("on_validation_start", "on_validation_end")),
+    ("on_prune", 1),
+    ("on_prune", 3),
+    ("on_train_end", 1),
+]
+
+
+def killed_and_resumed(hook, n, clock, saved, straight, folder):
+    _, expected = straight(clock, saved)
+    assert in_another_process(folder, clock, saved, (hook, n, True)) == -signal.SIGKILL
+    assert not (folder / "final.pt").exists()
+    assert in_another_process(folder, clock, saved) == 0
+    equal(torch.load(folder / "final.pt", weights_only=True), expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
+@pytest.mark.parametrize(("hook", "n"), KILLS)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(hook, n, straight, tmp_path):
+    killed_and_resumed(hook, n, "epochs", "epoch end", straight, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize(("hook", "n"), MORE_KILLS)
+def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(hook, n, clock, saved, straight, tmp_path):
+    killed_and_resumed(hook, n, clock, saved, straight, tmp_path)
+
+
+def test_the_stop_criterion_holds_across_a_resume(tmp_path):
+    """What a metric said before the checkpoint decides after it."""
+
+    class Falling(Net):
+        def on_validation_epoch_end(self):
+            self.log("left_to_learn", 10.0 - self.trainer.current_epoch)
+
+    def go(resume=None):
+        pruner = lp.IterativeMagnitudePruning(rounds=5, stop_below={"left_to_learn": 7.5})
+        checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer = fitter(pruner, checkpoint, epochs=8, enable_checkpointing=True)
+        model = Falling()
+        trainer.fit(model, ckpt_path=resume)
+        return pruner.round, trainer.current_epoch, model.state_dict()
+
+    torch.manual_seed(0)
+    expected = go()
+    assert expected[0] == 3  # 10, 9, 8, 7
+    for epoch in (0, 1, 2, 3):
+        torch.manual_seed(5)
+        assert same(go(tmp_path / f"epoch={epoch}.ckpt"), expected)
+
+
+def test_a_finished_run_resumed_with_more_epochs_goes_on(straight, tmp_path):
+    """One more epoch, from the checkpoint of the last: as if it had been asked for at once."""
+
+    def go(epochs, resume=None):
+        torch.manual_seed(1 if resume else 0)
+        pruner = lp.IterativeMagnitudePruning(rounds=4, every_n_epochs=1)
+        checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        model = Net()
+        fitter(pruner, lp.LotteryTicketRewind(1), checkpoint, epochs=epochs, enable_checkpointing=True).fit(
+            model, ckpt_path=resume
+        )
+        return pruner.round, pruner.masks, model.state_dict()
+
+    expected = go(5)
+    assert expected[0] == 4
+    assert go(3)[0] == 2
+    assert same(go(5, tmp_path / "epoch=2.ckpt"), expected)
