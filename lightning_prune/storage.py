@@ -9,8 +9,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate, chain, pairwise
+from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
@@ -20,13 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Words = NDArray[Any]  # unsigned integers as wide as the elements
-Bytes = NDArray[np.uint8]
-Positions = NDArray[np.int64]
+Array = NDArray[Any]  # words: unsigned integers as wide as the elements; or bytes; or positions
 
 _FORMAT, _VERSION = "lightning_prune.sparse", "1"
 _FEW = 1 << 14  # values: with fewer, both rotations are tried
-_PIECE = 1 << 20  # elements; what is read, compressed and written at a time, so all the memory that is needed
+_PIECE = 1 << 20  # elements that are read, compressed and written at a time: what bounds the memory
 _JUMP = 255  # a gap byte: go on by 255 elements, no survivor here
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex128", "complex64")
 _WHOLE = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
@@ -129,13 +127,15 @@ def libraries() -> tuple[Any, Any]:
 def _check(name: object, tensor: object) -> None:
     if not isinstance(name, str):
         raise ValueError(f"save_sparse: the key {name!r}: allowed are strings.")
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"save_sparse: {name!r} is a {type(tensor).__name__}: allowed are tensors.")
-    if tensor.dtype not in _DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
-        raise ValueError(
-            f"save_sparse: {name!r} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}: "
-            f"allowed are dense tensors with values, of {', '.join(_DTYPES)}."
-        )
+    given = type(tensor).__name__
+    if isinstance(tensor, Tensor):
+        if tensor.dtype in _DTYPES.values() and tensor.layout == torch.strided and not tensor.is_meta:
+            return
+        given = f"{tensor.layout} tensor of {tensor.dtype} on {tensor.device}"
+    allowed = ", ".join(_DTYPES)
+    raise ValueError(
+        f"save_sparse: {name!r} is a {given}: allowed are dense tensors with values, of {allowed}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the container
@@ -143,15 +143,13 @@ def _check(name: object, tensor: object) -> None:
 
 def _header(data: int, index: int, crc: int, size: int = 0) -> bytes:
     """What a safetensors file begins with: at least `size` bytes."""
-    text = json.dumps(
-        {
-            "__metadata__": {"format": _FORMAT, "version": _VERSION, "crc": str(crc)},
-            "data": {"dtype": "U8", "shape": [data], "data_offsets": [0, data]},
-            "index": {"dtype": "U8", "shape": [index], "data_offsets": [data, data + index]},
-        },
-        separators=(",", ":"),
-    ).ljust(size - 8)
-    return struct.pack("<Q", len(text)) + text.encode()
+    header = {
+        "__metadata__": {"format": _FORMAT, "version": _VERSION, "crc": str(crc)},
+        "data": {"dtype": "U8", "shape": [data], "data_offsets": [0, data]},
+        "index": {"dtype": "U8", "shape": [index], "data_offsets": [data, data + index]},
+    }
+    text = json.dumps(header, separators=(",", ":")).ljust(size - 8).encode()
+    return struct.pack("<Q", len(text)) + text
 
 
 def _write(tensors: dict[str, Tensor], file: BinaryIO, zstd: Any) -> None:
@@ -172,7 +170,7 @@ def _write(tensors: dict[str, Tensor], file: BinaryIO, zstd: Any) -> None:
             piece, streams = _encode(words, _turns(tensor.dtype), compressor.compress)
             file.writelines(streams)
             pieces.append(piece)
-        index[name] = [_name(tensor.dtype), list(tensor.shape), pieces]
+        index[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), pieces]
     data = file.tell() - start
     packed = compressor.compress(json.dumps(index, separators=(",", ":")).encode())
     file.write(packed)
@@ -182,10 +180,9 @@ def _write(tensors: dict[str, Tensor], file: BinaryIO, zstd: Any) -> None:
 
 def _read(file: Any, zstd: Any) -> dict[str, Tensor]:
     metadata = file.metadata() or {}
-    if metadata.get("format") != _FORMAT:
-        raise _Unreadable(f"its format is {metadata.get('format')!r}, and {_FORMAT!r} is needed")
-    if metadata.get("version") != _VERSION:
-        raise _Unreadable(f"its version is {metadata.get('version')!r}, and {_VERSION!r} is needed")
+    for key, needed in (("format", _FORMAT), ("version", _VERSION)):
+        if metadata.get(key) != needed:
+            raise _Unreadable(f"its {key} is {metadata.get(key)!r}, and {needed!r} is needed")
     packed: bytes = file.get_tensor("index").tobytes()
     if str(crc32(packed)) != metadata.get("crc"):
         raise _Unreadable("its index is damaged")
@@ -211,73 +208,64 @@ def _read(file: Any, zstd: Any) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------- the pieces
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _words(tensor: Tensor) -> Words:
+def _words(tensor: Tensor) -> Array:
     """The elements of a contiguous tensor (complex: their parts) as unsigned integers, in the same memory."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return real.reshape(-1).view(torch.uint8).numpy().view(f"u{real.itemsize}")
 
 
-def _pieces(words: Words) -> list[Words]:
+def _pieces(words: Array) -> list[Array]:
     return [words[start : start + _PIECE] for start in range(0, len(words), _PIECE)]
 
 
 def _encode(
-    words: Words, turns: tuple[int, int], compress: Callable[[Any], bytes]
+    words: Array, turns: tuple[int, int], compress: Callable[[Any], bytes]
 ) -> tuple[_Piece, list[bytes]]:
-    def shrink(raw: Bytes) -> bytes:
+    def shrink(raw: Array) -> bytes:
         packed = compress(raw)
         return packed if len(packed) < len(raw) else raw.tobytes()
 
-    def encoded(form: str, raw: Bytes, values: Words) -> Iterator[tuple[_Piece, list[bytes]]]:
-        positions = shrink(raw)
-        for turn in set(turns if len(values) < _FEW else turns[1:]):
-            streams = [positions, *map(shrink, _planes(_turned(values, turn)))]
-            crc = crc32(b"".join(streams))
-            yield _Piece(crc, form, turn, len(values), len(raw), [len(s) for s in streams]), streams
-
     alive = words != 0
     where = np.flatnonzero(alive)
-    forms = [("bits", np.packbits(alive))] if len(where) * 16 > len(words) else []
+    positions = {"bits": np.packbits(alive)} if len(where) * 16 > len(words) else {}
     if len(where) * 4 < len(words):  # with more, a gap takes more bits than it spans
-        forms.append(("gaps", _gaps(where)))
-    form, positions = min(forms, key=lambda f: len(shrink(f[1]))) if len(forms) > 1 else forms[0]
-    ways = [encoded(form, positions, words[where])]
+        positions["gaps"] = _gaps(where)
+    packed = {form: shrink(raw) for form, raw in positions.items()}
+    form = min(packed, key=lambda form: len(packed[form]))
+    ways = [(form, len(positions[form]), packed[form], words[where])]
     if len(where) * 8 > len(words) * 7:  # with less, zeros among the values cost more than positions
-        ways.append(encoded("all", np.empty(0, np.uint8), words))
-    return min(chain(*ways), key=lambda result: sum(result[0].stored))
+        ways.append(("all", 0, b"", words))
+    results: list[tuple[_Piece, list[bytes]]] = []
+    for form, raw, packed_positions, values in ways:
+        for turn in set(turns if len(values) < _FEW else turns[1:]):
+            turned = _turned(values, turn)
+            # Bytes of one kind compress better together: the lowest of every word, then the next.
+            planes = [(turned >> 8 * place).astype(np.uint8) for place in range(words.itemsize)]
+            streams = [packed_positions, *map(shrink, planes)]
+            crc = crc32(b"".join(streams))
+            results.append((_Piece(crc, form, turn, len(values), raw, [*map(len, streams)]), streams))
+    return min(results, key=lambda result: sum(result[0].stored))
 
 
-def _decode(piece: _Piece, stored: bytes, words: Words, zstd: Any) -> None:
-    def grow(packed: bytes, size: int) -> Bytes:
+def _decode(piece: _Piece, stored: bytes, words: Array, zstd: Any) -> None:
+    def grow(packed: bytes, size: int) -> Array:
         raw = packed if len(packed) == size else zstd.ZstdDecompressor().decompress(packed)
         return np.frombuffer(raw, np.uint8)
 
-    ends = [0, *accumulate(piece.stored)]
-    streams = [stored[start:end] for start, end in pairwise(ends)]
+    streams = [stored[start:end] for start, end in pairwise([0, *accumulate(piece.stored)])]
     values = np.zeros(piece.alive, words.dtype)
     for place, stream in enumerate(streams[1:]):
         values |= grow(stream, piece.alive).astype(words.dtype) << 8 * place
     values = _turned(values, 8 * words.itemsize - piece.turn)
-    if piece.form == "all":
-        words[:] = values
-        return
-    positions = grow(streams[0], piece.raw)
-    words[:] = 0
-    words[_from_gaps(positions) if piece.form == "gaps" else np.flatnonzero(np.unpackbits(positions))] = (
-        values
-    )
+    where = slice(None)
+    if piece.form != "all":
+        positions = grow(streams[0], piece.raw)
+        where = _from_gaps(positions) if piece.form == "gaps" else np.flatnonzero(np.unpackbits(positions))
+        words[:] = 0
+    words[where] = values
 
 
-def _planes(words: Words) -> list[Bytes]:
-    """The lowest byte of every word, then the next: bytes of one kind compress better together."""
-    return [(words >> 8 * place).astype(np.uint8) for place in range(words.itemsize)]
-
-
-def _turned(words: Words, places: int) -> Words:
+def _turned(words: Array, places: int) -> Array:
     """Each word rotated to the left."""
     width = 8 * words.itemsize
     return (words << places) | (words >> width - places) if 0 < places < width else words
@@ -300,7 +288,7 @@ def _turns(dtype: torch.dtype) -> tuple[int, int]:
     return 1, max(0, exponent - 4)
 
 
-def _gaps(where: Positions) -> Bytes:
+def _gaps(where: Array) -> Array:
     """Increasing positions as the zeros before each, in bytes; 255 stands for 255 zeros and more to come.
 
     >>> _gaps(np.array([0, 3, 300]))
@@ -315,6 +303,6 @@ def _gaps(where: Positions) -> Bytes:
     return result
 
 
-def _from_gaps(gaps: Bytes) -> Positions:
+def _from_gaps(gaps: Array) -> Array:
     is_end = gaps != _JUMP
     return np.cumsum(gaps.astype(np.int64) + is_end)[is_end] - 1
