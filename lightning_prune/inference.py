@@ -8,22 +8,22 @@ import gzip
 import io
 import logging
 import platform
+import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias, cast, get_args
+from typing import Any, TypeAlias, TypeGuard, cast, get_args
 from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
@@ -38,7 +38,7 @@ Pack: TypeAlias = Callable[[Tensor, Tensor | None], Product]  # weight (outputs,
 
 _CLEARLY = 1.05  # a layer changes its form for a gain that is more than noise,
 _AT_ALL = 1.02  # and a model, whose layers were measured already, for one that is just beyond it
-_SECONDS = 0.05  # to time the forms of a layer; the whole model gets ten times as long
+_SECONDS = 0.05  # to time a layer; the whole model gets ten times as long
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,23 @@ class Acceleration:
 
     @override
     def __str__(self) -> str:
-        result = f"{self.speed_up:.2f}x end to end"
-        if self.speed_up == 1:
-            result = f"dense: these forms are {self.measured:.2f}x as fast end to end"
-        return _table(f"{result} ({self.where})", [asdict(choice) for choice in self.layers])
+        forms = "dense: these forms are " if self.speed_up == 1 else "these forms are "
+        return _table(f"{forms}{self.measured:.2f}x as fast end to end ({self.where})", self.layers)
 
 
 def accelerate(model: nn.Module, example_input: Example) -> nn.Module:
     """A copy for inference in which each layer has the form measured fastest here, for this input.
 
-    Linear layers and convolutions of kernel size 1 are `dense`; `csr`, a sparse matrix on the left of the
-    product, for float32 and float64 on a CPU; `compact`, without rows and columns that are entirely zero; or
-    `2:4`, two zeros in every four weights, where a GPU computes that. The forms of a layer are timed in turn
-    on what reaches it, and then the whole models: if the copy is not faster, it is dense, and a log message
-    says so. What gains depends on the machine. On CPUs csr begins to pay at 80 to 90 % of zeros, more the
-    larger the layer and the batch; small layers gain nothing at batch 1, convolutions with larger kernels
-    nothing at all.
+    A linear layer or a convolution of kernel size 1 can be `csr`, a sparse matrix on the left of the product
+    (float32 and float64, on a CPU), `compact`, without rows and columns that are entirely zero, or `2:4`, two
+    zeros in every four weights (on a GPU that computes that). Its forms are timed in turn on what reaches it,
+    then the whole models: if the copy is not faster, it is dense, and a log message says so. On CPUs csr
+    begins to pay at 80 to 90 % of zeros, the larger the layer and the batch the more; small layers gain
+    nothing at batch 1, larger kernels nothing at all.
 
-    Activations stay transposed from one such layer to the next. Outputs are those of the model within
-    rounding, for finite inputs of any size; sizes other than the example's may be slower. The copy has the
-    names and the `state_dict` of the model, loads another one, and can be copied and pickled. What was
-    measured is its attribute `acceleration`, an `Acceleration`.
+    Outputs are those of the model within rounding, for finite inputs of any size; other sizes than the
+    example's may be slower. The copy has the `state_dict` of the model, loads another one, and can be copied
+    and pickled. Its attribute `acceleration` is what was measured, an `Acceleration`.
 
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     >>> with torch.no_grad():
@@ -113,38 +109,18 @@ def accelerate(model: nn.Module, example_input: Example) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         dense = copy.deepcopy(model).requires_grad_(False)
         box = nn.Sequential(copy.deepcopy(dense))  # so that a model that is one layer can be replaced too
-        forms = _forms(box)
+        forms = {name: _forms(layer) for name, layer in box.named_modules() if _is_product(layer)}
     with torch.inference_mode():
-        reached = _inputs(box, forms, example_input)
-        forms = {name: its for name, its in forms.items() if name in reached}
-        chosen = {name: "csr" if "csr" in its else "dense" for name, its in forms.items()}
-        while True:
-            _put(box, {name: forms[name][form] for name, form in chosen.items()})
-            _keep_transposed(box, example_input)
-            inputs = _inputs(box, forms, example_input)
-            rows = {name: _choose(name, its, inputs[name]) for name, its in forms.items()}
-            lost = [name for name, row in rows.items() if chosen[name] == "csr" != row.form]
-            chosen = {name: row.form for name, row in rows.items()}
-            if not lost:
-                break
-            for name in lost:  # its neighbours now receive another layout than they were timed on
-                del forms[name]["csr"]
-        _put(box, {name: forms[name][form] for name, form in chosen.items()})
+        rows = _choose(box, forms, example_input)
         whole = [partial(_call, it, example_input) for it in (dense, box[0])]
         dense_times, fast_times = _alternated(whole, 10 * _SECONDS)
     measured = _ratio(dense_times, fast_times)
-    gains = measured >= _AT_ALL and any(form != "dense" for form in chosen.values())
-    result = box[0] if gains else dense
-    report = Acceleration(
-        tuple(rows.values()),
-        1e6 * median(dense_times),
-        measured if gains else 1.0,
-        measured,
-        _where(dense, example_input),
-    )
-    object.__setattr__(result, "acceleration", report)
+    gains = measured >= _AT_ALL and any(row.form != "dense" for row in rows)
     if not gains:
         log.warning("accelerate: nothing is gained (%.2fx as fast), so the copy is dense.", measured)
+    result, speed_up = (box[0], measured) if gains else (dense, 1.0)
+    where = _where(dense, example_input)
+    result.__dict__["acceleration"] = Acceleration(rows, 1e6 * median(dense_times), speed_up, measured, where)
     return result
 
 
@@ -191,7 +167,7 @@ class Summary:
     @override
     def __str__(self) -> str:
         ratios = f"compression {self.compression_ratio:.2f}x, theoretical {self.theoretical_speed_up:.2f}x"
-        return _table(f"{ratios} ({self.where})", [asdict(row) for row in (*self.layers, self.total)])
+        return _table(f"{ratios} ({self.where})", (*self.layers, self.total))
 
 
 def summarize(model: nn.Module, example_input: Example) -> Summary:
@@ -200,7 +176,8 @@ def summarize(model: nn.Module, example_input: Example) -> Summary:
     Multiply-adds are those of matrix products and convolutions; recurrent layers are not counted. Those of a
     layer that are effective are in proportion to the density of its weight. The sizes of a layer are those of
     its tensors as they are, gzipped (-6), and in a sparse file; in total that is the file. A tensor that
-    several layers share counts once, with the first of them. Latencies are medians.
+    several layers share counts once, with the first of them. Latencies are medians, those of a layer of it
+    alone, on what reaches it first; 0 where it is not called.
 
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False)).eval()
     >>> _ = model[0].weight.data.copy_(torch.eye(4))
@@ -222,28 +199,25 @@ def summarize(model: nn.Module, example_input: Example) -> Summary:
     """
     _refuse_training(model, "summarize")
     owners: dict[str, dict[str, Tensor]] = {}
-    seen: set[int] = set()
+    everything: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            owners.setdefault(key.rpartition(".")[0], {})[key] = tensor
+        if isinstance(tensor, Tensor) and all(tensor is not other for other in everything.values()):
+            everything[key] = owners.setdefault(key.rpartition(".")[0], {})[key] = tensor
+    modules = {name: model.get_submodule(name) for name in owners}
     with torch.inference_mode():
         counts = _multiply_adds(model, example_input)
-        microseconds = _latencies(model, owners, example_input)
+        calls = {**_calls(model, modules, example_input), "total": partial(_call, model, example_input)}
+        spent = {name: 1e6 * median(_alternated([call], _SECONDS)[0]) for name, call in calls.items()}
     rows: list[LayerCost] = []
-    for name, tensors in owners.items():
-        module = model.get_submodule(name)
+    for name, module in modules.items():
+        inside = (f"{name}.{child}".lstrip(".") for child, _ in module.named_children())
+        count = counts[name] - sum(counts[child] for child in inside)
         weight = getattr(module, "weight", None)
         density = _density(weight) if isinstance(weight, Tensor) and weight.dim() > 1 else 1.0
-        count = counts[name] - sum(
-            counts[f"{name}.{child}".lstrip(".")] for child, _ in module.named_children()
-        )
-        rows.append(
-            _cost(name, type(module).__name__, tensors, count, round(count * density), microseconds[name])
-        )
-    everything = {key: tensor for tensors in owners.values() for key, tensor in tensors.items()}
-    zeros = sum(row.multiply_adds - row.effective_multiply_adds for row in rows)
-    total = _cost("total", "", everything, counts[""], counts[""] - zeros, microseconds["total"])
+        work = count, round(count * density)
+        rows.append(_cost(name, type(module).__name__, owners[name], *work, spent.get(name, 0.0)))
+    skipped = sum(row.multiply_adds - row.effective_multiply_adds for row in rows)
+    total = _cost("total", "", everything, counts[""], counts[""] - skipped, spent["total"])
     return Summary(tuple(rows), total, _where(model, example_input))
 
 
@@ -252,23 +226,13 @@ def _cost(
 ) -> LayerCost:
     parameters = [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
     total, alive = sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
+    flat = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in tensors.values())
+    zipped = sum(len(gzip.compress(data.numpy().tobytes(), 6)) for data in flat)
     with tempfile.TemporaryDirectory() as folder:
         save_sparse(tensors, file := Path(folder, "sparse"))
-        sparse = file.stat().st_size
-    as_bytes = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for t in tensors.values()]
-    return LayerCost(
-        layer=name,
-        type=kind,
-        parameters=total,
-        alive=alive,
-        density=alive / total if total else 1.0,
-        multiply_adds=count,
-        effective_multiply_adds=effective,
-        raw_size=sum(t.nbytes for t in tensors.values()),
-        gzip_size=sum(len(gzip.compress(data.tobytes(), 6)) for data in as_bytes),
-        sparse_size=sparse,
-        latency_us=microseconds,
-    )
+        sizes = sum(t.nbytes for t in tensors.values()), zipped, file.stat().st_size
+    density = alive / total if total else 1.0
+    return LayerCost(name, kind, total, alive, density, count, effective, *sizes, microseconds)
 
 
 def _density(weight: Tensor) -> float:
@@ -284,40 +248,14 @@ def _multiply_adds(model: nn.Module, example: Example) -> Counter[str]:
             _call(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    root = type(model).__name__
     counts = Counter({"": counter.get_total_flops() // 2})
     for path, flops in counter.get_flop_counts().items():
-        if path.startswith(f"{root}."):
-            counts[path.removeprefix(f"{root}.")] = sum(flops.values()) // 2
+        if path.startswith(root := f"{type(model).__name__}."):
+            counts[path.removeprefix(root)] = sum(flops.values()) // 2
     return counts
 
 
-def _latencies(model: nn.Module, names: Iterable[str], example: Example) -> dict[str, float]:
-    """Median microseconds in each module in a call of the model, and in `total` without looking at them."""
-    (whole,) = _alternated([partial(_call, model, example)], 10 * _SECONDS)
-    spent: dict[str, list[float]] = {name: [] for name in names}
-    modules = {name: model.get_submodule(name) for name in names}
-    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-
-    def start(name: str, *_: Any) -> None:
-        synchronize()
-        spent[name][-1] -= time.perf_counter()
-
-    def stop(name: str, *_: Any) -> None:
-        synchronize()
-        spent[name][-1] += time.perf_counter()
-
-    handles = [m.register_forward_pre_hook(partial(start, name)) for name, m in modules.items()]
-    handles += [m.register_forward_hook(partial(stop, name)) for name, m in modules.items()]
-    try:
-        for _ in range(min(50, max(5, len(whole) // 2))):
-            for its in spent.values():
-                its.append(0.0)
-            _call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: 1e6 * median(its) for name, its in (*spent.items(), ("total", whole))}
+# ------------------------------------------------------------------------------------------- forms of a layer
 
 
 class _Packed(nn.Module):
@@ -332,36 +270,26 @@ class _Packed(nn.Module):
 
     def __init__(self, layer: Layer, pack: Pack) -> None:
         super().__init__()
-        self.weight = layer.weight
-        self.register_parameter("bias", cast(nn.Parameter | None, layer.bias))
+        self.weight, self.bias = layer.weight, layer.bias
         self.dim = 1 - self.weight.dim() if self.weight.dim() > 2 else -1  # of the features in the input
         self.strides = tuple(slice(None, None, step) for step in getattr(layer, "stride", ()))
         self.pack = pack
-        self.stays_transposed = (
-            False  # leave the result as the next product needs it, features first in memory
-        )
-        self._product: Product | None = None
-        self._packed_from: object = None
+        self.stays_transposed = False  # leave the result as the next product needs it, features first
+        self._product: tuple[object, Product] | None = None  # and what it was packed from
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError("an accelerated copy does not train: train the model it was made from.")
-        product = self._current()
-        x = x[(..., *self.strides)].movedim(self.dim, 0)
-        y = product(x.reshape(x.shape[0], -1).contiguous())
-        y = y.view(len(self.weight), *x.shape[1:]).movedim(0, self.dim)
-        return y if self.stays_transposed else y.contiguous()
-
-    def _current(self) -> Product:
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         state = [(p.data_ptr(), p._version) for p in parameters]
-        if self._product is None or state != self._packed_from:
+        if self._product is None or self._product[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                bias = None if self.bias is None else self.bias.detach()
-                self._product = self.pack(self.weight.detach().flatten(1), bias)
-            self._packed_from = state
-        return self._product
+                self._product = state, self.pack(self.weight.flatten(1), self.bias)
+        x = input[(..., *self.strides)].movedim(self.dim, 0)
+        y = self._product[1](x.reshape(x.shape[0], -1).contiguous())
+        y = y.view(len(self.weight), *x.shape[1:]).movedim(0, self.dim)
+        return y if self.stays_transposed else y.contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_product": None}
@@ -395,112 +323,123 @@ def _two_four(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: functional.linear(x.t(), packed, bias).t()
 
 
-def _forms(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """By name: the layers whose form can change, and those that they can have beside `dense`, itself."""
-    forms: dict[str, dict[str, nn.Module]] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, Layer) or type(layer) not in get_args(Layer):
-            continue  # a subclass may compute something else
-        if layer._forward_hooks or layer._forward_pre_hooks or parametrize.is_parametrized(layer):
-            continue
-        weight = layer.weight
-        if weight[0, 0].numel() > 1 or getattr(layer, "groups", 1) > 1 or any(getattr(layer, "padding", ())):
-            continue
-        alive = weight.flatten(1) != 0
-        packs: dict[str, Pack] = {}
-        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
-            packs["csr"] = _csr
-        if not (alive.any(0).all() and alive.any(1).all()):
-            packs["compact"] = _compact
-        if weight.is_cuda and _is_two_four(alive, weight.dtype):
-            packs["2:4"] = _two_four
-        forms[name] = {"dense": layer, **{form: _Packed(layer, pack) for form, pack in packs.items()}}
-    return forms
-
-
 def _is_two_four(alive: Tensor, dtype: torch.dtype) -> bool:
     """Whether a row has at most two survivors in every four, and the GPU can make something of that."""
-    rows, columns = alive.shape
     return (
         torch.cuda.get_device_capability(alive.device) >= (8, 0)
         and dtype in (torch.float16, torch.bfloat16)
-        and rows % 32 == 0
-        and columns % 64 == 0
-        and int(alive.view(rows, -1, 4).sum(-1).max()) <= 2
+        and (alive.shape[0] % 32, alive.shape[1] % 64) == (0, 0)
+        and int(alive.view(-1, 4).sum(1).max()) <= 2
     )
 
 
-def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Replace layers wherever they are: a shared one has several places."""
-    swaps = {model.get_submodule(name): layer for name, layer in layers.items()}
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child in swaps:
-                setattr(module, name, swaps[child])
+def _is_product(layer: nn.Module) -> TypeGuard[Layer]:
+    """Whether a layer is its weight times its input and no more; a subclass may compute something else."""
+    return (
+        type(layer) in get_args(Layer)
+        and cast(Layer, layer).weight.shape[2:].numel() == 1
+        and getattr(layer, "groups", 1) == 1
+        and not any(getattr(layer, "padding", ()))
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
 
 
-def _inputs(model: nn.Module, names: Iterable[str], example: Example) -> dict[str, Tensor]:
-    """What reaches layers first when the model is called, of those that are called with one tensor."""
-    inputs: dict[str, Tensor] = {}
-
-    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) == 1 and isinstance(args[0], Tensor):
-            inputs.setdefault(name, args[0])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in names]
-    try:
-        _call(model.get_submodule("0"), example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
+def _forms(layer: Layer) -> dict[str, nn.Module]:
+    """What a layer can be; `dense` is itself."""
+    weight, alive = layer.weight, layer.weight.flatten(1) != 0
+    forms: dict[str, nn.Module] = {"dense": layer}
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+        forms["csr"] = _Packed(layer, _csr)
+    if not (alive.any(0).all() and alive.any(1).all()):
+        forms["compact"] = _Packed(layer, _compact)
+    if weight.is_cuda and _is_two_four(alive, weight.dtype):
+        forms["2:4"] = _Packed(layer, _two_four)
+    return forms
 
 
-def _keep_transposed(model: nn.Module, example: Example) -> None:
+def _choose(
+    box: nn.Sequential, forms: dict[str, dict[str, nn.Module]], example: Example
+) -> tuple[Choice, ...]:
+    """Put each layer that is called into the form that is clearly the fastest on what reaches it.
+
+    All begin as csr where they can be. What is slower so than dense loses that form, and all are timed again:
+    its neighbours now receive another layout.
+    """
+    now = {name: its["dense"] for name, its in forms.items()}
+    names = {layer: name for name, layer in now.items()}
+    places = [
+        p for p in box.named_modules(remove_duplicate=False) if p[1] in names
+    ]  # a shared layer has several
+    chosen = {name: "csr" if "csr" in forms[name] else "dense" for name in _calls(box[0], now, example)}
+    before, rows = None, dict[str, Choice]()
+    while chosen != before:
+        now = {name: forms[name][form] for name, form in chosen.items()}
+        for place, layer in places:
+            box.set_submodule(place, now.get(names[layer], layer))
+        _keep_transposed(box[0], {name: it for name, it in now.items() if isinstance(it, _Packed)}, example)
+        for name, call in _calls(box[0], now, example).items():
+            works = [partial(form, *call.args, **call.keywords) for form in forms[name].values()]
+            times = dict(zip(forms[name], _alternated(works, _SECONDS), strict=True))
+            gains = {form: _ratio(times["dense"], its) for form, its in times.items()}
+            best = max(gains, key=lambda form: gains[form])
+            best = best if gains[best] >= _CLEARLY else "dense"
+            weight, dense = forms[name]["dense"].get_parameter("weight"), 1e6 * median(times["dense"])
+            shape, sparsity = tuple(weight.shape), 1 - _density(weight)
+            rows[name] = Choice(name[2:], shape, sparsity, dense, best, gains[best])
+        before, chosen = chosen, {name: rows[name].form for name in now}
+        for name, form in before.items():
+            if form not in ("dense", chosen[name]):
+                del forms[name][form]
+    return tuple(rows.values())
+
+
+def _keep_transposed(model: nn.Module, packed: Mapping[str, _Packed], example: Example) -> None:
     """Let a product leave its result transposed where it reaches another product like that.
 
     Elementwise functions keep the layout of memory, so nothing has to be known about what is between them.
     """
-    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, _Packed)}
-    for layer in packed.values():
-        layer.stays_transposed = False
 
     def transposed() -> int:
-        inputs = _inputs(model, packed, example)
+        try:
+            calls = _calls(model, packed, example)
+        except RuntimeError:  # somebody asks for a view that this layout does not have
+            return 0
+        inputs = {name: next(iter((*call.args, *call.keywords.values()))) for name, call in calls.items()}
         return sum(x.movedim(packed[name].dim, 0).is_contiguous() for name, x in inputs.items())
 
-    before = transposed()
+    for layer in packed.values():
+        layer.stays_transposed = False
+    most = transposed()
     for layer in packed.values():
         layer.stays_transposed = True
-        try:
-            now = transposed()
-        except RuntimeError:  # somebody asks for a view that this layout does not have
-            now = 0
-        layer.stays_transposed = now > before
-        before = max(now, before)
-
-
-def _choose(name: str, forms: Mapping[str, nn.Module], x: Tensor) -> Choice:
-    """The form of a layer that is clearly the fastest on `x`, or `dense`."""
-    times = dict(
-        zip(forms, _alternated([partial(layer, x) for layer in forms.values()], _SECONDS), strict=True)
-    )
-    gains = {form: _ratio(times["dense"], its) for form, its in times.items()}
-    best = max(gains, key=lambda form: gains[form])
-    best = best if gains[best] >= _CLEARLY else "dense"
-    weight = cast(Tensor, forms["dense"].weight)
-    microseconds = 1e6 * median(times["dense"])
-    return Choice(
-        name[2:],
-        tuple(weight.shape),
-        1 - _density(weight),
-        microseconds,
-        best,
-        gains[best],
-    )
+        layer.stays_transposed, most = (found := transposed()) > most, max(found, most)
 
 
 # -------------------------------------------------------------------------------------------------- measuring
+
+
+def _call(model: nn.Module, example: Example) -> Any:
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _calls(model: nn.Module, modules: Mapping[str, nn.Module], example: Example) -> dict[str, partial[Any]]:
+    """The first call of each of the modules that is called when the model is."""
+    calls: dict[str, partial[Any]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(name, partial(module, *args, **kwargs))
+
+    hooks = [
+        m.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, m in modules.items()
+    ]
+    try:
+        _call(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: calls[name] for name in modules if name in calls}
 
 
 def _alternated(works: Sequence[Callable[[], object]], seconds: float) -> list[list[float]]:
@@ -525,58 +464,43 @@ def _ratio(of: Sequence[float], against: Sequence[float]) -> float:
     return median(a / b for a, b in zip(of, against, strict=True))
 
 
-def _call(model: nn.Module, example: Example) -> Any:
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
-
-
 def _where(model: nn.Module, example: Example) -> str:
     """Batch, threads, dtype and hardware of a measurement."""
-    values = (
-        example.values()
-        if isinstance(example, Mapping)
-        else example
-        if isinstance(example, tuple)
-        else [example]
-    )
-    batch = next((len(x) for x in values if isinstance(x, Tensor) and x.dim()), 1)
+    given = example.values() if isinstance(example, Mapping) else example
+    given = given if not isinstance(given, Tensor) else (given,)
+    batch = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), 1)
     weight = next(model.parameters(), torch.empty(0))
-    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else _processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = cpu[1] if cpu else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else name
     return f"batch {batch}, {torch.get_num_threads()} threads, {str(weight.dtype)[6:]}, {name}"
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(title: str, rows: Sequence[Choice | LayerCost]) -> str:
     try:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        message = (
             "rich is needed to print tables: pip install 'lightning-prune[report]'; to_dict() does without"
-        ) from error
-    table = Table(title=title, title_justify="left")
-    for name, value in rows[0].items() if rows else ():
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
+        )
+        raise ModuleNotFoundError(message) from error
+    names = [field.name.replace("_", " ") for row in rows[:1] for field in fields(row)]
+    table = Table(*(Column(name, justify="right") for name in names), title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    console = Console(width=160, record=True, file=io.StringIO())
+        table.add_row(*map(_cell, asdict(row).values()))
+    console = Console(width=160, file=(text := io.StringIO()))
     console.print(table)
-    return console.export_text()
+    return text.getvalue()
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
     if isinstance(value, float):
         return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _refuse_training(model: nn.Module, function: str) -> None:
