@@ -190,9 +190,7 @@ class IterativeMagnitudePruning(Callback):
         masks = self.masks or self._first_masks()
         check_fit(masks, self._params)
         self.masks = {name: masks[name].to(p.device) for name, p in self._params.items()}
-        clipped = trainer.gradient_clip_val or not pl_module.automatic_optimization
-        custom = is_overridden("configure_gradient_clipping", pl_module)
-        gradients = bool(clipped or custom or any(mixes_weights(o) for o in trainer.optimizers))
+        gradients = _gradients_are_read(trainer, pl_module)
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
         self._restore_generators(trainer)
         if self._resumed and (fetcher := trainer.fit_loop._data_fetcher):
@@ -274,6 +272,8 @@ class IterativeMagnitudePruning(Callback):
         if reason := self._below(trainer) if round else None:
             self._stop(trainer, reason)
         assert self._seed is not None
+        assert self._hold is not None
+        self._hold.apply()
         initial = {
             name: self._initial[name].to(p.device) for name, p in self._params.items() if self._initial
         }
@@ -299,7 +299,6 @@ class IterativeMagnitudePruning(Callback):
         for callback in callbacks_of(trainer):
             if on_prune := getattr(callback, "on_prune", None):
                 on_prune(trainer, pl_module, self.masks)
-        assert self._hold is not None
         self._hold.set(self.masks)
         for stopper in trainer.early_stopping_callbacks:
             stopper.wait_count = 0
@@ -427,6 +426,19 @@ def load_masks(path: str | Path) -> Masks:
     raise ValueError(
         f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file "
         "in which torch.save put {parameter name: bool tensor}."
+    )
+
+
+def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether the gradient of a dead weight may reach a living one, by clipping or in an optimizer's step."""
+    hooks = ("on_after_backward", "on_before_optimizer_step")
+    of_module = (*hooks, "backward", "configure_gradient_clipping", "optimizer_step")
+    return bool(
+        trainer.gradient_clip_val
+        or not pl_module.automatic_optimization
+        or any(mixes_weights(optimizer) for optimizer in trainer.optimizers)
+        or any(is_overridden(hook, pl_module) for hook in of_module)
+        or any(is_overridden(hook, callback) for callback in callbacks_of(trainer) for hook in hooks)
     )
 
 

@@ -70,7 +70,8 @@ class LotteryTicketRewind(Callback):
         if trainer.global_step > self.to_step:
             raise ValueError(
                 f"to_step={self.to_step}: training is at step {trainer.global_step} without a snapshot. "
-                "Allowed is a step still to come, or a checkpoint of a run with this callback."
+                "Allowed is a step still to come at which a batch begins (those of all optimizers count), or "
+                "a checkpoint of a run with this callback."
             )
         self.snapshot = Snapshot.take(pl_module, trainer.optimizers, _schedulers(trainer))
 
