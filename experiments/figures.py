@@ -1,7 +1,7 @@
 """Figures of a folder of runs. An experiment's config lists its own; each writes one PNG."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -62,12 +62,14 @@ class BySparsity:
         panels: {metric: its label}.
         kinds: which runs; None: all.
         log: metrics drawn on a logarithmic axis.
+        limits: {metric: (lowest, highest) shown}; what lies outside is cut off.
     """
 
     name: str
     panels: dict[str, str]
     kinds: Sequence[str] | None = None
     log: Sequence[str] = ()
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path:
         """Draw and write the figure."""
@@ -81,6 +83,9 @@ class BySparsity:
             if metric in self.log:
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+                axis.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+            if metric in self.limits:
+                axis.set_ylim(*self.limits[metric])
         axes[0][0].legend(frameon=False, fontsize=9)
         return save(fig, out / f"{self.name}.png", title)
 
@@ -113,6 +118,7 @@ class FirstLayer:
         columns, rows = len(self.neurons) + 1, 2 * len(found)
         size = (1.6 * columns + 0.6, 1.75 * rows)
         fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+        path = Path()
         for place, (kind, path) in enumerate(found.items()):
             name, mask = next(iter(load_masks(path).items()))
             weight = torch.load(path, map_location="cpu", weights_only=True)["state_dict"][name].abs()
@@ -129,7 +135,10 @@ class FirstLayer:
                     if place == row == 0:
                         mean = column == len(self.neurons)
                         axis.set_title("mean" if mean else f"neuron {self.neurons[column]}", fontsize=9)
-        return save(fig, out / f"{self.name}.png", title)
+        experiment, seed = title.split(":")[0], path.parent.name.rpartition("-")[2]
+        return save(
+            fig, out / f"{self.name}.png", f"{experiment}: first layer in the last round, seed {seed}"
+        )
 
 
 def lines(axis: Any, records: list[Record], kinds: Sequence[str], metric: str, x: Any) -> None:
@@ -141,7 +150,8 @@ def lines(axis: Any, records: list[Record], kinds: Sequence[str], metric: str, x
         at = [fmean(x(r) for r in its) for its in rounds]
         values = [[r["metrics"][metric] for r in its] for its in rounds]
         means = [fmean(v) for v in values]
-        colour = COLOURS.get(kind, PALETTE[i % len(PALETTE)])
+        own = all(k in COLOURS for k in kinds)
+        colour = COLOURS[kind] if own else PALETTE[i % len(PALETTE)]
         style: dict[str, Any] = {"color": colour, "label": LABELS.get(kind, kind)}
         axis.plot(at, means, marker="o", markersize=3.5, linewidth=1.5, **style)
         low, high = [min(v) for v in values], [max(v) for v in values]
