@@ -122,8 +122,10 @@ def check_fit(masks: Masks, params: Mapping[str, Tensor]) -> None:
             f"masks: {name} is in the {here}, not in the {there}; both must name the same weights."
         )
     for name, p in params.items():
-        if masks[name].shape != p.shape or masks[name].dtype != torch.bool:
-            given = f"{masks[name].dtype} {tuple(masks[name].shape)}"
+        mask: Any = masks[name]
+        if not isinstance(mask, Tensor) or mask.shape != p.shape or mask.dtype != torch.bool:
+            tensor = isinstance(mask, Tensor)
+            given = f"{mask.dtype} {tuple(mask.shape)}" if tensor else f"a {type(mask).__name__}"
             raise ValueError(f"masks: {name} is {given}; allowed is torch.bool of shape {tuple(p.shape)}.")
 
 

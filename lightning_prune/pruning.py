@@ -55,6 +55,8 @@ def prunable(
     Raises:
         ValueError: when a pattern matches no prunable weight, or when nothing is left to prune.
     """
+    if isinstance(layers, str):
+        raise ValueError(f"layers={layers!r}: a list of class names is needed; write [{layers!r}].")
     owners: dict[int, list[bool]] = {}
     for module in model.modules():
         matches = any(cls.__name__ in layers for cls in type(module).__mro__)

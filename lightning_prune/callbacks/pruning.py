@@ -380,6 +380,7 @@ class IterativeMagnitudePruning(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = None
+        self._resumed = None  # a validation of a checkpoint is no resume
         self._params = {}
 
     # -------------------------------------------------------------------------------------------- checkpoints
@@ -417,16 +418,22 @@ def load_masks(path: str | Path) -> Masks:
     Raises:
         ValueError: when the file holds neither.
     """
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    error = ValueError(
+        f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file in "
+        'which torch.save put {parameter name: bool tensor}; or "zeros".'
+    )
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as cause:  # whatever reading a file of another kind may end with
+        raise error from cause
+    if not isinstance(stored, dict):
+        raise error
     for key, state in stored.get("callbacks", {}).items():
         if key.startswith(IterativeMagnitudePruning.__qualname__):
             return unpack(state["masks"])
     if stored and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in stored.values()):
         return stored
-    raise ValueError(
-        f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file "
-        "in which torch.save put {parameter name: bool tensor}."
-    )
+    raise error
 
 
 def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:

@@ -39,19 +39,22 @@ class LotteryTicketRewind(Callback):
         self.snapshot: Snapshot | None = None
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pruners = [c for c in callbacks_of(trainer) if isinstance(c, IterativeMagnitudePruning)]
-        if len(pruners) != 1:
-            raise ValueError(
-                f"LotteryTicketRewind goes with exactly one pruning callback; here are {len(pruners)}. Add "
-                "IterativeMagnitudePruning, or put several schedules into one: schedule={pattern: schedule}."
-            )
-        length = pruners[0].steps_per_round
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and (length := _pruner(trainer).every_n_train_steps) is not None:
+            self._check_step(length)
+
+    def _check_step(self, length: int | float) -> None:
         if self.to_step >= length:
             raise ValueError(f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round.")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = _pruner(trainer)
+        length = pruner.steps_per_round
+        self._check_step(length)
         for config in trainer.lr_scheduler_configs:
             horizon = _horizon(config.scheduler)
-            epochs = pruners[0].every_n_epochs if pruners[0].every_n_train_steps is None else None
+            epochs = pruner.every_n_epochs if pruner.every_n_train_steps is None else None
             its = length if config.interval == "step" else epochs
             if horizon is not None and its is not None and horizon * config.frequency > its:
                 warnings.warn(
@@ -89,6 +92,16 @@ class LotteryTicketRewind(Callback):
         self.snapshot = Snapshot(**state_dict) if state_dict else None
 
 
+def _pruner(trainer: Trainer) -> IterativeMagnitudePruning:
+    pruners = [c for c in callbacks_of(trainer) if isinstance(c, IterativeMagnitudePruning)]
+    if len(pruners) != 1:
+        raise ValueError(
+            f"LotteryTicketRewind goes with exactly one pruning callback; here are {len(pruners)}. Add "
+            "IterativeMagnitudePruning, or put several schedules into one: schedule={pattern: schedule}."
+        )
+    return pruners[0]
+
+
 def _schedulers(trainer: Trainer) -> list[Any]:
     return [config.scheduler for config in trainer.lr_scheduler_configs]
 
@@ -101,4 +114,7 @@ def _horizon(scheduler: Any) -> int | None:
         return int(scheduler.total_steps)
     if isinstance(scheduler, (lr_scheduler.LinearLR, lr_scheduler.PolynomialLR)):
         return int(scheduler.total_iters)
+    if isinstance(scheduler, lr_scheduler.SequentialLR):
+        last = _horizon(scheduler._schedulers[-1])
+        return None if last is None else int(scheduler._milestones[-1]) + last
     return None
