@@ -20,6 +20,8 @@ bench: .venv/ready  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.selection
 	$(RUN) experiments.benchmarks.step
 	$(RUN) experiments.benchmarks.experiment
+	$(RUN) experiments.benchmarks.size
+	$(RUN) experiments.benchmarks.inference
 
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .

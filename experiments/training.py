@@ -1,0 +1,63 @@
+"""Train a network round by round: what `experiments.run` does unless a config names something else."""
+
+import logging
+import warnings
+from pathlib import Path
+
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+
+from experiments.oneshot import sweep
+from experiments.progress import ExperimentProgress
+from experiments.records import Records, read, write
+
+
+def train(cfg: DictConfig, folder: Path) -> None:
+    """Train in a folder, going on from its checkpoint if there is one; prune the result once if asked to.
+
+    The folder then holds `records.jsonl`, `survived.pt` and the checkpoints.
+    """
+    _hush()
+    batches = instantiate(cfg.batches)
+    seed_everything(cfg.seed + cfg.init_offset, verbose=False)
+    task = instantiate(cfg.task)
+    seed_everything(cfg.seed, verbose=False)  # data order: the same for a ticket and its controls
+    checkpoint = folder / "resume.ckpt"
+    callbacks = [
+        instantiate(cfg.pruner),
+        *([instantiate(cfg.rewind)] if cfg.rewind else []),
+        Records(folder, cfg.kind, cfg.seed),
+        ModelCheckpoint(
+            folder,
+            checkpoint.stem,
+            every_n_epochs=cfg.checkpoint_every_n_epochs,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+        *([ExperimentProgress(cfg.kind)] if cfg.progress else []),
+    ]
+    logger = instantiate(cfg.logger, save_dir=str(folder)) if cfg.logger else False
+    steps = (cfg.rounds + 1) * cfg.steps_per_round
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger, max_steps=steps)
+    trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    if cfg.oneshot:
+        methods = instantiate(cfg.oneshot, _convert_="all")
+        _, test = batches.val_dataloader()
+        path = folder / "records.jsonl"
+        trained = [r for r in read(path)[0] if r["kind"] not in methods]
+        write(path, trained + sweep(task, methods, test, cfg.seed))
+    trainer.save_checkpoint(folder / "final.ckpt")
+
+
+def _hush() -> None:
+    """Silence what Lightning advises and these experiments do on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # batches are sliced from memory
+        ".*Checkpoint directory .* exists and is not empty.*",  # the run's own folder
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.14
+        ".*The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
