@@ -497,6 +497,32 @@ def test_a_dictconfig_among_hyper_parameters_ends_in_the_checkpoint_as_plain_con
     assert pruner.round == 2
 
 
+def test_a_model_without_an_optimizer_is_pruned_too():
+    class Fixed(Net):
+        def configure_optimizers(self):
+            return None
+
+    pruner, model = pruning(), Fixed()
+    fitter(pruner, lp.LotteryTicketRewind(), epochs=3).fit(model)
+    assert alive(pruner.masks) == round(0.49 * 400)
+    assert dead_are_zero(model.state_dict(), pruner.masks)
+
+
+def test_a_checkpoint_of_an_exception_holds_exact_zeros(tmp_path):
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 4:
+                raise RuntimeError("stop")
+
+    pruner = pruning()
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=0, save_on_exception=True)
+    with pytest.raises(RuntimeError, match="stop"):
+        fitter(checkpoint, Fail(), pruner, epochs=3, enable_checkpointing=True).fit(Net())
+    (path,) = tmp_path.glob("*.ckpt")
+    assert pruner.round == 1
+    assert dead_are_zero(torch.load(path, weights_only=True)["state_dict"], pruner.masks)
+
+
 def test_a_rewind_to_a_step_that_two_optimizers_jump_over_is_refused_with_the_reason():
     with pytest.raises(
         ValueError, match=r"to_step=1: training is at step 2 without a snapshot.*all optimizers"
