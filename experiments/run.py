@@ -13,8 +13,6 @@ import torch
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.training import train
-
 log = logging.getLogger(__name__)
 
 # What does not change the numbers of a run may differ when it is resumed.
@@ -40,7 +38,7 @@ def run(cfg: DictConfig) -> Path:
         return folder
 
     torch.set_num_threads(cfg.threads)
-    (instantiate(cfg.run) or train)(cfg, folder)
+    instantiate(cfg.run)(cfg, folder)
     done.touch()
     log.info("written: %s", os.path.relpath(folder))
     return folder

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments.oneshot import sweep
 from experiments.progress import ExperimentProgress
@@ -41,7 +42,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
     logger = instantiate(cfg.logger, save_dir=str(folder)) if cfg.logger else False
     steps = (cfg.rounds + 1) * cfg.steps_per_round
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger, max_steps=steps)
-    trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    with logging_redirect_tqdm():  # lines of the log appear above the bar
+        trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     if cfg.oneshot:
         methods = instantiate(cfg.oneshot, _convert_="all")
         _, test = batches.val_dataloader()

@@ -27,7 +27,7 @@ def composed(*overrides):
 def test_every_experiment_composes_and_its_parts_instantiate(experiment, kind):
     cfg = composed(f"experiment={experiment}", f"kind={kind}", "seed=3")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert cfg.run is None
+    assert cfg.run._target_ == "experiments.training.train"
     pruner = instantiate(cfg.pruner)
     assert isinstance(pruner, lp.IterativeMagnitudePruning)
     assert pruner.rounds == cfg.rounds
