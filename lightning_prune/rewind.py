@@ -97,9 +97,7 @@ def _keep_precision(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
     """Undo the cast to the parameter's dtype that load_state_dict makes of NAdam's and ASGD's numbers."""
     keys = [key for group in state.get("param_groups", ()) for key in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, p in zip(
-        keys, params, strict=False
-    ):  # Lightning's stand-in for no optimizer has no state at all
+    for key, p in zip(keys, params, strict=False):  # Lightning's stand-in for no optimizer has no keys
         for what, value in state["state"].get(key, {}).items():
             loaded = optimizer.state[p][what]
             if isinstance(value, Tensor) and loaded.dtype != value.dtype:

@@ -497,6 +497,7 @@ def test_a_dictconfig_among_hyper_parameters_ends_in_the_checkpoint_as_plain_con
     assert pruner.round == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
 def test_a_model_without_an_optimizer_is_pruned_too():
     class Fixed(Net):
         def configure_optimizers(self):
