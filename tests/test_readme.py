@@ -43,7 +43,7 @@ class Net(LightningModule):
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
 def test_the_code_blocks_run(capsys, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     data = TensorDataset(torch.randn(32, 8), torch.randint(0, 3, (32,)))
     loader, net = DataLoader(data, 8), Net()
     here = {
@@ -53,6 +53,7 @@ def test_the_code_blocks_run(capsys, monkeypatch):
         "net": net,
         "optimizer": torch.optim.Adam(net.parameters()),
         "batches": list(loader),
+        "example_input": torch.randn(32, 8),
         "loss_function": nn.functional.cross_entropy,
     }
     original = Trainer.__init__
