@@ -84,7 +84,6 @@ def sweep(
     cfg: DictConfig, folder: Path, *, sparsities: Sequence[float], methods: Mapping[str, Callable[..., Masks]]
 ) -> None:
     """Prune a copy of the network to each sparsity by each method, measure it, and write the records."""
-    logging.getLogger("lightning_prune").setLevel(logging.ERROR)  # the record says where nothing is gained
     dense, tokens = load()
     reference = embeddings(dense, tokens)
     records: list[dict[str, Any]] = []
