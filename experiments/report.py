@@ -34,10 +34,11 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
     kinds = kinds_of(records)
     rows = [["round", "weights left", *(LABELS.get(k, k) for k in kinds)]]
     for round, by_kind in sorted(by_round(records).items()):
-        left = {f"{r['alive'] / r['total']:.2%}" for its in by_kind.values() for r in its}
-        row = [str(round), left.pop() if len(left) == 1 else "differs"]
-        for kind in kinds:
-            values = [r["metrics"][metric] for r in by_kind.get(kind, [])]
+        left = fmean(r["alive"] / r["total"] for r in next(iter(by_kind.values())))
+        row = [str(round), f"{left:.2%}"]
+        for kind in kinds:  # whose weights left are others than the row says is no part of it
+            its = [r for r in by_kind.get(kind, []) if abs(r["alive"] / r["total"] - left) < 0.02]
+            values = [r["metrics"][metric] for r in its]
             low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
             row.append(f"{mean} ({low} to {high})" if len(values) > 1 else mean)
         rows.append(row)

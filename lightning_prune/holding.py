@@ -63,7 +63,8 @@ class Hold:
     def set(self, masks: Masks) -> None:
         """Hold these masks from now on: dead weights become 0, and what the optimizers remember of them."""
         check_fit(masks, self._params)
-        self._bits = {name: bits(masks[name], like=p) for name, p in self._params.items()}
+        pruned = {name: p for name, p in self._params.items() if not bool(masks[name].all())}
+        self._bits = {name: bits(masks[name], like=p) for name, p in pruned.items()}
         self.apply()
         # A dead weight's momentum would otherwise decay into denormals, which a CPU computes slowly.
         for optimizer in self._optimizers:
@@ -72,12 +73,12 @@ class Hold:
     @torch.no_grad()
     def apply(self) -> None:
         """Set dead weights to +0.0."""
-        for p, alive_bits in zip(self._params.values(), self._bits.values(), strict=True):
-            zero_dead_(p, alive_bits)
+        for name, alive_bits in self._bits.items():
+            zero_dead_(self._params[name], alive_bits)
 
     def _mask_gradient(self, name: str) -> Any:
         def hook(p: Tensor) -> None:
-            if p.grad is not None and p.grad.layout == torch.strided:
+            if name in self._bits and p.grad is not None and p.grad.layout == torch.strided:
                 zero_dead_(p.grad, self._bits[name])
 
         return hook
