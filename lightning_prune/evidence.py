@@ -28,6 +28,7 @@ EVIDENCE = {
     "forward": "`prune` takes batches as data=.",
     "grads": "They need batches and a loss: `prune` takes them as data= and loss=.",
     "generator": "`next_masks` takes it as generator=.",
+    "channels": "It scores coupled channels: StructuredChannelPruning has them.",
 }
 
 # What runs the model, or reads the training data.
