@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_prune import rng
-from lightning_prune.allocation import Allocation, AtLeast, apportion, alive_per_tensor, global_rank
+from lightning_prune.allocation import Allocation, AtLeast, alive_per_tensor, apportion, global_rank
 from lightning_prune.evidence import asked
 from lightning_prune.masks import DEAD, Keep, Masks, Scores, keep_top
 from lightning_prune.pruning import Criterion, Sparsity, matching, next_masks, score_weights
@@ -95,7 +95,10 @@ def discover(
     finally:
         rng.restore(generators)
     skipped = {name: reason for name, reason in reasons.items() if name in found and reason != HEAD}
-    shown = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+    shown = "; ".join(
+        f"{reason}: {', '.join(name for name in skipped if skipped[name] == reason)}"
+        for reason in dict.fromkeys(skipped.values())
+    )
     good = {name: group for name, group in good.items() if name not in reasons and group.units > 1}
     if not good:
         raise ValueError(
@@ -184,6 +187,8 @@ def _coupled(model: nn.Module, graph: Any) -> tuple[Groups, dict[str, str]]:
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     parent: list[int] = []
     roots: list[nn.Module] = []
+    lost: set[int] = set()
+    widest = max(size for p in model.parameters() for size in p.shape)  # no layer has more channels
     tags: dict[tuple[Any, Any], dict[int, int]] = defaultdict(dict)
 
     def find(i: int) -> int:
@@ -220,13 +225,15 @@ def _coupled(model: nn.Module, graph: Any) -> tuple[Groups, dict[str, str]]:
                     mapped = unseen
                     for mapping in dep.index_mapping:
                         mapped = mapping(mapped) if mapping is not None else mapped
+                    lost |= {channel.root_idx for channel in mapped if not 0 <= channel.idx < widest}
+                    mapped = [channel for channel in mapped if 0 <= channel.idx < widest]
                     stack.append((dep.target, dep.handler, mapped))
 
     places: dict[Site, dict[int, int]] = defaultdict(dict)
     making: set[Site] = set()
     scaling: set[Site] = set()
     kinds: dict[Site, str] = {}
-    why: dict[int, str] = {}
+    why = dict.fromkeys(lost, "tracing lost them at a reshape")
     for (node, fn), seen in tags.items():
         tensors, reason = _tensors(graph, node, fn)
         for tensor, dim, period, made in tensors:
@@ -246,7 +253,9 @@ def _coupled(model: nn.Module, graph: Any) -> tuple[Groups, dict[str, str]]:
         if reason:
             why.update((element, reason) for element in seen.values())
     groups = _grouped(find, roots, names, places, making, scaling, kinds)
-    refused = {names[id(roots[find(element)].weight)]: reason for element, reason in why.items() if reason == HEAD}
+    refused = {
+        names[id(roots[find(element)].weight)]: reason for element, reason in why.items() if reason == HEAD
+    }
     others = {names[id(roots[find(element)].weight)]: reason for element, reason in why.items()}
     return groups, others | refused
 
@@ -270,7 +279,7 @@ def _is_scale(module: Any, tensor: Tensor) -> bool:
 
 
 def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, int, bool]], str]:
-    """Where the channels of a node lie: (tensor, dimension, size of a group, do they begin here); or why not."""
+    """Where the channels of a node lie, (tensor, dimension, size of a group, made here), or why they stay."""
     module = node.module
     pruner = graph.get_pruner_of_module(module)
     makes = fn == pruner.prune_out_channels
@@ -377,14 +386,18 @@ def _fails(model: nn.Module, example: Any, groups: Groups) -> str:
         cut(smaller, removed)
         got = _outputs(smaller, example)
     except Exception as error:  # whatever a model's forward raises on tensors of another size
-        return f"without half of them the model fails with {type(error).__name__}: {str(error).splitlines()[0]}"
+        return (
+            f"without half of them the model fails with {type(error).__name__}: {str(error).splitlines()[0]}"
+        )
     want = _outputs(masked, example)
     if [t.shape for t in got] != [t.shape for t in dense]:
         return "without half of them the model's output has another shape"
     scale = max((float(t.abs().max()) for t in want if t.numel()), default=0.0)
     far = max((float((a - b).abs().max()) for a, b in zip(want, got, strict=True) if a.numel()), default=0.0)
     if not scale > 0 or not far <= 1e-5 * scale:  # NaN, too
-        return f"a network without half of them is not that in which they are zero (by {far:.2g} of {scale:.2g})"
+        return (
+            f"a network without half of them is not that in which they are zero (by {far:.2g} of {scale:.2g})"
+        )
     try:
         _forward(model, example, training=True)
     except Exception:  # a model that wants targets in training, say, has nothing to be compared with
@@ -487,7 +500,7 @@ class RandomChannels:
 
 
 def isomorphic(scores: Scores, total: int, *, channels: Groups) -> Keep:
-    """Isomorphic pruning: groups that are coupled alike are ranked together, and each kind keeps the same part.
+    """Isomorphic: groups that are coupled alike are ranked together, and each kind keeps the same part.
 
     Reference: Fang et al. (2024), arXiv:2407.04616.
     """
@@ -526,9 +539,7 @@ def next_units(
     """
     if "channels" in asked(allocate, 2):
         allocate = partial(allocate, channels=groups)
-    new = next_masks(
-        scores, masks, sparsities, lambda params: params, AtLeast(max(1, at_least), of=allocate)
-    )
+    new = next_masks(scores, masks, sparsities, lambda params: params, AtLeast(max(1, at_least), of=allocate))
     for name, mask in new.items():
         step = math.lcm(round_to, groups[name].per_unit) // groups[name].per_unit
         left, before = int(mask.sum()), int(masks[name].sum())

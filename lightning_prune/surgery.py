@@ -170,7 +170,9 @@ def _prepare(
     for module in model.modules():  # all owners of a tied tensor
         own = {**module._parameters, **module._buffers}
         if any(id(t) in new for t in own.values()):
-            shapes = {n: (new[id(t)][1] if id(t) in new else t).shape for n, t in own.items() if t is not None}
+            shapes = {
+                n: (new[id(t)][1] if id(t) in new else t).shape for n, t in own.items() if t is not None
+            }
             attributes.append((module, _attributes(module, shapes)))
     tensors = [(t, data, grads.get(key)) for key, (t, data) in new.items()]
     return _Prepared(tensors, attributes)
