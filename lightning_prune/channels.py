@@ -202,9 +202,10 @@ def _coupled(model: nn.Module, graph: Any) -> tuple[Groups, dict[str, str]]:
 
     # torch-pruning walks once for each group and forgets where two channels of a group meet; one walk over
     # all of them is linear, and joins what meets into one unit
-    for module, node in graph.module2node.items():
-        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+    for module in model.modules():
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or module not in graph.module2node:
             continue
+        node = graph.module2node[module]
         makes = graph.get_pruner_of_module(module).prune_out_channels
         new = [i for i in range(module.weight.shape[_out(module)]) if i not in tags[node, makes]]
         start = len(parent)
@@ -337,7 +338,7 @@ def _grouped(
             indices.append(index)
             its.append(units[name].setdefault(unit, len(units[name])))
     found: Groups = {}
-    for name, its in sites.items():
+    for name, its in sorted(sites.items(), key=lambda item: min(units[item[0]])):
         filters = [site for site in its if site in making and site[1] == "weight"]
         filters.sort(key=lambda site: parameter(site) != name)
         tensors = {site: (torch.tensor(i), torch.tensor(u)) for site, (i, u) in its.items()}
@@ -539,10 +540,11 @@ def next_units(
     """
     if "channels" in asked(allocate, 2):
         allocate = partial(allocate, channels=groups)
-    new = next_masks(scores, masks, sparsities, lambda params: params, AtLeast(max(1, at_least), of=allocate))
+    new = next_masks(scores, masks, sparsities, lambda params: params, AtLeast(at_least, of=allocate))
     for name, mask in new.items():
         step = math.lcm(round_to, groups[name].per_unit) // groups[name].per_unit
-        left, before = int(mask.sum()), int(masks[name].sum())
+        before = int(masks[name].sum())
+        left = max(int(mask.sum()), 1, at_least)  # a layer without channels is none
         rounded = min(before, -(-left // step) * step)
         new[name] = keep_top(scores[name].masked_fill(~masks[name], DEAD), rounded)
     return new

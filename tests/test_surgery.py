@@ -137,7 +137,7 @@ def test_a_cut_that_fails_changes_nothing(how):
     else:
         copies = [nn.Linear(2, 2)]
     before = deepcopy((model.state_dict(), optimizer.state_dict(), str(model)))
-    with pytest.raises(ValueError, match="allowed|Allowed|Make the plan"):
+    with pytest.raises(ValueError, match=r"[Aa]llowed|Make the plan"):
         cut(model, plan, [optimizer], copies)
     assert same((model.state_dict(), optimizer.state_dict(), str(model)), before)
 

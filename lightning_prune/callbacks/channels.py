@@ -15,7 +15,7 @@ from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, callbac
 from lightning_prune.channels import Groups
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
-from lightning_prune.masks import DEAD, Masks, alive, pack, unpack
+from lightning_prune.masks import Masks, alive, pack, unpack
 from lightning_prune.pruning import Allocation, Criterion, groups, plan
 from lightning_prune.schedules import OneShot, Schedule
 
@@ -204,7 +204,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             found = channels.unit_scores(
                 here, self.criterion, channels.parameters(here, pl_module), masks=self.masks, **evidence
             )
-        scores = {name: torch.full(mask.shape, DEAD) for name, mask in self.channels.items()}
+        scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
         units = channels.next_units(
