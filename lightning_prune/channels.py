@@ -525,6 +525,7 @@ def next_units(
     allocate: Allocation = global_rank,
     round_to: int = 1,
     at_least: int = 1,
+    cost: Callable[[Masks, bool], float] | None = None,
 ) -> Masks:
     """One pruning of units: which are alive after it. Masks only shrink, and no group is left empty.
 
@@ -537,9 +538,21 @@ def next_units(
         round_to: the channels left in each group are rounded up to a multiple of this; then fewer go than
             `sparsities` say.
         at_least: units left in each group.
+        cost: (units alive, of multiply-adds) -> parameters or multiply-adds, for `Removed`.
     """
     if "channels" in asked(allocate, 2):
         allocate = partial(allocate, channels=groups)
+    dense = {name: torch.ones_like(mask) for name, mask in masks.items()}
+
+    def removed(names: Sequence[str], sparsity: float, multiply_adds: bool) -> float:
+        assert cost is not None
+        units = next_units(groups, scores, masks, [(names, sparsity)], allocate, round_to, at_least)
+        return 1 - cost({**masks, **units}, multiply_adds) / cost(dense, multiply_adds)
+
+    sparsities = [
+        (names, s(removed=partial(removed, names)) if callable(s) and "removed" in asked(s, 0) else s)
+        for names, s in sparsities
+    ]
     new = next_masks(scores, masks, sparsities, lambda params: params, AtLeast(at_least, of=allocate))
     for name, mask in new.items():
         step = math.lcm(round_to, groups[name].per_unit) // groups[name].per_unit
@@ -548,6 +561,73 @@ def next_units(
         rounded = min(before, -(-left // step) * step)
         new[name] = keep_top(scores[name].masked_fill(~masks[name], DEAD), rounded)
     return new
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A schedule of what is removed of the parameters or multiply-adds: the least sparsity that reaches it.
+
+    >>> Removed(lambda round: 0.75)(1, removed=lambda sparsity, multiply_adds: 1 - (1 - sparsity) ** 2)
+    0.5
+
+    Args:
+        fraction: round -> fraction of the model's parameters that is to be gone.
+        multiply_adds: count the multiply-adds of linear layers and convolutions instead.
+
+    Raises:
+        ValueError: when the removable channels do not make up as much.
+    """
+
+    fraction: Callable[[int], float]
+    multiply_adds: bool = False
+
+    def __call__(self, round: int, removed: Callable[[float, bool], float]) -> float:
+        if not (target := self.fraction(round)):
+            return 0.0
+        if (most := removed(1.0, self.multiply_adds)) < target:
+            raise ValueError(
+                f"fraction: {target} is to be removed in round {round}, and without all removable channels "
+                f"but one in each layer {most:.4f} would be; allowed is less than that."
+            )
+        low, high = 0.0, 1.0
+        for _ in range(30):  # halves of halves: exact to far less than a channel
+            middle = (low + high) / 2
+            low, high = (middle, high) if removed(middle, self.multiply_adds) < target else (low, middle)
+        return high
+
+
+def cost(groups: Groups, alive: Masks, weights: Mapping[str, tuple[Sequence[int], float]]) -> float:
+    """The elements left of all weights, {name: (shape, how often each element counts)}."""
+    sizes = {name: list(shape) for name, (shape, _) in weights.items()}
+    for site, gone in plan(groups, alive).items():
+        if parameter(site) in sizes:
+            sizes[parameter(site)][site[2]] -= len(gone)
+    return sum(math.prod(size) * weights[name][1] for name, size in sizes.items())
+
+
+def uses(model: nn.Module, example: Any) -> dict[str, float]:
+    """How many multiply-adds each element of a weight does on the example: {weight name: uses}."""
+    found: dict[str, float] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def count(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        wide = args[0] if _out(module) else output  # a transposed convolution is used at its inputs
+        channel = module.weight.shape[0]
+        name = names[id(module.weight)]
+        found[name] = found.get(name, 0.0) + wide.numel() / channel
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            _forward(model, tree_map(lambda t: t.to(_device(model)) if isinstance(t, Tensor) else t, example))
+    finally:
+        for module, training in modes:
+            module.training = training
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- the plan

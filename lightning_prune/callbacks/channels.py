@@ -1,5 +1,6 @@
 """StructuredChannelPruning: when channels are chosen, and when they go."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     Args:
         schedule: round (and scores of units) -> fraction of channels removed, by default `OneShot(0.3)`; or a
-            dict {pattern over weight names: schedule}.
+            dict {pattern over weight names: schedule}. `channels.Removed(schedule)` is a target on parameters
+            or multiply-adds instead.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which channels: the mean of these scores over the weights that make a channel (`magnitude`:
@@ -108,6 +110,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self.channels: Masks = {}
         self._groups: Groups = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
+        self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
         self._reshape: Any = None
 
     @property
@@ -208,12 +211,32 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
         units = channels.next_units(
-            self._groups, scores, self.channels, sparsities, self.allocate, self.round_to, self.at_least
+            self._groups,
+            scores,
+            self.channels,
+            sparsities,
+            self.allocate,
+            self.round_to,
+            self.at_least,
+            partial(self._cost, trainer, pl_module),
         )
         self.channels = agreed(trainer, units)
         if self.remove == "each_round":
             self._cut(trainer, pl_module)
         self._open_round(trainer, pl_module, round, self._weight_masks())
+
+    def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
+        """Parameters or multiply-adds of the network with these units."""
+        if multiply_adds and not self._uses:
+            self._uses = channels.uses(pl_module, self._example(trainer, pl_module))
+        weights: dict[str, tuple[list[int], float]] = {
+            name: (list(p.shape), self._uses.get(name, 0.0) if multiply_adds else 1.0)
+            for name, p in pl_module.named_parameters()
+        }
+        for site, gone in channels.plan(self._groups, self._left).items():
+            if (name := channels.parameter(site)) in weights:
+                weights[name][0][site[2]] += len(gone)  # as it was in the full-size network
+        return channels.cost(self._groups, units, weights)
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = channels.plan(self._here(), self._alive_here())
