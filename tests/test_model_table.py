@@ -66,7 +66,13 @@ def build(name, size):
             options = {"weights_backbone": None}
         model = pytest.importorskip("torchvision").models.get_model(name, weights=None, **options)
     x = torch.randn(2, 3, size, size)
-    return channels._synthetic(model, x)[0].eval(), x  # a head or a scale of zeros would hide all
+    for name, p in model.named_parameters():  # a head, a scale or a residual branch of zeros would hide all
+        if p.min() == p.max():
+            p.data.uniform_(*((-0.2, 0.2) if name.endswith("bias") or p.dim() > 1 else (0.5, 1.5)))
+    for name, b in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            b.uniform_(*((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
+    return model.eval(), x
 
 
 def outputs(model, x):

@@ -224,8 +224,8 @@ def test_a_target_on_parameters_or_multiply_adds_is_met_by_the_fewest_channels(r
     schedule = lp.channels.Removed(lp.schedules.Linear(sparsity=0.5, rounds=2), multiply_adds)
     fitter(gradual(schedule=schedule, remove=remove), epochs=3).fit(model)
     assert 0.5 <= 1 - size(model) / full < 0.6  # a channel more or less is 0.06
+    hard = lp.channels.Removed(lp.schedules.OneShot(0.99), multiply_adds)
     with pytest.raises(ValueError, match=r"fraction: 0.99 is to be removed in round 1"):
-        hard = lp.channels.Removed(lp.schedules.OneShot(0.99), multiply_adds)
         fitter(gradual(schedule=hard), epochs=2).fit(Net())
 
 
