@@ -12,7 +12,8 @@ says from where to go on.*
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot
-- `channels`: which channels are coupled; their scores and the plan that removes some
+- `channels`: which channels are coupled; the plan that removes some
+- `filters`: which of them stay; their scores, and targets on the size
 - `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
 - `rng`: the state of the random number generators
 - `storage`: sparse files; `save_sparse` and `load_sparse`
@@ -20,7 +21,7 @@ says from where to go on.*
 - `callbacks`: when
 """
 
-from lightning_prune import allocation, channels, criteria, granularity, schedules
+from lightning_prune import allocation, channels, criteria, filters, granularity, schedules
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
 from lightning_prune.holding import hold
 from lightning_prune.inference import accelerate, summarize
@@ -38,6 +39,7 @@ __all__ = [
     "allocation",
     "channels",
     "criteria",
+    "filters",
     "granularity",
     "hold",
     "load_pruned",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import allocation, channels, criteria
+from lightning_prune import allocation, channels, criteria, filters
 from lightning_prune.surgery import cut
 from tests.networks import same
 
@@ -275,7 +275,7 @@ def test_scores_are_norms_of_the_filters_that_make_a_channel():
     groups = channels.discover(model, torch.randn(IMAGE))
     params = channels.parameters(groups, model)
     for criterion, power in ((criteria.magnitude, 1), (criteria.Ln(2), 2)):
-        scores = channels.unit_scores(groups, criterion, params)
+        scores = filters.unit_scores(groups, criterion, params)
         inner = [float((w.abs() ** power).mean()) for w in model.plain[0][0].weight.detach()]
         torch.testing.assert_close(scores["plain.0.0.weight"], torch.tensor(inner))
         # of the grouped block's second convolution: the i-th filter of every group
@@ -288,23 +288,23 @@ def test_channel_criteria_equal_their_definitions():
     groups = channels.discover(model, torch.randn(IMAGE), include=["plain.0.*"])
     groups = {"plain.0.0.weight": groups["plain.0.0.weight"]}
     params = channels.parameters(groups, model)
-    slim = channels.unit_scores(groups, channels.batch_norm_scale, params)["plain.0.0.weight"]
+    slim = filters.unit_scores(groups, filters.batch_norm_scale, params)["plain.0.0.weight"]
     assert torch.equal(slim, model.plain[0][1].weight.abs())
-    median = channels.unit_scores(groups, channels.geometric_median, params)["plain.0.0.weight"]
+    median = filters.unit_scores(groups, filters.geometric_median, params)["plain.0.0.weight"]
     w = model.plain[0][0].weight.detach().flatten(1)
     far = torch.tensor([sum(float((a - b).norm()) for b in w) / len(w) for a in w])
     torch.testing.assert_close(median, far)
-    first = channels.unit_scores(groups, channels.RandomChannels(1), params)
-    assert same(first, channels.unit_scores(groups, channels.RandomChannels(1), params))
+    first = filters.unit_scores(groups, filters.RandomChannels(1), params)
+    assert same(first, filters.unit_scores(groups, filters.RandomChannels(1), params))
 
 
 def units(groups, sparsity, allocate=allocation.uniform, **options):
     scores = {n: torch.rand(g.units) for n, g in groups.items()}
     masks = {n: torch.ones(g.units, dtype=torch.bool) for n, g in groups.items()}
-    return channels.next_units(groups, scores, masks, [(list(groups), sparsity)], allocate, **options)
+    return filters.next_units(groups, scores, masks, [(list(groups), sparsity)], allocate, **options)
 
 
-@pytest.mark.parametrize("allocate", [allocation.uniform, allocation.global_rank, channels.isomorphic])
+@pytest.mark.parametrize("allocate", [allocation.uniform, allocation.global_rank, filters.isomorphic])
 def test_the_budget_is_met_exactly(allocate):
     groups = channels.discover(Residual(), torch.randn(IMAGE))
     total = sum(g.units for g in groups.values())

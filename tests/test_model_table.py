@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from lightning_prune import allocation, channels, criteria
+from lightning_prune import allocation, channels, criteria, filters
 from lightning_prune.surgery import cut
 from tests.test_channels import masked
 
@@ -88,9 +88,9 @@ def test_a_cut_architecture_computes_what_the_masked_one_did(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error" if name in CUT else "ignore")  # nothing of these may be left alone
         groups = channels.discover(model, x)
-    scores = channels.unit_scores(groups, criteria.magnitude, channels.parameters(groups, model))
+    scores = filters.unit_scores(groups, criteria.magnitude, channels.parameters(groups, model))
     dense = {n: torch.ones(g.units, dtype=torch.bool) for n, g in groups.items()}
-    units = channels.next_units(groups, scores, dense, [(list(groups), 0.3)], allocation.uniform)
+    units = filters.next_units(groups, scores, dense, [(list(groups), 0.3)], allocation.uniform)
     plan = channels.plan(groups, units)
     twin, before = masked(model, plan), sum(p.numel() for p in model.parameters())
     cut(model, plan)

@@ -43,7 +43,7 @@ class Net(LightningModule):
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
 def test_the_code_blocks_run(capsys, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     data = TensorDataset(torch.randn(32, 8), torch.randint(0, 3, (32,)))
     loader, net = DataLoader(data, 8), Net()
     here = {

@@ -2,10 +2,11 @@
 
 from copy import deepcopy
 
+import jsonargparse
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 
 import lightning_prune as lp
@@ -179,10 +180,10 @@ def test_clipped_training_with_masks_equals_the_cut_one():
 
 @pytest.mark.parametrize(
     "criterion",
-    [lp.criteria.taylor, lp.criteria.Ln(2), lp.channels.geometric_median, lp.channels.RandomChannels()],
+    [lp.criteria.taylor, lp.criteria.Ln(2), lp.filters.geometric_median, lp.filters.RandomChannels()],
     ids=lambda c: getattr(c, "__name__", repr(c)),
 )
-@pytest.mark.parametrize("allocate", [lp.allocation.global_rank, lp.channels.isomorphic])
+@pytest.mark.parametrize("allocate", [lp.allocation.global_rank, lp.filters.isomorphic])
 def test_every_criterion_and_allocation_runs_through_all_rounds(criterion, allocate):
     model = Net()
     pruner = gradual(remove="each_round", criterion=criterion, allocate=allocate)
@@ -190,12 +191,26 @@ def test_every_criterion_and_allocation_runs_through_all_rounds(criterion, alloc
     assert sum(widths(model)) == 16
 
 
+def test_averaged_weights_shrink_with_the_network():
+    model, average = Net(), WeightAveraging()
+    fitter(gradual(remove="each_round"), average, epochs=3).fit(model)
+    assert widths(average._average_model.module) == widths(model) == (8, 8)
+
+
+def test_built_from_yaml_by_type_hints():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(lp.StructuredChannelPruning, "pruner")
+    config = parser.parse_args(["--pruner.remove=each_round", "--pruner.example_input=[2, 6]"])
+    pruner = parser.instantiate(config).pruner
+    assert (pruner.remove, pruner.example_input) == ("each_round", [2, 6])
+
+
 def test_slimming_drives_scales_to_zero():
     scales = []
     for slimming in (0.0, 0.05):
         torch.manual_seed(0)
         model = Net()
-        options = {"criterion": lp.channels.batch_norm_scale, "include": ["stem.*"], "slimming": slimming}
+        options = {"criterion": lp.filters.batch_norm_scale, "include": ["stem.*"], "slimming": slimming}
         fitter(lp.StructuredChannelPruning(HALF, every_n_epochs=5, **options), epochs=6).fit(model)
         assert widths(model) == (8, 16)
         scales.append(float(model.norm.weight.detach().abs().sum()))
@@ -221,10 +236,10 @@ def test_a_target_on_parameters_or_multiply_adds_is_met_by_the_fewest_channels(r
 
     model = Net()
     full = size(model)
-    schedule = lp.channels.Removed(lp.schedules.Linear(sparsity=0.5, rounds=2), multiply_adds)
+    schedule = lp.filters.Removed(lp.schedules.Linear(sparsity=0.5, rounds=2), multiply_adds)
     fitter(gradual(schedule=schedule, remove=remove), epochs=3).fit(model)
     assert 0.5 <= 1 - size(model) / full < 0.6  # a channel more or less is 0.06
-    hard = lp.channels.Removed(lp.schedules.OneShot(0.99), multiply_adds)
+    hard = lp.filters.Removed(lp.schedules.OneShot(0.99), multiply_adds)
     with pytest.raises(ValueError, match=r"fraction: 0.99 is to be removed in round 1"):
         fitter(gradual(schedule=hard), epochs=2).fit(Net())
 

@@ -40,7 +40,7 @@ def steps(model, optimizer, n):
         loss = cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_prune import allocation, channels, criteria, surgery
+from lightning_prune import allocation, channels, criteria, filters, surgery
 from lightning_prune.callbacks.evidence import _batches, agreed, check_run, evidence_of
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, callbacks_of
 from lightning_prune.channels import Groups
@@ -35,14 +35,14 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     Args:
         schedule: round (and scores of units) -> fraction of channels removed, by default `OneShot(0.3)`; or a
-            dict {pattern over weight names: schedule}. `channels.Removed(schedule)` is a target on parameters
+            dict {pattern over weight names: schedule}. `filters.Removed(schedule)` is a target on parameters
             or multiply-adds instead.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which channels: the mean of these scores over the weights that make a channel (`magnitude`:
-            the L1 norm of filters, `Ln(2)`: L2, `taylor`), or one of `lightning_prune.channels`:
+            the L1 norm of filters, `Ln(2)`: L2, `taylor`), or one of `lightning_prune.filters`:
             `batch_norm_scale`, `geometric_median`, `RandomChannels`.
-        allocate: how many stay where: `uniform` (in each layer alike), `global_rank`, `channels.isomorphic`.
+        allocate: how many stay where: `uniform` (in each layer alike), `global_rank`, `filters.isomorphic`.
         include: fnmatch patterns over weight names; only channels that one of these weights makes. None: all.
         exclude: fnmatch patterns over weight names; no channels that one of these makes.
         example_input: an input, or its shape with the batch dimension. None: the module's
@@ -204,13 +204,13 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         with evidence_of(
             trainer, pl_module, self.criterion, self.score_batches, self._seed + round
         ) as evidence:
-            found = channels.unit_scores(
+            found = filters.unit_scores(
                 here, self.criterion, channels.parameters(here, pl_module), masks=self.masks, **evidence
             )
         scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
-        units = channels.next_units(
+        units = filters.next_units(
             self._groups,
             scores,
             self.channels,
@@ -228,7 +228,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
     def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
         """Parameters or multiply-adds of the network with these units."""
         if multiply_adds and not self._uses:
-            self._uses = channels.uses(pl_module, self._example(trainer, pl_module))
+            self._uses = filters.uses(pl_module, self._example(trainer, pl_module))
         weights: dict[str, tuple[list[int], float]] = {
             name: (list(p.shape), self._uses.get(name, 0.0) if multiply_adds else 1.0)
             for name, p in pl_module.named_parameters()
@@ -236,7 +236,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         for site, gone in channels.plan(self._groups, self._left).items():
             if (name := channels.parameter(site)) in weights:
                 weights[name][0][site[2]] += len(gone)  # as it was in the full-size network
-        return channels.cost(self._groups, units, weights)
+        return filters.cost(self._groups, units, weights)
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = channels.plan(self._here(), self._alive_here())
