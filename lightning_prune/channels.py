@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -167,7 +166,11 @@ def _trace(model: nn.Module, example: Any) -> Any:
         ) from error
     failures: list[str] = []
     for training in (True, False):  # auxiliary heads run in training only; some models need targets there
-        forward = partial(run, training=training)
+        forward: Any = lambda model, example, training=training: [  # noqa: E731
+            t
+            for t in tree_flatten(run(model, example, training))[0]
+            if isinstance(t, Tensor) and t.requires_grad
+        ]
         graph = torch_pruning.DependencyGraph()
         try:
             with warnings.catch_warnings():

@@ -231,6 +231,14 @@ def test_a_depthwise_multiplier_stays():
     assert list(groups) == ["extra.weight"]
 
 
+def test_outputs_may_be_none_or_without_a_gradient():
+    class Odd(Residual):
+        def forward(self, x):
+            return {"logits": super().forward(x), "none": None, "sizes": (torch.tensor(x.shape), 3)}
+
+    assert len(channels.discover(Odd(), torch.randn(IMAGE))) == 6
+
+
 def test_branches_of_training_are_seen():
     class Aux(nn.Module):
         def __init__(self):

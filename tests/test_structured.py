@@ -70,11 +70,12 @@ def test_the_cut_at_the_end_computes_what_was_trained():
 
 
 @pytest.mark.parametrize("remove", WAYS)
+@pytest.mark.parametrize("clock", [{}, {"every_n_train_steps": 4}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("name", ["SGD nesterov", "AdamW", "AdamW amsgrad fused"])
-def test_resume_equals_straight_run(remove, name, tmp_path):
+def test_resume_equals_straight_run(remove, name, clock, tmp_path):
     def run(folder, epochs, path=None):
         torch.manual_seed(len(folder))  # a resumed run starts from other weights and another seed
-        model, pruner = Net(make=OPTIMIZERS[name], schedule=step_lr), gradual(remove=remove)
+        model, pruner = Net(make=OPTIMIZERS[name], schedule=step_lr), gradual(remove=remove, **clock)
         saver = ModelCheckpoint(tmp_path / folder, save_top_k=-1, filename="{epoch}")
         trainer = fitter(saver, pruner, epochs=epochs, enable_checkpointing=True)
         trainer.fit(model, ckpt_path=path, weights_only=True)
@@ -191,10 +192,19 @@ def test_every_criterion_and_allocation_runs_through_all_rounds(criterion, alloc
     assert sum(widths(model)) == 16
 
 
-def test_averaged_weights_shrink_with_the_network():
-    model, average = Net(), WeightAveraging()
-    fitter(gradual(remove="each_round"), average, epochs=3).fit(model)
-    assert widths(average._average_model.module) == widths(model) == (8, 8)
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_shrink_with_the_network_and_resume(first, tmp_path):
+    def run(epochs, path=None):
+        model, average, pruner = Net(dropout=0.0), WeightAveraging(), gradual(remove="each_round")
+        trainer = fitter(*([average, pruner] if first else [pruner, average]), epochs=epochs)
+        trainer.fit(model, ckpt_path=path, weights_only=True)
+        assert widths(average._average_model.module) == widths(model) == (8, 8)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return {n: p.detach() for n, p in average._average_model.named_parameters()}
+
+    run(3)
+    resumed = run(5, tmp_path / "3.ckpt")
+    assert [p.shape for p in resumed.values()] == [p.shape for p in run(5).values()]
 
 
 def test_built_from_yaml_by_type_hints():
@@ -278,8 +288,9 @@ def test_bad_input_is_refused():
         fitter(gradual(), lp.IterativeMagnitudePruning(), epochs=1).fit(Net())
     with pytest.raises(ValueError, match=r"pattern 'x' matches no prunable weight"):
         fitter(gradual(include=["x"]), epochs=1).fit(Net())
+    trainer = fitter(strategy="ddp")
     with pytest.raises(ValueError, match=r"remove='each_round': the strategy is DDPStrategy"):
-        fitter(gradual(remove="each_round"), epochs=1, strategy="ddp").fit(Net())
+        gradual(remove="each_round").setup(trainer, Net(), "fit")
 
 
 def test_the_head_keeps_its_classes():

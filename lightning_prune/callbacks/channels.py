@@ -111,7 +111,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._groups: Groups = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
         self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
-        self._reshape: Any = None
+        self._hooks: list[Any] = []
 
     @property
     @override
@@ -142,7 +142,9 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
                 "remove='end' DDP."
             )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
-        self._reshape = pl_module.register_load_state_dict_pre_hook(_take_shapes)
+        self._hooks = [
+            its.register_load_state_dict_pre_hook(_take_shapes) for its in (pl_module, *_averages(trainer))
+        ]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,8 +242,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = channels.plan(self._here(), self._alive_here())
-        averages = [getattr(c, "_average_model", None) for c in callbacks_of(trainer)]
-        surgery.cut(pl_module, removed, trainer.optimizers, [a.module for a in averages if a is not None])
+        surgery.cut(pl_module, removed, trainer.optimizers, _averages(trainer))
         self._left = self.channels
         for callback in callbacks_of(trainer):
             if on_cut := getattr(callback, "on_cut", None):
@@ -267,7 +268,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._reshape.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -282,6 +284,12 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._groups = channels.unpack_groups(state_dict["groups"])
         self.channels = unpack(state_dict["channels"])
         self._left = unpack(state_dict["left"])
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averaged copies of the module that `WeightAveraging` callbacks keep."""
+    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
+    return [average.module for average in found if average is not None]
 
 
 def _take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
