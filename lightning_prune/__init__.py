@@ -12,29 +12,37 @@ says from where to go on.*
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot
+- `channels`: which channels are coupled; the plan that removes some
+- `filters`: which of them stay; their scores, and targets on the size
+- `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
 - `rng`: the state of the random number generators
 - `storage`: sparse files; `save_sparse` and `load_sparse`
 - `inference`: what zeros are worth; `accelerate` and `summarize`
 - `callbacks`: when
 """
 
-from lightning_prune import allocation, criteria, granularity, schedules
-from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind
+from lightning_prune import allocation, channels, criteria, filters, granularity, schedules
+from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
 from lightning_prune.holding import hold
 from lightning_prune.inference import accelerate, summarize
 from lightning_prune.pruning import prune
 from lightning_prune.storage import load_sparse, save_sparse
+from lightning_prune.surgery import load_pruned
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IterativeMagnitudePruning",
     "LotteryTicketRewind",
+    "StructuredChannelPruning",
     "accelerate",
     "allocation",
+    "channels",
     "criteria",
+    "filters",
     "granularity",
     "hold",
+    "load_pruned",
     "load_sparse",
     "prune",
     "save_sparse",

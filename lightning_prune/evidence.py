@@ -28,6 +28,8 @@ EVIDENCE = {
     "forward": "`prune` takes batches as data=.",
     "grads": "They need batches and a loss: `prune` takes them as data= and loss=.",
     "generator": "`next_masks` takes it as generator=.",
+    "channels": "It scores coupled channels: StructuredChannelPruning has them.",
+    "removed": "Only StructuredChannelPruning knows what a sparsity removes.",
 }
 
 # What runs the model, or reads the training data.

@@ -178,7 +178,7 @@ def next_masks(
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
     if len(known) == len(sparsities):
         evidence["sparsity"] = sum(s * n for s, n in known) / sum(n for _, n in known)
-    scores = _score(criterion, weights, {"masks": masks, **evidence})
+    scores = score_weights(criterion, weights, {"masks": masks, **evidence})
     units: Scores = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, mask in masks.items():
@@ -214,7 +214,7 @@ def next_masks(
     return {name: new[name] for name in weights}
 
 
-def _score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, Any]) -> Scores:
+def score_weights(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, Any]) -> Scores:
     """Call the criterion with the evidence that its signature names."""
     if "grads" in asked(criterion) and evidence.get("batches") and evidence.get("loss"):
         run = (evidence[name] for name in ("model", "loss", "batches"))

@@ -15,8 +15,8 @@ ROOT = PACKAGE.parent
 # from the foundation upwards: a module imports from the layers below its own, or from its own
 LAYERS = (
     {"masks"},
-    {"criteria", "allocation", "schedules", "rng", "evidence", "granularity", "channels", "storage"},
-    {"pruning", "holding", "rewind", "surgery", "inference"},
+    {"criteria", "allocation", "schedules", "rng", "evidence", "granularity", "storage"},
+    {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference"},
     {"callbacks"},
 )
 ONLY_IN = {

@@ -294,6 +294,10 @@ class IterativeMagnitudePruning(Callback):
         if (left := alive(masks)) < max(1, budget(self.max_sparsity, total)):
             sparsity = f"the next sparsity, {1 - left / total:.4f},"
             self._stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
+        self._open_round(trainer, pl_module, round, masks)
+
+    def _open_round(self, trainer: Trainer, pl_module: LightningModule, round: int, masks: Masks) -> None:
+        """Everything that a round begins with, once its masks are known."""
         self.masks = masks
         self.round, self._began = round, trainer.global_step
         for callback in callbacks_of(trainer):
@@ -306,14 +310,10 @@ class IterativeMagnitudePruning(Callback):
                 float("inf") if stopper.monitor_op == torch.lt else -float("inf")
             )
         self._announce = True
-        left = alive(self.masks)
-        log.info(
-            "round %d of %d: %d weights left (%.2f %%)",
-            self.round,
-            self.rounds,
-            left,
-            100 * (1 - self.sparsity),
-        )
+        log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
+
+    def _describe(self) -> str:
+        return f"{alive(self.masks)} weights left ({100 * (1 - self.sparsity):.2f} %)"
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
         log.info("round %d is the last: %s", self.round, reason)

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, callbacks_of
 from lightning_prune.masks import Masks
 from lightning_prune.rewind import Snapshot
+from lightning_prune.surgery import Plan, cut_snapshot
 
 
 class LotteryTicketRewind(Callback):
@@ -77,6 +78,11 @@ class LotteryTicketRewind(Callback):
                 "a checkpoint of a run with this callback."
             )
         self.snapshot = Snapshot.take(pl_module, trainer.optimizers, _schedulers(trainer))
+
+    def on_cut(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
+        """Channels were removed from the network: the snapshot loses the same ones."""
+        if self.snapshot is not None:
+            self.snapshot = cut_snapshot(self.snapshot, plan, pl_module, trainer.optimizers)
 
     def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Rewind; the pruning callback puts the masks on."""

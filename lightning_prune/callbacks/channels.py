@@ -1,0 +1,296 @@
+"""StructuredChannelPruning: when channels are chosen, and when they go."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn, optim
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from lightning_prune import allocation, channels, criteria, filters, surgery
+from lightning_prune.callbacks.evidence import _batches, agreed, check_run, evidence_of
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, callbacks_of
+from lightning_prune.channels import Groups
+from lightning_prune.evidence import inputs, undisturbed
+from lightning_prune.holding import Hold
+from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.pruning import Allocation, Criterion, groups, plan
+from lightning_prune.schedules import OneShot, Schedule
+
+
+class StructuredChannelPruning(IterativeMagnitudePruning):
+    """Remove whole channels, so that the network becomes smaller and faster on any machine.
+
+    Rounds, clock, logging and resumption are those of `IterativeMagnitudePruning`; sparsity is the fraction
+    of channels that is gone, counted in units that go together: residual branches, concatenations, grouped
+    and depthwise convolutions share theirs. Channels that are outputs of the model stay, and so do those that
+    a trial on a copy shows cannot go, with a warning. With `remove="end"` they are zero during training and
+    cut when the fit ends; with `remove="each_round"` they are cut as a round begins, from the model, the
+    optimizers, the averaged weights of `WeightAveraging` and the snapshot of `LotteryTicketRewind`.
+    Parameters keep their identity. A checkpoint resumes with the same command, whatever its shapes;
+    `lightning_prune.load_pruned` loads it anywhere.
+
+    Args:
+        schedule: round (and scores of units) -> fraction of channels removed, by default `OneShot(0.3)`; or a
+            dict {pattern over weight names: schedule}. `filters.Removed(schedule)` is a target on parameters
+            or multiply-adds instead.
+        rounds: number of prunings, 0 or more.
+        every_n_epochs: length of a round in epochs.
+        criterion: which channels: the mean of these scores over the weights that make a channel (`magnitude`:
+            the L1 norm of filters, `Ln(2)`: L2, `taylor`), or one of `lightning_prune.filters`:
+            `batch_norm_scale`, `geometric_median`, `RandomChannels`.
+        allocate: how many stay where: `uniform` (in each layer alike), `global_rank`, `filters.isomorphic`.
+        include: fnmatch patterns over weight names; only channels that one of these weights makes. None: all.
+        exclude: fnmatch patterns over weight names; no channels that one of these makes.
+        example_input: an input, or its shape with the batch dimension. None: the module's
+            `example_input_array`, or else two samples of the training data.
+        remove: "end" or "each_round".
+        every_n_train_steps: length of a round in optimizer steps; replaces the epoch clock.
+        round_to: the channels left in each layer are rounded up to a multiple of this, 1 or more.
+        at_least: units left in each layer, 1 or more.
+        slimming: weight of an L1 penalty on the scales of batch normalizations while training, 0 or more.
+        score_batches: number of training batches that a criterion that reads data gets.
+
+    Attributes:
+        channels: {name of the first weight that makes them: bool tensor of units, True = alive}.
+        masks: what is zero in the weights as they are now; empty with `remove="each_round"`.
+        round: the round in progress.
+        sparsity: fraction of the removable channels that is dead or gone.
+
+    Raises:
+        ValueError: at construction, or as the fit starts and before anything is trained, naming the argument.
+
+    Reference: Li et al. (2017), arXiv:1608.08710; Liu et al. (2017), arXiv:1708.06519 (slimming); Fang et al.
+        (2023), arXiv:2301.12900.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | dict[str, Schedule] | None = None,
+        rounds: int = 1,
+        every_n_epochs: int = 1,
+        criterion: Criterion = criteria.magnitude,
+        allocate: Allocation = allocation.uniform,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        example_input: Tensor | list[int] | None = None,
+        remove: str = "end",
+        every_n_train_steps: int | None = None,
+        round_to: int = 1,
+        at_least: int = 1,
+        slimming: float = 0.0,
+        score_batches: int = 1,
+    ) -> None:
+        if remove not in ("end", "each_round"):
+            raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
+        for name, value in (("round_to", round_to), ("at_least", at_least)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1 on.")
+        if not 0 <= slimming < float("inf"):
+            raise ValueError(f"slimming={slimming}: allowed are finite numbers from 0 on.")
+        super().__init__(
+            schedule=OneShot(0.3) if schedule is None else schedule,
+            rounds=rounds,
+            every_n_epochs=every_n_epochs,
+            criterion=criterion,
+            allocate=allocate,
+            include=include,
+            exclude=exclude,
+            every_n_train_steps=every_n_train_steps,
+            score_batches=score_batches,
+        )
+        self.example_input = example_input
+        self.remove = remove
+        self.round_to = round_to
+        self.at_least = at_least
+        self.slimming = slimming
+        self.channels: Masks = {}
+        self._groups: Groups = {}  # in the coordinates of the full-size network
+        self._left: Masks = {}  # the units that are still in the network
+        self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
+        self._hooks: list[Any] = []
+
+    @property
+    @override
+    def sparsity(self) -> float:
+        total = sum(mask.numel() for mask in self.channels.values())
+        return (total - alive(self.channels)) / total if total else 0.0
+
+    @override
+    def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return channels.parameters(self._groups, model)
+
+    @override
+    def _describe(self) -> str:
+        return f"{alive(self.channels)} channels left ({100 * (1 - self.sparsity):.2f} %)"
+
+    # ----------------------------------------------------------------------------------------- the fit starts
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        allowed = (
+            (SingleDeviceStrategy,) if self.remove == "each_round" else (SingleDeviceStrategy, DDPStrategy)
+        )
+        if not isinstance(trainer.strategy, allowed):
+            raise ValueError(
+                f"remove={self.remove!r}: the strategy is {type(trainer.strategy).__name__}, which holds "
+                "shapes of the parameters that a cut would change. Allowed are a single device, and with "
+                "remove='end' DDP."
+            )
+        # Lightning loads a checkpoint into the model before it gives the callbacks their state.
+        self._hooks = [
+            its.register_load_state_dict_pre_hook(_take_shapes) for its in (pl_module, *_averages(trainer))
+        ]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        others = [
+            c for c in callbacks_of(trainer) if isinstance(c, IterativeMagnitudePruning) and c is not self
+        ]
+        if others:
+            raise ValueError(
+                f"StructuredChannelPruning goes alone; {type(others[0]).__name__} is here, too. Put several "
+                "schedules into one callback, schedule={pattern: schedule}, or fit one after the other."
+            )
+        check_run(pl_module, self.criterion)
+        surgery.check_optimizers(trainer.optimizers)
+        if not self._groups:
+            example = self._example(trainer, pl_module)
+            self._groups = channels.discover(pl_module, example, self.include, self.exclude)
+            full = {n: torch.ones(g.units, dtype=torch.bool) for n, g in self._groups.items()}
+            self.channels, self._left = full, full
+        groups(list(self._groups), self.schedule)
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
+        self._params = self.prunable(pl_module) if self.remove == "end" else {}
+        self.masks = self._weight_masks()
+        # A dead channel's weights get gradients, and their noise reaches living ones through a clipped norm.
+        self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=True)
+        self._restore_generators(trainer)
+
+    def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        if isinstance(self.example_input, Tensor):
+            return self.example_input
+        if self.example_input is not None:
+            return torch.rand(list(self.example_input), generator=torch.Generator().manual_seed(0))
+        if pl_module.example_input_array is not None:
+            return pl_module.example_input_array
+        trainer.fit_loop.setup_data()
+        with undisturbed(pl_module):
+            batch = inputs(_batches(trainer, pl_module, 1)[0])
+        return tree_map(lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, batch)
+
+    # ----------------------------------------------------------------------------------------- between rounds
+
+    def _here(self) -> Groups:
+        """The groups in the coordinates of the network as it is now."""
+        return channels.after(self._groups, self._left)
+
+    def _alive_here(self) -> Masks:
+        return {name: mask[self._left[name]] for name, mask in self.channels.items()}
+
+    def _weight_masks(self) -> Masks:
+        return channels.weight_masks(self._here(), self._alive_here(), self._params)
+
+    @override
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, round: int) -> None:
+        sparsities = plan(groups(list(self._groups), self.schedule), round)
+        if not round and not any(sparsity for _, sparsity in sparsities):
+            return
+        assert self._seed is not None
+        here = self._here()
+        with evidence_of(
+            trainer, pl_module, self.criterion, self.score_batches, self._seed + round
+        ) as evidence:
+            found = filters.unit_scores(
+                here, self.criterion, channels.parameters(here, pl_module), masks=self.masks, **evidence
+            )
+        scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
+        for name, score in found.items():
+            scores[name][self._left[name]] = score.cpu()
+        units = filters.next_units(
+            self._groups,
+            scores,
+            self.channels,
+            sparsities,
+            self.allocate,
+            self.round_to,
+            self.at_least,
+            partial(self._cost, trainer, pl_module),
+        )
+        self.channels = agreed(trainer, units)
+        if self.remove == "each_round":
+            self._cut(trainer, pl_module)
+        self._open_round(trainer, pl_module, round, self._weight_masks())
+
+    def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
+        """Parameters or multiply-adds of the network with these units."""
+        if multiply_adds and not self._uses:
+            self._uses = filters.uses(pl_module, self._example(trainer, pl_module))
+        weights: dict[str, tuple[list[int], float]] = {
+            name: (list(p.shape), self._uses.get(name, 0.0) if multiply_adds else 1.0)
+            for name, p in pl_module.named_parameters()
+        }
+        for site, gone in channels.plan(self._groups, self._left).items():
+            if (name := channels.parameter(site)) in weights:
+                weights[name][0][site[2]] += len(gone)  # as it was in the full-size network
+        return filters.cost(self._groups, units, weights)
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        removed = channels.plan(self._here(), self._alive_here())
+        surgery.cut(pl_module, removed, trainer.optimizers, _averages(trainer))
+        self._left = self.channels
+        for callback in callbacks_of(trainer):
+            if on_cut := getattr(callback, "on_cut", None):
+                on_cut(trainer, pl_module, removed)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: optim.Optimizer
+    ) -> None:
+        if not self.slimming:
+            return
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for site in {site for group in self._groups.values() for site in group.scales}:
+            gamma = pl_module.get_parameter(channels.parameter(site))
+            if id(gamma) in own and gamma.grad is not None:
+                gamma.grad.add_(gamma.detach().sign(), alpha=self.slimming)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.remove == "end":
+            self._cut(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        for hook in self._hooks:
+            hook.remove()
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = {"groups": channels.pack_groups(self._groups), "channels": pack(self.channels)}
+        return {**super().state_dict(), "masks": {}, **own, "left": pack(self._left)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._groups = channels.unpack_groups(state_dict["groups"])
+        self.channels = unpack(state_dict["channels"])
+        self._left = unpack(state_dict["left"])
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averaged copies of the module that `WeightAveraging` callbacks keep."""
+    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
+    return [average.module for average in found if average is not None]
+
+
+def _take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    surgery.reshape(module, {name.removeprefix(prefix): value for name, value in state_dict.items()})

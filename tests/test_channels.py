@@ -1,0 +1,362 @@
+"""Coupled channels are found, what cannot go stays, and a cut network computes what the masked one did."""
+
+import re
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import allocation, channels, criteria, filters
+from lightning_prune.surgery import cut
+from tests.networks import same
+
+IMAGE = (2, 3, 16, 16)
+
+
+def conv(a, b, k=3, norm=nn.BatchNorm2d, **options):
+    return nn.Sequential(nn.Conv2d(a, b, k, padding=k // 2, bias=False, **options), norm(b), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """A residual stream of 16 channels through three blocks of different insides, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 16)
+        self.plain = nn.Sequential(conv(16, 12), conv(12, 16))
+        self.grouped = nn.Sequential(conv(16, 24, 1), conv(24, 24, groups=4), conv(24, 16, 1))
+        self.depthwise = nn.Sequential(conv(16, 20, 1), conv(20, 20, groups=20), conv(20, 16, 1))
+        self.gate = nn.Sequential(nn.Conv2d(16, 4, 1), nn.SiLU(), nn.Conv2d(4, 16, 1), nn.Sigmoid())
+        self.scale = nn.Parameter(torch.full((16, 1, 1), 1e-6))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.plain(x)
+        x = x + self.scale * self.grouped(x)
+        x = x + self.depthwise(x)
+        x = x * self.gate(x.mean((2, 3), keepdim=True))
+        return self.head(x.mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """Concatenations, a flattening into linear layers, a transposed convolution, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 6), conv(6, 10)
+        self.down = nn.Conv2d(16, 7, 3, stride=4, padding=1)
+        self.act = nn.PReLU(7)
+        self.up = nn.ConvTranspose2d(7, 9, 2, stride=2)
+        self.mask = nn.Conv2d(9, 2, 1)
+        self.fc = nn.Sequential(nn.Linear(7 * 16, 12), nn.Sigmoid(), nn.Linear(12, 4))
+
+    def forward(self, x):
+        a = self.a(x)
+        x = self.act(self.down(torch.cat([a, self.b(a)], 1)))
+        return {"mask": self.mask(self.up(x)), "class": self.fc(x.flatten(1))}
+
+
+def randomized(model):
+    """Weights and statistics as after a training: nothing is zero or one."""
+    for name, t in model.state_dict().items():
+        if t.is_floating_point():
+            t.uniform_(*((0.5, 1.5) if "var" in name or t.dim() == 1 else (-0.3, 0.3)))
+    return model.eval()
+
+
+def tensors(output):
+    return list(output.values()) if isinstance(output, dict) else [output]
+
+
+def alive(groups, fraction=0.4):
+    return {n: torch.rand(g.units).argsort() >= max(1, int(g.units * fraction)) for n, g in groups.items()}
+
+
+def masked(model, removed):
+    twin = deepcopy(model)
+    for (module, name, dim), gone in removed.items():
+        tensor = getattr(twin.get_submodule(module), name)
+        if isinstance(tensor, nn.Parameter):
+            tensor.data.index_fill_(dim, gone, 0)
+    return twin
+
+
+def relative(model, twin, x):
+    with torch.no_grad():
+        pairs = list(zip(tensors(model(x)), tensors(twin(x)), strict=True))
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("make", [Residual, Joined])
+@pytest.mark.parametrize("fraction", [0.3, 0.8])
+def test_a_cut_network_computes_what_the_masked_one_did(make, fraction):
+    model, x = randomized(make()), torch.randn(IMAGE)
+    groups = channels.discover(model, x)
+    removed = channels.plan(groups, alive(groups, fraction))
+    twin, before = masked(model, removed), deepcopy(model)
+    cut(model, removed)
+    assert relative(model, twin, x) < 1e-5
+    assert relative(model, before, x) > 1e-3
+
+
+def test_what_is_coupled_goes_together():
+    groups = channels.discover(Residual(), torch.randn(IMAGE))
+    units = {name: (g.units, g.per_unit) for name, g in groups.items()}
+    assert units == {
+        "stem.0.weight": (16, 1),  # with every block's last convolution, and the gate's
+        "plain.0.0.weight": (12, 1),
+        "grouped.0.0.weight": (6, 4),
+        "grouped.1.0.weight": (6, 4),
+        "depthwise.0.0.weight": (20, 1),
+        "gate.0.weight": (4, 1),
+    }
+    stream = {channels.parameter(site) for site in groups["stem.0.weight"].filters}
+    assert stream >= {f"{b}.0.weight" for b in ("plain.1", "grouped.2", "depthwise.2", "stem")}
+    assert ("", "scale", 0) in groups["stem.0.weight"].sites
+    assert ("stem.1", "running_var", 0) in groups["stem.0.weight"].sites
+
+
+def test_nothing_is_changed_by_looking():
+    model = Residual().train()
+    model.stem.requires_grad_(False)
+    x = torch.randn(IMAGE)
+    before, rng = deepcopy(model.state_dict()), torch.get_rng_state()
+    needs = [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        groups = channels.discover(model, x)
+    assert "stem.0.weight" in groups  # frozen channels are found, too
+    assert same(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [p.requires_grad for p in model.parameters()] == needs
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_patterns_name_the_weights_that_make_channels():
+    x = torch.randn(IMAGE)
+    assert list(channels.discover(Residual(), x, include=["plain.*"])) == [
+        "stem.0.weight",
+        "plain.0.0.weight",
+    ]
+    assert "stem.0.weight" not in channels.discover(Residual(), x, exclude=["plain.1.*"])
+    with pytest.raises(ValueError, match="'nothing' matches no prunable weight"):
+        channels.discover(Residual(), x, include=["nothing"])
+
+
+# ------------------------------------------------------------------------------------------------------ traps
+
+
+class Around(nn.Module):
+    """A network of two convolutions with something in between and after."""
+
+    def __init__(self, middle, width=8, out=8, after=None):
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(3, width, 3, padding=1), middle
+        self.extra = nn.Conv2d(3, 6, 1)
+        self.inner = nn.Conv2d(6, 4, 1)
+        self.last = nn.Conv2d(out, 4, 3)
+        self.after = after or (lambda x: x)
+
+    def forward(self, x):
+        y = self.last(self.middle(self.first(x))).mean((2, 3))
+        return self.after(y + self.inner(self.extra(x)).mean((2, 3)))
+
+
+class Lambda(nn.Module):
+    def __init__(self, f, *modules):
+        super().__init__()
+        self.f, self.parts = f, nn.ModuleList(modules)
+
+    def forward(self, x):
+        return self.f(x, *self.parts)
+
+
+def tied(x, a, b):
+    b.weight = a.weight
+    return b(torch.relu(a(x)))
+
+
+def shuffle(x):
+    return x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+
+
+STAY = {  # what cannot be cut: a reason that the warning gives
+    "GroupNorm": (lambda: nn.GroupNorm(2, 8), "GroupNorm takes its mean over them"),
+    "LayerNorm": (
+        lambda: Lambda(lambda x, n: n(x.movedim(1, -1)).movedim(-1, 1), nn.LayerNorm(8)),
+        "its mean",
+    ),
+    "multiplier": (lambda: nn.Conv2d(8, 8, 1), None),
+    "view": (lambda: Lambda(lambda x: x.view(-1, 8, 16, 16) * 1.0), "fails|lost|another shape"),
+    "softmax": (lambda: nn.Softmax(1), "not that in which they are zero"),
+    "norm": (lambda: Lambda(lambda x: x / x.norm(dim=1, keepdim=True)), None),
+    "raw": (lambda: Lambda(lambda x, c: torch.conv2d(x, c.weight[:, :, :1, :1]), nn.Conv2d(8, 8, 3)), None),
+    "shuffle": (lambda: Lambda(shuffle), None),
+    "affine buffer": (lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), None),
+    "branch": (lambda: Lambda(lambda x, a: a(x) if x.shape[1] < 8 else x, nn.Conv2d(8, 8, 1)), None),
+    "tied": (lambda: Lambda(tied, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)), None),
+    "reused": (lambda: Lambda(lambda x, a: a(torch.relu(a(x))), nn.Conv2d(8, 8, 1)), None),
+}
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_channels_that_cannot_go_stay_and_the_rest_is_right(name):
+    make, reason = STAY[name]
+    model, x = randomized(Around(make())), torch.randn(IMAGE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        groups = channels.discover(model, x)
+    said = " ".join(str(w.message) for w in caught)
+    assert "extra.weight" in groups, said
+    if reason:
+        assert "first.weight" not in groups
+        assert re.search(reason, said), said
+        assert "first.weight" in said
+    removed = channels.plan(groups, alive(groups))
+    twin = masked(model, removed)
+    cut(model, removed)
+    assert relative(model, twin, x) < 1e-5
+    model.train()(x)
+
+
+def test_a_depthwise_multiplier_stays():
+    model = Around(nn.Conv2d(8, 16, 3, padding=1, groups=8), out=16)
+    with pytest.warns(UserWarning, match="depthwise multipliers"):
+        groups = channels.discover(model, torch.randn(IMAGE))
+    assert list(groups) == ["extra.weight"]
+
+
+def test_outputs_may_be_none_or_without_a_gradient():
+    class Odd(Residual):
+        def forward(self, x):
+            return {"logits": super().forward(x), "none": None, "sizes": (torch.tensor(x.shape), 3)}
+
+    assert len(channels.discover(Odd(), torch.randn(IMAGE))) == 6
+
+
+def test_branches_of_training_are_seen():
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = conv(3, 8), conv(8, 8)
+            self.head, self.aux = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.head(self.body(x).mean((2, 3)))
+            return (y, self.aux(x.mean((2, 3)))) if self.training else y
+
+    model = Aux()
+    groups = channels.discover(model, torch.randn(IMAGE))
+    assert ("aux", "weight", 1) in groups["stem.0.weight"].sites
+    cut(model, channels.plan(groups, alive(groups)))
+    assert [t.shape for t in model.train()(torch.randn(IMAGE))] == [(2, 4), (2, 4)]
+
+
+def test_what_cannot_be_traced_is_refused_with_a_reason():
+    x = torch.randn(IMAGE)
+    net = Around(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)))
+    with pytest.raises(ValueError, match=r"'middle' is parametrized"):
+        channels.discover(net, x)
+    net = Around(nn.Conv2d(8, 8, 1))
+    nn.utils.prune.l1_unstructured(net.first, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"'first' carries a mask of torch.nn.utils.prune"):
+        channels.discover(net, x)
+    with pytest.raises(ValueError, match="is not initialized yet"):
+        channels.discover(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(2)), torch.randn(2, 2))
+    with pytest.raises(ValueError, match=r"Residual is refused: its channels cannot be traced"):
+        channels.discover(Residual(), torch.randn(2, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"Linear has no channels to remove. All are its outputs."):
+        channels.discover(nn.Linear(3, 4), torch.randn(2, 3))
+
+
+# ------------------------------------------------------------------------------------------- scores and units
+
+
+def test_scores_are_norms_of_the_filters_that_make_a_channel():
+    model = randomized(Residual())
+    groups = channels.discover(model, torch.randn(IMAGE))
+    params = channels.parameters(groups, model)
+    for criterion, power in ((criteria.magnitude, 1), (criteria.Ln(2), 2)):
+        scores = filters.unit_scores(groups, criterion, params)
+        inner = [float((w.abs() ** power).mean()) for w in model.plain[0][0].weight.detach()]
+        torch.testing.assert_close(scores["plain.0.0.weight"], torch.tensor(inner))
+        # of the grouped block's second convolution: the i-th filter of every group
+        w = (model.grouped[1][0].weight.detach().abs() ** power).view(4, 6, -1)
+        torch.testing.assert_close(scores["grouped.1.0.weight"], w.mean((0, 2)))
+
+
+def test_channel_criteria_equal_their_definitions():
+    model = randomized(Residual())
+    groups = channels.discover(model, torch.randn(IMAGE), include=["plain.0.*"])
+    groups = {"plain.0.0.weight": groups["plain.0.0.weight"]}
+    params = channels.parameters(groups, model)
+    slim = filters.unit_scores(groups, filters.batch_norm_scale, params)["plain.0.0.weight"]
+    assert torch.equal(slim, model.plain[0][1].weight.abs())
+    median = filters.unit_scores(groups, filters.geometric_median, params)["plain.0.0.weight"]
+    w = model.plain[0][0].weight.detach().flatten(1)
+    far = torch.tensor([sum(float((a - b).norm()) for b in w) / len(w) for a in w])
+    torch.testing.assert_close(median, far)
+    first = filters.unit_scores(groups, filters.RandomChannels(1), params)
+    assert same(first, filters.unit_scores(groups, filters.RandomChannels(1), params))
+
+
+def units(groups, sparsity, allocate=allocation.uniform, **options):
+    scores = {n: torch.rand(g.units) for n, g in groups.items()}
+    masks = {n: torch.ones(g.units, dtype=torch.bool) for n, g in groups.items()}
+    return filters.next_units(groups, scores, masks, [(list(groups), sparsity)], allocate, **options)
+
+
+@pytest.mark.parametrize("allocate", [allocation.uniform, allocation.global_rank, filters.isomorphic])
+def test_the_budget_is_met_exactly(allocate):
+    groups = channels.discover(Residual(), torch.randn(IMAGE))
+    total = sum(g.units for g in groups.values())
+    for sparsity in (0.1, 0.5, 0.8):
+        masks = units(groups, sparsity, allocate)
+        assert sum(int(m.sum()) for m in masks.values()) == round((1 - sparsity) * total)
+        assert all(m.any() for m in masks.values())
+
+
+def test_widths_are_rounded_up_and_never_fall_below_the_minimum():
+    groups = channels.discover(Residual(), torch.randn(IMAGE))
+    left = {n: int(m.sum()) * groups[n].per_unit for n, m in units(groups, 0.5, round_to=8).items()}
+    assert left == {
+        "stem.0.weight": 8,
+        "plain.0.0.weight": 8,
+        "grouped.0.0.weight": 16,
+        "grouped.1.0.weight": 16,
+        "depthwise.0.0.weight": 16,
+        "gate.0.weight": 4,  # all it has
+    }
+    assert min(int(m.sum()) for m in units(groups, 0.9, at_least=3).values()) >= 3
+
+
+def test_cutting_twice_equals_cutting_once():
+    model, x = randomized(Residual()), torch.randn(IMAGE)
+    groups = channels.discover(model, x)
+    first = alive(groups, 0.3)
+    second = {
+        n: m & (torch.rand(len(m)) > 0.3) | (torch.arange(len(m)) == m.int().argmax())
+        for n, m in first.items()
+    }
+    once, twice = deepcopy(model), deepcopy(model)
+    cut(once, channels.plan(groups, second))
+    cut(twice, channels.plan(groups, first))
+    here = channels.after(groups, first)
+    cut(twice, channels.plan(here, {n: m[first[n]] for n, m in second.items()}))
+    assert same(once.state_dict(), twice.state_dict())
+
+
+def test_groups_survive_plain_containers():
+    groups = channels.discover(Residual(), torch.randn(IMAGE))
+    back = channels.unpack_groups(channels.pack_groups(groups))
+    masks = alive(groups)
+    assert same(channels.plan(groups, masks), channels.plan(back, masks))
+    assert [(g.name, g.units, g.filters, g.scales, g.structure) for g in groups.values()] == [
+        (g.name, g.units, g.filters, g.scales, g.structure) for g in back.values()
+    ]

@@ -1,0 +1,112 @@
+"""The architectures of torchvision and timm: what is cut computes what was masked, or it is refused."""
+
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+
+from lightning_prune import allocation, channels, criteria, filters
+from lightning_prune.surgery import cut
+from tests.test_channels import masked
+
+# name -> (size of the input, parameters lost at sparsity 0.3 at least)
+CUT = {
+    "torchvision resnet18": (64, 0.35),
+    "torchvision resnet50": (64, 0.35),
+    "torchvision resnext50_32x4d": (64, 0.35),
+    "torchvision mobilenet_v2": (64, 0.35),
+    "torchvision mobilenet_v3_small": (64, 0.35),
+    "torchvision mobilenet_v3_large": (64, 0.35),
+    "torchvision efficientnet_b0": (64, 0.35),
+    "torchvision regnet_y_400mf": (64, 0.35),
+    "torchvision googlenet": (64, 0.35),
+    "torchvision densenet121": (64, 0.35),
+    "torchvision vgg11_bn": (64, 0.35),
+    "torchvision squeezenet1_1": (64, 0.35),
+    "torchvision lraspp_mobilenet_v3_large": (64, 0.35),
+    "timm resnet50": (64, 0.35),
+    "timm mobilenetv4_conv_small": (64, 0.35),
+    "timm ghostnet_100": (64, 0.35),
+}
+INNER = {  # layer normalization or attention hold the stream together: only what is inside a block can go
+    "torchvision convnext_tiny": (64, 0.2),
+    "timm convnext_atto": (64, 0.2),
+    "torchvision vit_b_16": (224, 0.15),
+    "timm vit_tiny_patch16_224": (224, 0.15),
+    "torchvision swin_t": (64, 0.15),
+    "timm swin_tiny_patch4_window7_224": (224, 0.15),
+    "timm res2net50_26w_4s": (64, 0.2),  # splits of a split
+}
+REFUSED = {
+    "torchvision shufflenet_v2_x0_5": (64, "cannot be traced"),
+    "timm convnextv2_atto": (64, "LayerNorm.* takes its mean over them"),
+}
+FAST = (
+    "torchvision resnet18",
+    "torchvision mobilenet_v3_small",
+    "torchvision squeezenet1_1",
+    "timm vit_tiny_patch16_224",
+    "torchvision shufflenet_v2_x0_5",
+)
+
+
+def table(names):
+    return [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in names]
+
+
+def build(name, size):
+    library, name = name.split()
+    torch.manual_seed(0)
+    if library == "timm":
+        model = pytest.importorskip("timm").create_model(name, pretrained=False)
+    else:
+        options = {"init_weights": True} if name == "googlenet" else {}
+        if name.startswith("lraspp"):
+            options = {"weights_backbone": None}
+        model = pytest.importorskip("torchvision").models.get_model(name, weights=None, **options)
+    x = torch.randn(2, 3, size, size)
+    for name, p in model.named_parameters():  # a head, a scale or a residual branch of zeros would hide all
+        if p.min() == p.max():
+            p.data.uniform_(*((-0.2, 0.2) if name.endswith("bias") or p.dim() > 1 else (0.5, 1.5)))
+    for name, b in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            b.uniform_(*((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
+    return model.eval(), x
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        got = model(x)
+    return list(got.values()) if isinstance(got, dict) else [got]
+
+
+@pytest.mark.parametrize("name", table({**CUT, **INNER}))
+def test_a_cut_architecture_computes_what_the_masked_one_did(name):
+    size, lost = {**CUT, **INNER}[name]
+    model, x = build(name, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if name in CUT else "ignore")  # nothing of these may be left alone
+        groups = channels.discover(model, x)
+    scores = filters.unit_scores(groups, criteria.magnitude, channels.parameters(groups, model))
+    dense = {n: torch.ones(g.units, dtype=torch.bool) for n, g in groups.items()}
+    units = filters.next_units(groups, scores, dense, [(list(groups), 0.3)], allocation.uniform)
+    plan = channels.plan(groups, units)
+    twin, before = masked(model, plan), sum(p.numel() for p in model.parameters())
+    cut(model, plan)
+    for want, got in zip(outputs(twin, x), outputs(model, x), strict=True):
+        assert got.shape == want.shape
+        assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    assert 1 - sum(p.numel() for p in model.parameters()) / before >= lost
+    if "googlenet" not in name:  # its auxiliary heads want larger images
+        model.train()(x)
+
+
+@pytest.mark.parametrize("name", table(REFUSED))
+def test_what_cannot_be_cut_is_refused_with_a_reason(name):
+    size, reason = REFUSED[name]
+    model, x = build(name, size)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=reason):
+        channels.discover(model, x)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

@@ -1,0 +1,299 @@
+"""StructuredChannelPruning: channels really go away, and resumption, rewinding and precision still work."""
+
+from copy import deepcopy
+
+import jsonargparse
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch import nn
+
+import lightning_prune as lp
+from tests.networks import Manual, Net, Watch, fitter, same, state
+from tests.test_surgery import OPTIMIZERS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning 2.6 on torch 2.14
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+HALF = lp.schedules.OneShot(0.5)
+WAYS = ("end", "each_round")
+
+
+def gradual(**options):
+    options = {"schedule": lp.schedules.Linear(sparsity=0.5, rounds=2), "rounds": 2, **options}
+    return lp.StructuredChannelPruning(**options)
+
+
+def widths(model):
+    return model.stem.out_features, model.body.out_features
+
+
+@pytest.mark.parametrize("remove", WAYS)
+def test_channels_really_go_away(remove):
+    model, pruner = Net(), gradual(remove=remove)
+    seen = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append((*widths(pl_module), pruner.sparsity))
+
+    trainer = fitter(Look(), pruner, epochs=3)
+    trainer.fit(model)
+    assert widths(model) == (8, 8)
+    assert pruner.sparsity == 0.5
+    if remove == "each_round":
+        assert seen == [(16, 16, 0.0), (12, 12, 0.25), (8, 8, 0.5)]
+    else:
+        assert seen == [(16, 16, 0.0), (16, 16, 0.25), (16, 16, 0.5)]
+    (optimizer,) = trainer.optimizers
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    assert all(s.shape == p.shape for p, its in optimizer.state.items() for s in its.values())
+
+
+def test_the_cut_at_the_end_computes_what_was_trained():
+    model, pruner, kept = Net(), gradual(), {}
+
+    class Keep(Callback):
+        def on_train_end(self, trainer, pl_module):
+            kept["model"] = deepcopy(pl_module).eval()
+
+    watch = Watch(pruner)
+    fitter(Keep(), watch, pruner, epochs=3).fit(model)
+    x = torch.randn(9, 6)
+    assert widths(kept["model"]) == (16, 16)
+    torch.testing.assert_close(model.eval()(x), kept["model"](x), rtol=1e-5, atol=1e-6)
+    assert watch.checked
+
+
+@pytest.mark.parametrize("remove", WAYS)
+@pytest.mark.parametrize("clock", [{}, {"every_n_train_steps": 4}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("name", ["SGD nesterov", "AdamW", "AdamW amsgrad fused"])
+def test_resume_equals_straight_run(remove, name, clock, tmp_path):
+    def run(folder, epochs, path=None):
+        torch.manual_seed(len(folder))  # a resumed run starts from other weights and another seed
+        model, pruner = Net(make=OPTIMIZERS[name], schedule=step_lr), gradual(remove=remove, **clock)
+        saver = ModelCheckpoint(tmp_path / folder, save_top_k=-1, filename="{epoch}")
+        trainer = fitter(saver, pruner, epochs=epochs, enable_checkpointing=True)
+        trainer.fit(model, ckpt_path=path, weights_only=True)
+        found = state(trainer)
+        del found["buffers"]["seen"]  # not persistent: no checkpoint has it
+        return found, pruner
+
+    straight, pruner = run("straight", 4)
+    for epoch in range(3):
+        resumed, again = run(f"again {epoch}", 4, tmp_path / "straight" / f"epoch={epoch}.ckpt")
+        assert same(resumed, straight), epoch
+        assert same(again.channels, pruner.channels)
+        assert again.round == pruner.round
+
+
+def step_lr(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
+
+
+@pytest.mark.parametrize("remove", WAYS)
+def test_a_cut_checkpoint_loads_anywhere_and_trains_on(remove, tmp_path):
+    model, pruner = Net(), gradual(remove=remove)
+    trainer = fitter(pruner, epochs=3)
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    loaded = lp.load_pruned(Net(), tmp_path / "small.ckpt")
+    assert same(loaded.state_dict(), model.state_dict())
+    x = torch.randn(9, 6)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    further = Net()
+    trainer = fitter(gradual(remove=remove), epochs=4)
+    trainer.fit(further, ckpt_path=tmp_path / "small.ckpt")
+    assert trainer.current_epoch == 4
+    assert widths(further) == (8, 8)
+
+
+@pytest.mark.parametrize("to_step", [0, 2])
+@pytest.mark.parametrize("remove", WAYS)
+def test_a_structured_ticket_starts_from_the_early_weights(remove, to_step):
+    model = Net()
+    pruner, rewind = gradual(remove=remove), lp.LotteryTicketRewind(to_step)
+    early, found = {}, []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == to_step and not early:
+                early.update(deepcopy(pl_module.state_dict()))
+
+        def on_prune(self, trainer, pl_module, masks):
+            pass
+
+    class After(Callback):  # of a round's first batch start
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pruner.round and not batch_idx:
+                found.append((deepcopy(pl_module.state_dict()), deepcopy(pruner.channels)))
+
+    fitter(Look(), pruner, rewind, After(), epochs=3).fit(model)
+    assert len(found) == 2
+    for now, units in found:
+        rows, columns = units["body.weight"], units["stem.weight"]
+        want, got = early["body.weight"], now["body.weight"]
+        if remove == "each_round":
+            assert torch.equal(got, want[rows][:, columns])
+        else:
+            assert torch.equal(got, want * rows[:, None] * columns[None])
+
+
+@pytest.mark.parametrize("remove", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16-mixed"},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3, "precision": "bf16-mixed"},
+    ],
+    ids=str,
+)
+def test_with_mixed_precision_accumulation_and_clipping(remove, options):
+    model = Net()
+    fitter(gradual(remove=remove), epochs=3, **options).fit(model)
+    assert widths(model) == (8, 8)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("remove", WAYS)
+def test_with_manual_optimization_and_rounds_of_steps(remove):
+    model = Manual()
+    fitter(gradual(remove=remove, every_n_train_steps=2), epochs=5).fit(model)
+    assert widths(model) == (8, 8)
+
+
+def test_clipped_training_with_masks_equals_the_cut_one():
+    """What is dead counts nothing in the norm: both ways train the same network."""
+    outputs = []
+    for remove in WAYS:
+        torch.manual_seed(0)
+        model = Net(dropout=0.0)
+        fitter(gradual(remove=remove), epochs=3, gradient_clip_val=0.1).fit(model)
+        outputs.append(model.eval()(torch.ones(2, 6)))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [lp.criteria.taylor, lp.criteria.Ln(2), lp.filters.geometric_median, lp.filters.RandomChannels()],
+    ids=lambda c: getattr(c, "__name__", repr(c)),
+)
+@pytest.mark.parametrize("allocate", [lp.allocation.global_rank, lp.filters.isomorphic])
+def test_every_criterion_and_allocation_runs_through_all_rounds(criterion, allocate):
+    model = Net()
+    pruner = gradual(remove="each_round", criterion=criterion, allocate=allocate)
+    fitter(pruner, epochs=3).fit(model)
+    assert sum(widths(model)) == 16
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_shrink_with_the_network_and_resume(first, tmp_path):
+    def run(epochs, path=None):
+        model, average, pruner = Net(dropout=0.0), WeightAveraging(), gradual(remove="each_round")
+        trainer = fitter(*([average, pruner] if first else [pruner, average]), epochs=epochs)
+        trainer.fit(model, ckpt_path=path, weights_only=True)
+        assert widths(average._average_model.module) == widths(model) == (8, 8)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return {n: p.detach() for n, p in average._average_model.named_parameters()}
+
+    run(3)
+    resumed = run(5, tmp_path / "3.ckpt")
+    assert [p.shape for p in resumed.values()] == [p.shape for p in run(5).values()]
+
+
+def test_built_from_yaml_by_type_hints():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(lp.StructuredChannelPruning, "pruner")
+    config = parser.parse_args(["--pruner.remove=each_round", "--pruner.example_input=[2, 6]"])
+    pruner = parser.instantiate(config).pruner
+    assert (pruner.remove, pruner.example_input) == ("each_round", [2, 6])
+
+
+def test_slimming_drives_scales_to_zero():
+    scales = []
+    for slimming in (0.0, 0.05):
+        torch.manual_seed(0)
+        model = Net()
+        options = {"criterion": lp.filters.batch_norm_scale, "include": ["stem.*"], "slimming": slimming}
+        fitter(lp.StructuredChannelPruning(HALF, every_n_epochs=5, **options), epochs=6).fit(model)
+        assert widths(model) == (8, 16)
+        scales.append(float(model.norm.weight.detach().abs().sum()))
+    assert scales[1] < scales[0] - 0.1
+
+
+def test_a_schedule_for_each_pattern_and_a_second_fit():
+    model = Net()
+    schedule = {"stem.*": HALF, "*": lp.schedules.OneShot(0.25)}
+    pruner = lp.StructuredChannelPruning(schedule)
+    fitter(pruner, epochs=2).fit(model)
+    assert widths(model) == (8, 12)
+    fitter(pruner, epochs=1).fit(model)
+    assert widths(model) == (8, 12)
+
+
+@pytest.mark.parametrize("remove", WAYS)
+@pytest.mark.parametrize("multiply_adds", [False, True])
+def test_a_target_on_parameters_or_multiply_adds_is_met_by_the_fewest_channels(remove, multiply_adds):
+    def size(model):
+        weights = [p for n, p in model.named_parameters() if p.dim() > 1 or not multiply_adds]
+        return sum(p.numel() for p in weights)
+
+    model = Net()
+    full = size(model)
+    schedule = lp.filters.Removed(lp.schedules.Linear(sparsity=0.5, rounds=2), multiply_adds)
+    fitter(gradual(schedule=schedule, remove=remove), epochs=3).fit(model)
+    assert 0.5 <= 1 - size(model) / full < 0.6  # a channel more or less is 0.06
+    hard = lp.filters.Removed(lp.schedules.OneShot(0.99), multiply_adds)
+    with pytest.raises(ValueError, match=r"fraction: 0.99 is to be removed in round 1"):
+        fitter(gradual(schedule=hard), epochs=2).fit(Net())
+
+
+def test_an_example_may_be_given():
+    for example in ([2, 6], torch.ones(2, 6)):
+        model = Net()
+        fitter(lp.StructuredChannelPruning(HALF, example_input=example), epochs=2).fit(model)
+        assert widths(model) == (8, 8)
+
+
+def test_the_training_is_not_disturbed_before_the_first_pruning():
+    runs = []
+    for callbacks in ([], [lp.StructuredChannelPruning(HALF, every_n_epochs=9)]):
+        torch.manual_seed(0)
+        model = Net()
+        trainer = fitter(*callbacks, epochs=2)
+        trainer.fit(model)
+        runs.append({n: p.detach() for n, p in model.named_parameters()})
+    assert same(*runs)
+
+
+def test_bad_input_is_refused():
+    for options, message in (
+        ({"remove": "now"}, r"remove='now': allowed are 'end' and 'each_round'"),
+        ({"round_to": 0}, r"round_to=0: allowed are whole numbers from 1 on"),
+        ({"at_least": 0}, r"at_least=0: allowed"),
+        ({"slimming": -1.0}, r"slimming=-1.0: allowed"),
+        ({"rounds": -1}, r"rounds=-1: allowed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lp.StructuredChannelPruning(**options)
+    with pytest.raises(ValueError, match=r"LBFGS keeps state"):
+        fitter(gradual(), epochs=1).fit(Net(make=torch.optim.LBFGS))
+    with pytest.raises(ValueError, match=r"goes alone; IterativeMagnitudePruning is here"):
+        fitter(gradual(), lp.IterativeMagnitudePruning(), epochs=1).fit(Net())
+    with pytest.raises(ValueError, match=r"pattern 'x' matches no prunable weight"):
+        fitter(gradual(include=["x"]), epochs=1).fit(Net())
+    trainer = fitter(strategy="ddp")
+    with pytest.raises(ValueError, match=r"remove='each_round': the strategy is DDPStrategy"):
+        gradual(remove="each_round").setup(trainer, Net(), "fit")
+
+
+def test_the_head_keeps_its_classes():
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    groups = lp.channels.discover(model, torch.randn(2, 6))
+    assert list(groups) == ["0.weight"]

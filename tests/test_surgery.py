@@ -1,0 +1,199 @@
+"""A plan is carried out all or nothing, on everything that has the channels, and nothing else notices."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_prune import channels, load_pruned
+from lightning_prune.holding import Hold
+from lightning_prune.rewind import Snapshot
+from lightning_prune.surgery import cut, cut_snapshot
+from tests.networks import same
+from tests.test_channels import IMAGE, Residual, alive, masked, relative
+
+OPTIMIZERS = {
+    "SGD nesterov": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "Adam decay": lambda p: optim.Adam(p, lr=1e-3, weight_decay=1e-3),
+    "AdamW": lambda p: optim.AdamW(p, lr=1e-3),
+    "AdamW amsgrad fused": lambda p: optim.AdamW(p, lr=1e-3, amsgrad=True, fused=True),
+    "NAdam": lambda p: optim.NAdam(p, lr=1e-3),
+    "RAdam": lambda p: optim.RAdam(p, lr=1e-3),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=1e-4, momentum=0.9, centered=True),
+    "Adagrad": lambda p: optim.Adagrad(p, lr=1e-3),
+}
+
+
+class Net(Residual):
+    """Without the biases before batch normalization, whose gradient is rounding noise."""
+
+
+def steps(model, optimizer, n):
+    losses = []
+    for i in range(n):
+        generator = torch.Generator().manual_seed(i)
+        x, y = torch.randn(8, *IMAGE[1:], generator=generator), torch.arange(8) % 5
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def trained(make=OPTIMIZERS["AdamW"], n=3):
+    model = Net()
+    nn.init.ones_(model.scale)
+    optimizer = make(model.parameters())
+    steps(model, optimizer, n)
+    groups = channels.discover(model, torch.randn(IMAGE))
+    return model, optimizer, groups, alive(groups)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_cut_training_goes_on_as_the_masked_one_does(name):
+    model, optimizer, groups, masks = trained(OPTIMIZERS[name])
+    twin, its = deepcopy((model, optimizer))
+    its.param_groups[0]["params"] = list(twin.parameters())
+    its.state.clear()
+    its.load_state_dict(deepcopy(optimizer.state_dict()))
+    params = channels.parameters(groups, twin)
+    Hold(params, channels.weight_masks(groups, masks, params), [its], gradients=True)
+    cut(model, channels.plan(groups, masks), [optimizer])
+    mine, theirs = steps(model, optimizer, 10), steps(twin, its, 10)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert relative(model.eval(), twin.eval(), torch.randn(IMAGE)) < 1e-4
+
+
+def test_everything_that_can_stay_the_same_stays_the_same():
+    model, optimizer, groups, masks = trained()
+    model = model.to(memory_format=torch.channels_last)
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 2)
+    model.stem.requires_grad_(False)
+    params, buffers = list(model.named_parameters()), list(model.named_buffers())
+    before, schedule = deepcopy(model.state_dict()), deepcopy(scheduler.state_dict())
+    grads = {n: p.grad.clone() for n, p in params}
+    plan = channels.plan(groups, masks)
+    cut(model, plan, [optimizer])
+    assert [(n, id(p)) for n, p in model.named_parameters()] == [(n, id(p)) for n, p in params]
+    assert [(n, id(b)) for n, b in model.named_buffers()] == [(n, id(b)) for n, b in buffers]
+    assert [p.requires_grad for p in model.stem.parameters()] == [False] * 3
+    assert model.head.weight.requires_grad
+    assert model.plain[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.plain[0][0].weight.is_contiguous()
+    assert same(scheduler.state_dict(), schedule)
+    for name, tensor in model.state_dict().items():
+        want, grad = before[name], grads.get(name)
+        for (module, its, dim), gone in plan.items():
+            if f"{module}.{its}".strip(".") == name:
+                stay = [i for i in range(want.shape[dim]) if i not in gone.tolist()]
+                want = want.index_select(dim, torch.tensor(stay))
+                grad = grad if grad is None else grad.index_select(dim, torch.tensor(stay))
+        assert torch.equal(tensor, want)
+        assert grad is None or torch.equal(dict(params)[name].grad, grad)
+        if grad is not None:
+            assert all(s.shape == grad.shape for s in optimizer.state[dict(params)[name]].values() if s.dim())
+    assert (model.grouped[1][0].groups, model.depthwise[1][0].groups) == (
+        4,
+        model.depthwise[1][0].in_channels,
+    )
+
+
+def test_tied_weights_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.body = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, i):
+            return self.head(torch.relu(self.body(torch.relu(self.embed(i)))) + self.embed(i))
+
+    model, x = Tied(), torch.arange(6).view(2, 3)
+    groups = channels.discover(model, x)
+    removed = channels.plan(groups, alive(groups))
+    twin = masked(model, removed)
+    cut(model, removed)
+    assert model.head.weight is model.embed.weight
+    assert (model.embed.embedding_dim, model.head.in_features, model.head.out_features) == (5, 5, 11)
+    assert relative(model, twin, x) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["plan", "LBFGS", "odd state", "copy"])
+def test_a_cut_that_fails_changes_nothing(how):
+    model, optimizer, groups, masks = trained()
+    plan, copies = channels.plan(groups, masks), []
+    if how == "plan":
+        plan["head", "weight", 1] = torch.tensor([99])
+    elif how == "LBFGS":
+        optimizer = optim.LBFGS(model.parameters())
+    elif how == "odd state":
+        optimizer.state[model.gate[0].weight]["row"] = torch.ones(4)
+    else:
+        copies = [nn.Linear(2, 2)]
+    before = deepcopy((model.state_dict(), optimizer.state_dict(), str(model)))
+    with pytest.raises(ValueError, match=r"[Aa]llowed|Make the plan"):
+        cut(model, plan, [optimizer], copies)
+    assert same((model.state_dict(), optimizer.state_dict(), str(model)), before)
+
+
+def test_averaged_copies_are_cut_along():
+    model, optimizer, groups, masks = trained()
+    average = AveragedModel(model)
+    cut(model, channels.plan(groups, masks), [optimizer], [average.module])
+    steps(model, optimizer, 1)
+    average.update_parameters(model)
+    assert [p.shape for p in average.module.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_a_snapshot_is_cut_with_the_same_plan():
+    model, optimizer, groups, masks = trained()
+    snapshot, plan = Snapshot.take(model, [optimizer]), channels.plan(groups, masks)
+    kept = deepcopy(snapshot.state_dict())
+    cut(model, plan, [optimizer])
+    want = deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, 2)
+    cut_snapshot(snapshot, plan, model, [optimizer]).restore(model, [optimizer])
+    assert same((model.state_dict(), optimizer.state_dict()), want)
+    assert same(snapshot.state_dict(), kept)
+
+
+def test_load_pruned_is_bit_exact_and_refuses_other_models(tmp_path):
+    model, _, groups, masks = trained()
+    cut(model, channels.plan(groups, masks))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
+    torch.save(model.state_dict(), tmp_path / "b.pt")
+    for name in ("a.ckpt", "b.pt"):
+        fresh = load_pruned(Net(), tmp_path / name)
+        assert same(fresh.state_dict(), model.state_dict())
+        assert str(fresh) == str(model)
+        x = torch.randn(IMAGE)
+        assert torch.equal(fresh.eval()(x), model.eval()(x))
+    other = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="is only in the"):
+        load_pruned(other, tmp_path / "b.pt")
+    small = Net()
+    small.head = nn.Linear(2, 5)
+    before = deepcopy(small.state_dict())
+    with pytest.raises(ValueError, match=r"head.weight is .* in the checkpoint"):
+        load_pruned(small, tmp_path / "b.pt")
+    assert same(small.state_dict(), before)
+
+
+def test_a_cut_network_exports_to_onnxruntime(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model, _, groups, masks = trained()
+    cut(model, channels.plan(groups, masks))
+    model.eval()
+    x = torch.randn(IMAGE)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+    torch.onnx.export(model, (x,), tmp_path / "cut.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "cut.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-4, atol=1e-5)
