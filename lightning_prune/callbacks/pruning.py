@@ -303,6 +303,7 @@ class IterativeMagnitudePruning(Callback):
         for callback in callbacks_of(trainer):
             if on_prune := getattr(callback, "on_prune", None):
                 on_prune(trainer, pl_module, self.masks)
+        assert self._hold is not None
         self._hold.set(self.masks)
         for stopper in trainer.early_stopping_callbacks:
             stopper.wait_count = 0
