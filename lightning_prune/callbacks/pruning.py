@@ -253,11 +253,14 @@ class IterativeMagnitudePruning(Callback):
             return
         if self._announce or (trainer.global_step + 1) % _log_interval(trainer) == 0:
             self._announce = False
+            # Not by `log`: what is logged on a step costs Lightning time on every step after it.
             values = {"round": float(self.round), "sparsity": self.sparsity}
-            pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=True)
-            pl_module.log(
-                "round_step", float(trainer.global_step - self._began), on_step=True, on_epoch=False
-            )
+            trainer.progress_bar_metrics.update(values)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+            values["round_step"] = float(trainer.global_step - self._began)
+            trainer.logged_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         length = self.every_n_epochs if self.every_n_train_steps is None else self.every_n_train_steps
