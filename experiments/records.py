@@ -21,10 +21,10 @@ KINDS = ("ticket", "reinit", "random")  # in this order, before all others
 class Records(Callback):
     """Append a line to `records.jsonl` when a round has been trained.
 
-    A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, seconds. Early
-    stopping is read off the evaluations of the round, not done: `early_stop_step` is the step of minimum
-    validation loss (the first of equals) and `censored` says that it is the round's last evaluation.
-    Accuracies are fractions.
+    A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, curve {metric: its
+    values at the steps of the round's evaluations}, seconds. Early stopping is read off the evaluations of
+    the round, not done: `early_stop_step` is the step of minimum validation loss (the first of equals) and
+    `censored` says that it is the round's last evaluation. Accuracies are fractions.
 
     Args:
         folder: of the run.
@@ -79,7 +79,8 @@ class Records(Callback):
     def _finish(self) -> None:
         seconds = self._seconds + time.monotonic() - self._since
         record = {"kind": self.kind, "seed": self.seed, **self._round, "metrics": summary(self._evaluations)}
-        write(self.path, [*read(self.path)[0], {**record, "seconds": round(seconds, 3)}])
+        record |= {"curve": curve(self._evaluations), "seconds": round(seconds, 3)}
+        write(self.path, [*read(self.path)[0], record])
         self._evaluations, self._seconds, self._since = [], 0.0, time.monotonic()
 
     @override
@@ -134,6 +135,18 @@ def summary(evaluations: list[dict[str, float]]) -> dict[str, Any]:
         "early_stop_step": best["step"],
         **{f"{k}_at_early_stop": v for k, v in best.items() if k != "step"},
         "censored": best is last,
+    }
+
+
+def curve(evaluations: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The evaluations of a round as columns, to six digits.
+
+    >>> curve([{"step": 100, "val_loss": 0.31415926}, {"step": 200, "val_loss": 0.2}])
+    {'step': [100, 200], 'val_loss': [0.314159, 0.2]}
+    """
+    columns = {name: [e[name] for e in evaluations] for name in (evaluations[0] if evaluations else ())}
+    return {
+        name: [v if name == "step" else float(f"{v:.6g}") for v in column] for name, column in columns.items()
     }
 
 

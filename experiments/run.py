@@ -3,8 +3,14 @@
 `python -m experiments.run experiment=lenet_mnist kind=ticket seed=1`, or `--multirun` with lists of values.
 """
 
+import json
 import logging
 import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +29,53 @@ def run(cfg: DictConfig) -> Path:
     """Run one experiment in its folder; one that was interrupted goes on, a finished one is left alone.
 
     Returns:
-        The folder, with `config.yaml`, `records.jsonl` and, after a training, its checkpoints.
+        The folder, with `config.yaml`, `run.json` (what the run was made with), `records.jsonl` and, after a
+        training, its checkpoints.
     """
     folder = Path(to_absolute_path(f"{cfg.runs}/{cfg.name}/{cfg.kind}-{cfg.seed}"))
     folder.mkdir(parents=True, exist_ok=True)
     config, done = folder / "config.yaml", folder / "DONE"
     if config.is_file():
         _same_config(OmegaConf.load(config), cfg, folder)
-    resolved = OmegaConf.to_yaml(cfg, resolve=True)
-    config.with_suffix(".tmp").write_text(resolved)
-    config.with_suffix(".tmp").replace(config)
+    _write(config, OmegaConf.to_yaml(cfg, resolve=True))
     if done.is_file():
         log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
         return folder
 
     torch.set_num_threads(cfg.threads)
+    _write(folder / "run.json", json.dumps(provenance(), indent=1) + "\n")
     instantiate(cfg.run)(cfg, folder)
     done.touch()
     log.info("written: %s", os.path.relpath(folder))
     return folder
+
+
+def provenance() -> dict[str, Any]:
+    """What a run was made with: command, date, commit, versions and machine."""
+    return {
+        "command": " ".join(["python -m experiments.run", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {name: version(name) for name in ("lightning-prune", "torch", "lightning", "hydra-core")},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _same_config(there: Any, here: DictConfig, folder: Path) -> None:

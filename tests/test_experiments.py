@@ -1,6 +1,7 @@
 """Experiments from config: their runs, records, controls, data and report."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_a_run_writes_one_record_a_round(runs):
         assert metrics["early_stop_step"] in (20, 40)
         assert metrics["censored"] == (metrics["early_stop_step"] == 40)
         assert 0 <= metrics["test_acc"] <= 1
+        assert r["curve"]["step"] == [20, 40]
+        assert r["curve"]["val_loss"][-1] == pytest.approx(metrics["val_loss"], rel=1e-5)
+
+
+def test_a_run_says_what_it_was_made_with(runs):
+    made = json.loads((runs["ticket"] / "run.json").read_text())
+    assert made["command"].startswith("python -m experiments.run")
+    assert re.fullmatch("[0-9a-f]{40}|not a git checkout", made["commit"])
+    assert made["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
 def test_the_reinitialised_control_has_the_tickets_masks_and_other_weights(runs):
