@@ -54,7 +54,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
 
 
 def by_seed(records: Iterable[Record], metric: str, kind: str, left: float) -> dict[int, float]:
-    """A metric of each seed's run of a kind, in the round whose fraction of weights left is nearest to `left`.
+    """A metric of each seed's run of a kind, in the round whose weights left are nearest to a fraction.
 
     Fractions that are off by more than a fifth do not count.
     """
