@@ -368,7 +368,7 @@ def small_dense(cfg: DictConfig, folder: Path) -> None:
         assert isinstance(small, DictConfig)
         train_from(small, folder, built(small), None, None, round)
         records, _ = read(folder / "records.jsonl")
-        return [{**r, "total": total, "sparsity": 1 - r["alive"] / total} for r in records]
+        return [{**r, "total": total, "sparsity": (total - r["alive"]) / total} for r in records]
 
     each_round(cfg, folder, ticket, train_one)
 

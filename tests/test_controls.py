@@ -211,7 +211,8 @@ def test_one_shot_masks_are_those_of_the_dense_networks_trained_weights(start):
 def test_a_small_dense_network_has_the_nearest_number_of_weights(weights):
     model = OmegaConf.create({"_target_": "experiments.models.LeNet", "hidden": [300, 100]})
     first, second = controls.narrowed(model, weights)["hidden"]
-    both = {(max(1, round(i / 30)), max(1, round(i / 90))) for i in range(9001)}
+    scales = [(i + 0.3) / 9000 for i in range(9001)]  # never half way between two whole widths
+    both = {(max(1, round(300 * by)), max(1, round(100 * by))) for by in scales}
     assert (first, second) in both
     nearest = min(abs(784 * h1 + h1 * h2 + 10 * h2 - weights) for h1, h2 in both)
     assert abs(784 * first + first * second + 10 * second - weights) == nearest
@@ -311,7 +312,7 @@ def test_every_kind_trains_at_the_tickets_sizes_and_is_recorded_as_its_round(kin
         else:
             assert r["alive"] == of["alive"]
             assert (r["layers"] == of["layers"]) == (kind != "shuffled_globally")
-        assert r["sparsity"] == 1 - r["alive"] / r["total"]
+        assert r["sparsity"] == (r["total"] - r["alive"]) / r["total"]
     if kind == "one_shot":  # the dense network is the ticket's, trained the same, bit for bit
         assert found[0]["metrics"] == ticket[0]["metrics"]
         assert found[0]["curve"] == ticket[0]["curve"]
@@ -322,7 +323,7 @@ def test_every_kind_trains_at_the_tickets_sizes_and_is_recorded_as_its_round(kin
 
 def test_an_interrupted_control_goes_on_to_the_same_records(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "mnist1d" / "ticket-1", tmp_path / "mnist1d" / "ticket-1")
-    again = ["kind=shuffled", "steps_per_round=80", "evaluate_every=40"]  # epochs of 40 steps
+    again = ["kind=shuffled", "steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1"]
     straight = lines(run(config(tmp_path, *again)))
     shutil.rmtree(tmp_path / "mnist1d" / "shuffled-1")
 
@@ -349,10 +350,11 @@ def test_an_interrupted_control_goes_on_to_the_same_records(runs, tmp_path, monk
 def test_a_control_without_a_finished_ticket_is_told_what_to_do(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match="kind=ticket first"):
         run(config(tmp_path, "kind=reinit"))
+    finished = f"ticket={runs}/mnist1d/ticket-1"
     with pytest.raises(ValueError, match=r"has no rounds \[7\]; it has \[0, 1, 2\]"):
-        run(config(runs, "kind=random", "controls_at=[1,7]", "seed=1", "name=mnist1d"))
+        run(config(tmp_path, "kind=random", "controls_at=[1,7]", finished))
     with pytest.raises(ValueError, match="did not rewind its weights"):
-        run(config(runs, "kind=reinit", "rewind=none", "name=other", f"ticket={runs}/mnist1d/ticket-1"))
+        run(config(tmp_path, "kind=shuffled", "rewind=none", finished))
 
 
 def test_controls_can_be_extended_to_more_rounds(runs):
