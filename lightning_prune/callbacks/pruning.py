@@ -127,6 +127,8 @@ class IterativeMagnitudePruning(Callback):
         self.round_ends = self._length
         self._start_from = masks
         self._rest = self._length  # of the round in progress, when the last fit ended
+        # Lightning asks for it at every hook of every step
+        self._key = self._generate_state_key(include=include, exclude=exclude)
         self._began = 0  # the global step at which the round in progress began
         self._started = False  # whether the first batch of round 0 has started
         self._seed: int | None = None  # of what criteria draw
@@ -167,7 +169,7 @@ class IterativeMagnitudePruning(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        return self._key
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
