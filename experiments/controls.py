@@ -198,11 +198,13 @@ class Ticket:
 
     Args:
         snapshot: the state that it rewound to.
+        steps: for which it trained after a rewind.
         survived: how many prunings each weight survived.
         rounds: those that it trained.
     """
 
     snapshot: Snapshot
+    steps: int
     survived: dict[str, Tensor]
     rounds: list[int]
 
@@ -224,17 +226,17 @@ def finished(cfg: DictConfig) -> Ticket:
             f"ticket={cfg.ticket}: there is no finished run. A control starts from the ticket's: start the "
             "same command with kind=ticket first."
         )
-    callbacks = torch.load(folder / "final.ckpt", map_location="cpu", weights_only=True)["callbacks"]
-    rewind: Any = instantiate(cfg.rewind)
-    if rewind:
-        rewind.load_state_dict(callbacks[rewind.state_key])
-    if not rewind or rewind.snapshot is None:
+    if not cfg.rewind:
         raise ValueError(
-            f"ticket={cfg.ticket}: it did not rewind its weights, so a control has nothing to start "
-            "from. Choose an experiment, or a rewind, that goes back to an early step."
+            f"ticket={cfg.ticket}: it did not rewind, so a control has nothing to start from. Choose an "
+            "experiment, or a rewind, that goes back to an early step."
         )
+    rewind: Any = instantiate(cfg.rewind)
+    state = torch.load(folder / "final.ckpt", map_location="cpu", weights_only=True)["callbacks"]
+    rewind.load_state_dict(state[rewind.state_key])
     return Ticket(
         rewind.snapshot,
+        cfg.steps_per_round - (state[rewind.state_key]["behind"] if rewind.shorten else 0),
         torch.load(folder / "survived.pt", map_location="cpu", weights_only=True),
         sorted(r["round"] for r in read(folder / "records.jsonl")[0]),
     )
@@ -258,7 +260,7 @@ def train(cfg: DictConfig, folder: Path, control: Control) -> None:
             }
             start = control(start, **{name: value() for name, value in evidence.items() if name in asked})
         task = built(cfg)
-        train_from(cfg, folder, task, start, ticket.snapshot, round)
+        train_from(cfg, folder, task, round, ticket.steps, Begin(start, ticket.snapshot))
         if not round and "dense" in asked:
             torch.save({name: w.detach().clone() for name, w in task.named_parameters()}, path)
         return read(folder / "records.jsonl")[0]
@@ -293,26 +295,27 @@ def train_from(
     cfg: DictConfig,
     folder: Path,
     task: LightningModule,
-    start: Start | None,
-    snapshot: Snapshot | None,
     round: int,
+    steps: int,
+    begin: "Begin | None" = None,
     order: int | None = None,
-) -> Trainer:
-    """Train one round from a start, or from initialization, and record it as that round."""
+) -> None:
+    """Train one round, from a start or from initialization, and record it as that round."""
     pruner = instantiate(cfg.pruner)
     pruner.round = round
     callbacks: list[Callback] = [pruner]
-    if start is not None and snapshot is not None:
-        pruner.masks = start.masks
+    if begin is not None:
+        pruner.masks = begin.masks
         if not (folder / "resume.ckpt").is_file():
-            callbacks = [Begin(start, snapshot), pruner]
-    return fit(cfg, folder, task, instantiate(cfg.batches), callbacks, cfg.steps_per_round, order)
+            callbacks = [begin, pruner]  # which puts the masks on what the other has begun with
+    fit(cfg, folder, task, instantiate(cfg.batches), callbacks, steps, order)
 
 
 class Begin(Callback):
-    """Training begins with this start; the pruning callback, which comes after it, puts the masks on.
+    """Training begins with this start.
 
-    Learning rate schedules go on from the snapshot, and so do the optimizers, unless the weights are others.
+    Learning rates and their schedules go on from the snapshot, and so does the rest of the optimizers' state,
+    unless the weights are others.
 
     Args:
         start: what the control made of the ticket's.
@@ -320,15 +323,16 @@ class Begin(Callback):
     """
 
     def __init__(self, start: Start, snapshot: Snapshot) -> None:
-        self.state = replace(snapshot, tensors=start.tensors)
+        self.masks = start.masks
+        self._state = replace(snapshot, tensors=start.tensors, averages=[])
         if start.tensors is not snapshot.tensors:
-            self.state = replace(self.state, optimizers=[])
+            without = [{**optimizer, "state": {}} for optimizer in snapshot.optimizers]
+            self._state = replace(self._state, optimizers=without)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizers = trainer.optimizers if self.state.optimizers else []
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self.state.restore(pl_module, optimizers, schedulers)
+        self._state.restore(pl_module, trainer.optimizers, schedulers)
 
 
 def generator_of(cfg: DictConfig) -> torch.Generator:
@@ -366,7 +370,7 @@ def small_dense(cfg: DictConfig, folder: Path) -> None:
         total = sum(mask.numel() for mask in masks.values())
         small = OmegaConf.merge(cfg, {"model": narrowed(cfg.model, alive(masks))})
         assert isinstance(small, DictConfig)
-        train_from(small, folder, built(small), None, None, round)
+        train_from(small, folder, built(small), round, cfg.steps_per_round)
         records, _ = read(folder / "records.jsonl")
         return [{**r, "total": total, "sparsity": (total - r["alive"]) / total} for r in records]
 
