@@ -144,8 +144,11 @@ class Batches(LightningDataModule):
 
     @override
     def val_dataloader(self) -> list[DataLoader[Pair]]:
-        pairs = (self.splits.val, self.splits.test)
-        return [DataLoader(Sliced(p), self.eval_batch_size, collate_fn=_as_it_is) for p in pairs]
+        return [self.in_order(self.splits.val), self.in_order(self.splits.test)]
+
+    def in_order(self, pair: Pair) -> DataLoader[Pair]:
+        """Large batches of a split, in its order."""
+        return DataLoader(Sliced(pair), self.eval_batch_size, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:
