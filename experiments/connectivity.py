@@ -118,13 +118,9 @@ def train(cfg: DictConfig, folder: Path, points: int = 30, reestimate: bool = Fa
         train_set, test_set = (
             list(batches.in_order(pair)) for pair in (batches.splits.train, batches.splits.test)
         )
-        found = path(
-            built(cfg),
-            *ends,
-            {"train": train_set, "test": test_set},
-            points,
-            train_set if reestimate else None,
-        )
+        splits = {"train": train_set, "test": test_set}
+        anew = train_set if reestimate else None
+        found = path(built(cfg), ends[0], ends[1], splits, points, anew)
         metrics: dict[str, Any] = {}
         for name in ("train", "test"):
             errors = found[f"{name}_error"]

@@ -223,7 +223,7 @@ class Batches(LightningDataModule):
         data = Sliced(self.splits.train)
         return DataLoader(data, self.batch_size, shuffle=True, collate_fn=self._augmented)
 
-    def _augmented(self, batch: Pair) -> Pair:
+    def _augmented(self, batch: Any) -> Any:
         return (self.augment(batch[0]), batch[1]) if self.augment else batch
 
     @override
