@@ -365,3 +365,14 @@ def test_controls_can_be_extended_to_more_rounds(runs):
     (folder / "DONE").unlink()
     assert [r["round"] for r in lines(run(config(runs, "kind=sign_only")))] == [0, 1, 2]
     assert lines(folder)[2] == first[0]
+
+
+def test_each_kind_and_seed_draws_from_a_generator_of_its_own(tmp_path):
+    draws = {
+        (kind, seed): torch.rand(
+            1, generator=controls.generator_of(config(tmp_path, f"kind={kind}", f"seed={seed}"))
+        )
+        for kind in ("shuffled", "random")
+        for seed in (1, 2)
+    }
+    assert len({float(draw) for draw in draws.values()}) == 4
