@@ -70,7 +70,7 @@ def discover(
 
     Args:
         model: any module; it is not changed, nor are the random number generators.
-        example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        example: an input: a tensor, its shape as a list, a tuple of arguments or a dict of keyword arguments.
         include: fnmatch patterns over weight names; only channels that one of these makes.
         exclude: fnmatch patterns over weight names; no channels that one of these makes.
 
@@ -84,7 +84,7 @@ def discover(
     generators = rng.capture()
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(_device(model), enabled=False):
-            copy, example = _synthetic(model, example)
+            copy, example = _synthetic(model, as_input(example))
             found, reasons = _coupled(copy, _trace(copy, example))
             found = _chosen(found, include, exclude)
             copy.requires_grad_(False)
@@ -145,6 +145,13 @@ def _synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
     device = next(copy.parameters()).device
     full = lambda t: t.detach().to(device, torch.float32 if t.is_floating_point() else t.dtype)  # noqa: E731
     return copy, tree_map(lambda t: full(t) if isinstance(t, Tensor) else t, example)
+
+
+def as_input(example: Any) -> Any:
+    """An example input; numbers in [0, 1) of a shape, where that is given as a list."""
+    if not isinstance(example, list) or not all(isinstance(size, int) for size in example):
+        return example
+    return torch.rand(example, generator=torch.Generator().manual_seed(0))
 
 
 def run(model: nn.Module, example: Any, training: bool = False) -> Any:

@@ -173,10 +173,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._restore_generators(trainer)
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        if isinstance(self.example_input, Tensor):
-            return self.example_input
         if self.example_input is not None:
-            return torch.rand(list(self.example_input), generator=torch.Generator().manual_seed(0))
+            return channels.as_input(self.example_input)
         if pl_module.example_input_array is not None:
             return pl_module.example_input_array
         trainer.fit_loop.setup_data()
