@@ -20,7 +20,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
     The folder then holds `records.jsonl`, `survived.pt` and the checkpoints.
     """
-    _hush()
+    hush()
     batches = instantiate(cfg.batches)
     seed_everything(cfg.seed + cfg.init_offset, verbose=False)
     task = instantiate(cfg.task)
@@ -53,7 +53,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     trainer.save_checkpoint(folder / "final.ckpt")
 
 
-def _hush() -> None:
+def hush() -> None:
     """Silence what Lightning advises and these experiments do on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
