@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_prune import rng
+from lightning_prune import rng, surgery
 from lightning_prune.masks import Masks
 from lightning_prune.pruning import matching
 from lightning_prune.surgery import Plan, Site, cut
@@ -86,6 +86,9 @@ def discover(
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(_device(model), enabled=False):
             copy, example = _synthetic(model, as_input(example))
             found, reasons = _coupled(copy, _trace(copy, example))
+            heads = _heads(copy)
+            found |= heads
+            reasons = {name: reason for name, reason in reasons.items() if name not in heads}
             found = _chosen(found, include, exclude)
             copy.requires_grad_(False)
             good = {name: group for name, group in found.items() if name not in reasons}
@@ -355,6 +358,21 @@ def _grouped(
         scales = tuple(site for site in its if site in scaling)
         structure = tuple(sorted(kinds[site] for site in its))
         found[name] = Channels(name, len(units[name]), tensors, tuple(filters), scales, structure)
+    return found
+
+
+def _heads(model: nn.Module) -> Groups:
+    """Attention heads, which go as a whole, where the module says how many it has."""
+    found: Groups = {}
+    for name, module in model.named_modules():
+        if heads := surgery.heads(module):
+            qkv, proj = f"{name}.qkv".lstrip("."), f"{name}.proj".lstrip(".")
+            wide = torch.arange(module.proj.in_features)
+            head = wide // module.head_dim
+            of_all = torch.arange(3 * len(wide)), head.repeat(3)  # queries, keys, values
+            made: list[Site] = [(qkv, n, 0) for n, p in module.qkv.named_parameters()]
+            sites = {**dict.fromkeys(made, of_all), (proj, "weight", 1): (wide, head)}
+            found[f"{qkv}.weight"] = Channels(f"{qkv}.weight", heads, sites, (made[0],), (), ("heads",))
     return found
 
 

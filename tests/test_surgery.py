@@ -1,6 +1,10 @@
 """A plan is carried out all or nothing, on everything that has the channels, and nothing else notices."""
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +189,24 @@ def test_load_pruned_is_bit_exact_and_refuses_other_models(tmp_path):
     with pytest.raises(ValueError, match=r"head.weight is .* in the checkpoint"):
         load_pruned(small, tmp_path / "b.pt")
     assert same(small.state_dict(), before)
+
+
+def test_load_pruned_does_not_need_torch_pruning(tmp_path):
+    model, _, groups, masks = trained()
+    cut(model, channels.plan(groups, masks))
+    torch.save({"fresh": Net().state_dict(), "cut": model.state_dict()}, tmp_path / "state.pt")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "small.ckpt")
+    code = """
+import sys
+sys.modules["torch_pruning"] = None  # importing it fails
+import torch
+from tests.test_surgery import Net, load_pruned, same
+stored = torch.load("state.pt", weights_only=True)
+(model := Net()).load_state_dict(stored["fresh"])
+assert same(load_pruned(model, "small.ckpt").state_dict(), stored["cut"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=600)
 
 
 def test_a_cut_network_exports_to_onnxruntime(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import override
@@ -140,6 +141,11 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
                 f"remove={self.remove!r}: the strategy is {type(trainer.strategy).__name__}, which holds "
                 "shapes of the parameters that a cut would change. Allowed are a single device, and with "
                 "remove='end' DDP."
+            )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "strategy: forked and spawned processes hand their weights back to the full-size model they "
+                "came from. Allowed is strategy='ddp', in a script."
             )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [
