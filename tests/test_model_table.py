@@ -115,8 +115,11 @@ def test_a_resnet18_becomes_smaller_with_one_callback():
             super().__init__()
             self.net, _ = build("torchvision resnet18", 32)
 
+        def forward(self, x):
+            return self.net(x)
+
         def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
