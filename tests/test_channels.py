@@ -414,13 +414,3 @@ def test_cutting_twice_equals_cutting_once():
     here = channels.after(groups, first)
     cut(twice, channels.plan(here, {n: m[first[n]] for n, m in second.items()}))
     assert same(once.state_dict(), twice.state_dict())
-
-
-def test_groups_survive_plain_containers():
-    groups = channels.discover(Residual(), torch.randn(IMAGE))
-    back = channels.unpack_groups(channels.pack_groups(groups))
-    masks = alive(groups)
-    assert same(channels.plan(groups, masks), channels.plan(back, masks))
-    assert [(g.name, g.units, g.filters, g.scales, g.structure) for g in groups.values()] == [
-        (g.name, g.units, g.filters, g.scales, g.structure) for g in back.values()
-    ]

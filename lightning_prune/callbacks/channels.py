@@ -285,13 +285,14 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"groups": channels.pack_groups(self._groups), "channels": pack(self.channels)}
+        plain = {name: vars(group) for name, group in self._groups.items()}
+        own = {"groups": plain, "channels": pack(self.channels)}
         return {**super().state_dict(), "masks": {}, **own, "left": pack(self._left)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._groups = channels.unpack_groups(state_dict["groups"])
+        self._groups = {name: channels.Channels(**its) for name, its in state_dict["groups"].items()}
         self.channels = unpack(state_dict["channels"])
         self._left = unpack(state_dict["left"])
 
