@@ -18,7 +18,7 @@ from experiments.benchmarks.timing import alternated, ratio
 from experiments.data import Batches
 from experiments.oneshot import evaluate
 from experiments.records import read, write
-from experiments.training import hush
+from experiments.training import built, hush
 
 
 def sweep(cfg: DictConfig, folder: Path) -> None:
@@ -34,8 +34,7 @@ def sweep(cfg: DictConfig, folder: Path) -> None:
     batches: Batches = instantiate(cfg.batches)
     test = list(batches.val_dataloader()[1])
     trained, path = folder / "trained.pt", folder / "records.jsonl"
-    seed_everything(cfg.seed, verbose=False)
-    task = instantiate(cfg.task)
+    task = built(cfg)
     if trained.is_file():
         task.load_state_dict(torch.load(trained, weights_only=True))
     else:
