@@ -74,6 +74,25 @@ def test_a_cut_training_goes_on_as_the_masked_one_does(name):
     assert relative(model.eval(), twin.eval(), torch.randn(IMAGE, dtype=torch.float64)) < 1e-6
 
 
+@pytest.mark.skipif(not hasattr(optim, "Muon"), reason="this torch has no Muon")
+def test_the_momentum_of_muon_is_cut_along():
+    model, x = (
+        nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)),
+        torch.ones(4, 6),
+    )
+    optimizer = optim.Muon(model.parameters(), lr=0.01)
+    model(x).square().sum().backward()
+    optimizer.step()
+    before = [optimizer.state[layer.weight]["momentum_buffer"].clone() for layer in (model[0], model[2])]
+    groups = channels.discover(model, x)
+    stay = torch.arange(8) % 3 > 0
+    cut(model, channels.plan(groups, {"0.weight": stay}), [optimizer])
+    after = [optimizer.state[layer.weight]["momentum_buffer"] for layer in (model[0], model[2])]
+    assert same(after, [before[0][stay], before[1][:, stay]])
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
 def test_everything_that_can_stay_the_same_stays_the_same():
     model, optimizer, groups, masks = trained()
     model = model.to(memory_format=torch.channels_last)
