@@ -43,28 +43,6 @@ class ResidualMLP(nn.Module):
         return self.out(h + torch.relu(self.fc2(h)))
 
 
-class DeepFFN(nn.Module):
-    """A deep feed-forward network with ReLU, and optionally layer norm before each activation."""
-
-    def __init__(
-        self,
-        inputs: int = 784,
-        hidden: Sequence[int] = (1000, 500, 200, 100),
-        classes: int = 10,
-        layer_norm: bool = False,
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in zip((inputs, *hidden[:-1]), hidden, strict=True):
-            norm = [nn.LayerNorm(after)] if layer_norm else []
-            layers += [nn.Linear(before, after), *norm, nn.ReLU()]
-        self.hidden = nn.Sequential(*layers)
-        self.out = nn.Linear(hidden[-1], classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hidden(x.flatten(1)))
-
-
 class ResNet20(nn.Module):
     """ResNet-20 for 32x32 images: three stages of three blocks, with 1x1 convolution shortcuts.
 

@@ -286,7 +286,7 @@ def wanda(
     {'weight': tensor([[5., 2.]])}
 
     Raises:
-        ValueError: when a layer is not called.
+        ValueError: when a layer is not called with one input: attention reads its weights, for instance.
 
     Reference: Sun et al. (2024), arXiv:2306.11695, Equation 1.
     """
@@ -297,7 +297,7 @@ def wanda(
 
         def accumulate(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             for p in layer.parameters(recurse=False):
-                if name := names.get(id(p)):
+                if len(args) == 1 and (name := names.get(id(p))):
                     # A layer is linear in its weight, so this gradient of its output on x^2 is the sum, for
                     # each weight, of the squares of all that it is multiplied with: strides, padding, groups
                     # and all.
@@ -316,7 +316,8 @@ def wanda(
                 handle.remove()
     if missed := [name for name in params if name not in called]:
         raise ValueError(
-            f"wanda: the layers of {', '.join(missed)} are not called by the model; exclude them."
+            f"wanda: the layers of {', '.join(missed)} are not called with an input of their own, as is "
+            "needed. Exclude these weights."
         )
     return {name: w.abs() * squares[name].sqrt() for name, w in params.items()}
 
