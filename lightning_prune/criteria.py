@@ -62,7 +62,7 @@ class Ln:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < float("inf"):
-            raise ValueError(f"n={self.n}: allowed are finite numbers above 0.")
+            raise ValueError(f"n={self.n}: allowed are finite numbers above 0, such as 2.")
 
     def __call__(self, params: Params) -> Scores:
         return {name: w.abs() ** self.n for name, w in params.items()}
@@ -236,7 +236,9 @@ class GraSP:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: allowed are finite numbers above 0.")
+            raise ValueError(
+                f"temperature={self.temperature}: allowed are finite numbers above 0, such as 200."
+            )
 
     def __call__(self, params: Params, model: nn.Module, batches: list[Any], loss: Loss) -> Scores:
         seen: list[bool] = []
@@ -250,7 +252,8 @@ class GraSP:
             g = mean_gradients(params, model, loss, batches)
             if not seen:
                 raise ValueError(
-                    f"logits={self.logits!r}: the loss does not call this module, so its output cannot be "
+                    f"logits={self.logits!r}: the loss does not call this module, and its output is "
+                    "needed, to be "
                     "divided by the temperature. Name the submodule that gives the logits."
                 )
             scores = {name: torch.zeros_like(w) for name, w in params.items()}
@@ -359,7 +362,7 @@ class SynFlow:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds!r}: allowed are whole numbers from 1 on.")
+            raise ValueError(f"rounds={self.rounds!r}: allowed are whole numbers from 1 on, such as 100.")
 
     def __call__(
         self,
@@ -396,7 +399,8 @@ class SynFlow:
             example = inputs(batches[0])
         if not isinstance(example, Tensor):
             raise ValueError(
-                "input_shape=None: allowed where the model has example_input_array, or with batches."
+                "input_shape=None: allowed where the model has example_input_array, or with batches. Give "
+                "input_shape, without the batch dimension."
             )
         return tuple(example.shape[1:])
 

@@ -280,7 +280,10 @@ class _Packed(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
-            raise RuntimeError("an accelerated copy does not train: train the model it was made from.")
+            raise RuntimeError(
+                "training=True: an accelerated copy is allowed to infer only. Train the model it was "
+                "made from."
+            )
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         state = [(p.data_ptr(), p._version) for p in parameters]
         if self._product is None or self._product[0] != state:

@@ -105,7 +105,7 @@ def targets(
     if not set(included) - set(excluded):
         raise ValueError(
             f"include={_shown(include)}, exclude={_shown(exclude)} leave nothing to prune. "
-            f"Prunable weights: {', '.join(candidates)}."
+            f"Prunable weights, of which one is needed: {', '.join(candidates)}. Change the patterns."
         )
     for name in candidates:
         found[name] = "excluded" if name in excluded else "" if name in included else "not included"
@@ -141,7 +141,7 @@ def matching(names: Sequence[str], argument: str, patterns: Sequence[str]) -> li
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"{argument}: the pattern {pattern!r} matches no prunable weight. "
-                f"They are: {', '.join(names)}."
+                f"They are: {', '.join(names)}. Name some of these."
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -170,7 +170,7 @@ def groups(names: Sequence[str], schedule: Schedule | Mapping[str, Schedule]) ->
         result.append((mine, its))
     if left:
         raise ValueError(
-            f"schedule: no pattern matches {', '.join(left)}. "
+            f"schedule: no pattern matches {', '.join(left)}; every weight needs one. "
             "Add the pattern '*' as the last one, or exclude them."
         )
     return result
@@ -183,7 +183,7 @@ def budget(sparsity: float, n: int) -> int:
         ValueError: when the sparsity is not in [0, 1].
     """
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity}: allowed is 0 (dense) to 1.")
+        raise ValueError(f"sparsity={sparsity}: allowed is 0 (dense) to 1, such as 0.5.")
     return round((1 - sparsity) * n)
 
 
@@ -252,12 +252,14 @@ def next_masks(
         keep = allocate(group, total, params=weights, masks=masks)
         if sum(keep.values()) != total:
             raise ValueError(
-                f"allocate: {allocate.of} gave {sum(keep.values())} survivors where {total} were asked for."
+                f"allocate: {allocate.of} gave {sum(keep.values())} survivors; allowed are the "
+                f"{total} that were asked for. Make its counts add up."
             )
         for name in names:
             if keep[name] > candidates[name]:
                 raise ValueError(
-                    f"allocate: {allocate.of} gave {name} {keep[name]} survivors, more than it has alive."
+                    f"allocate: {allocate.of} gave {name} {keep[name]} survivors; allowed are "
+                    f"{candidates[name]}, what it has alive. Cap its counts."
                 )
             best = keep_top(units[name], keep[name], near=getattr(keep, "near", None))
             new[name] = expand[name](best) & masks[name]
@@ -274,13 +276,15 @@ def score_weights(criterion: Criterion, weights: dict[str, Tensor], evidence: di
             if name not in initial or initial[name].shape != w.shape:
                 given = tuple(initial[name].shape) if name in initial else "none"
                 raise ValueError(
-                    f"initial: {name} of shape {tuple(w.shape)} is needed, and {given} is given."
+                    f"initial: {name} of shape {tuple(w.shape)} is needed, and {given} is given. "
+                    "Give the weights of this model at initialization."
                 )
     scores = call(criterion, weights, **evidence)
     for name, w in weights.items():
         if name not in scores or scores[name].shape != w.shape or not scores[name].is_floating_point():
             raise ValueError(
-                f"criterion: {criterion} must give floating point scores of {name}'s shape {tuple(w.shape)}."
+                f"criterion: {criterion} must give floating point scores of {name}'s shape {tuple(w.shape)}. "
+                "Return one score for each weight."
             )
     return {name: scores[name].detach() for name in weights}
 
@@ -297,7 +301,7 @@ def _check_finite(tensors: Mapping[str, Tensor], what: str, dead: int = 0) -> No
         if not finite:
             raise ValueError(
                 f"{what} {name} holds NaN or infinity; allowed are finite numbers. "
-                "Did the training diverge? Nothing was pruned."
+                "Nothing was pruned. Look where the training diverged."
             )
 
 

@@ -71,7 +71,8 @@ class Snapshot:
         ):
             if there != here:
                 raise ValueError(
-                    f"{what}: the snapshot has others than this training: {_difference(there, here)}"
+                    f"{what}: {_difference(there, here)} Allowed is the training that the snapshot was "
+                    "taken of. Take another snapshot."
                 )
         for name, tensor in now.items():
             tensor.copy_(self.tensors[name])

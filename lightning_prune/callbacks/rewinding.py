@@ -35,7 +35,7 @@ class LotteryTicketRewind(Callback):
 
     def __init__(self, to_step: int = 0) -> None:
         if not isinstance(to_step, int) or to_step < 0:
-            raise ValueError(f"to_step={to_step!r}: allowed are whole numbers from 0 on.")
+            raise ValueError(f"to_step={to_step!r}: allowed are whole numbers from 0 on, such as 0.")
         self.to_step = to_step
         self.snapshot: Snapshot | None = None
 
@@ -46,7 +46,9 @@ class LotteryTicketRewind(Callback):
 
     def _check_step(self, length: int | float) -> None:
         if self.to_step >= length:
-            raise ValueError(f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round.")
+            raise ValueError(
+                f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round. Lower it."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,7 +77,7 @@ class LotteryTicketRewind(Callback):
             raise ValueError(
                 f"to_step={self.to_step}: training is at step {trainer.global_step} without a snapshot. "
                 "Allowed is a step still to come at which a batch begins (those of all optimizers count), or "
-                "a checkpoint of a run with this callback."
+                "a checkpoint of a run with this callback. Use one of these."
             )
         self.snapshot = Snapshot.take(pl_module, trainer.optimizers, _schedulers(trainer))
 
