@@ -18,7 +18,8 @@ ALLOWED = re.compile(
 )
 ORDERS = """
     add ask build call cap change choose compare connect convert cut delete divide exclude fit give keep load
-    look lower make name pass prune put raise read remove return run save set sort start take train use write
+    leave look lower make name pass prune put raise read remove return run save set sort start
+    take train use write
 """
 DO = re.compile(
     rf"(^|[.;:,{VALUE}] |or |and )({'|'.join(ORDERS.split())}|pip install|such as)\b", re.IGNORECASE
