@@ -19,7 +19,7 @@ loader = fabric.setup_dataloaders(data)
 
 masks = lp.prune(net, sparsity=0.7)  # the module and the optimizer that Fabric wrapped
 handle = lp.hold(net, optimizer, masks)
-for _ in range(5):
+for _ in range(20):
     for inputs, labels in loader:
         wrapped.zero_grad()
         loss = nn.functional.cross_entropy(model(inputs), labels)

@@ -56,6 +56,7 @@ def test_fabric_trains_with_masks_held_on(run):
     assert float(loss) < 0.4
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's, of jsonargparse
 def test_lightning_cli_prunes_from_its_yaml_alone(run):
     config = EXAMPLES / "cli" / "config.yaml"
     printed = run(EXAMPLES / "cli" / "main.py", "fit", "--config", str(config))

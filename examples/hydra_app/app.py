@@ -33,7 +33,7 @@ class Classifier(LightningModule):
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     """Train what the config says."""
-    seed_everything(0, verbose=False)
+    seed_everything(cfg.seed, verbose=False)
     trainer = instantiate(cfg.trainer)
     trainer.fit(Classifier())
     pruner = trainer.callbacks[0]
