@@ -17,9 +17,9 @@ optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
 model, wrapped = fabric.setup(net, optimizer)
 loader = fabric.setup_dataloaders(data)
 
-masks = lp.prune(net, sparsity=0.7)  # the module and the optimizer that Fabric wrapped
+masks = lp.prune(net, sparsity=0.7, allocate=lp.allocation.uniform)  # the module that Fabric wrapped
 handle = lp.hold(net, optimizer, masks)
-for _ in range(20):
+for _ in range(5):
     for inputs, labels in loader:
         wrapped.zero_grad()
         loss = nn.functional.cross_entropy(model(inputs), labels)

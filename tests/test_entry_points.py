@@ -61,9 +61,8 @@ def test_lightning_cli_prunes_from_its_yaml_alone(run):
     config = EXAMPLES / "cli" / "config.yaml"
     printed = run(EXAMPLES / "cli" / "main.py", "fit", "--config", str(config))
     assert "sparsity 0.750 after 2 prunings" in printed
-    deeper = "--trainer.callbacks.0.schedule.init_args.rate=0.6"
-    printed = run(EXAMPLES / "cli" / "main.py", "fit", "--config", str(config), deeper)
-    assert "sparsity 0.841 after 2 prunings" in printed or "sparsity 0.840 after 2 prunings" in printed
+    printed = run(EXAMPLES / "cli" / "main.py", "fit", "--config", str(config), "--trainer.max_epochs=2")
+    assert "sparsity 0.500 after 1 prunings" in printed
 
 
 def app(run, *overrides):
