@@ -80,7 +80,7 @@ def fit(model, epochs, *callbacks):
     trainer = Trainer(
         max_epochs=epochs, callbacks=list(callbacks), enable_model_summary=False, accelerator="cpu", **quiet
     )
-    trainer.fit(model, DataLoader(TensorDataset(x, y), 100, shuffle=True))
+    trainer.fit(model.train(), DataLoader(TensorDataset(x, y), 100, shuffle=True))
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ ResNeXt().load_state_dict(lp.load_sparse("pruned.safetensors"), strict=True)
 
 # %%
 large = lp.models.DeepFFN(784, hidden=(1024, 1024), classes=10).eval()
-lp.prune(large, 0.95)
+lp.prune(large, 0.95, allocate=lp.allocation.uniform)
 print(lp.accelerate(large, torch.rand(64, 784)).acceleration)
 
 # %% [markdown]

@@ -34,7 +34,8 @@ class Classifier(LightningModule):
 def main(cfg: DictConfig) -> None:
     """Train what the config says."""
     seed_everything(cfg.seed, verbose=False)
-    trainer = instantiate(cfg.trainer)
+    callbacks = [callback for callback in map(instantiate, cfg.callbacks) if callback]  # rewind=none is empty
+    trainer = instantiate(cfg.trainer, callbacks=callbacks)
     trainer.fit(Classifier())
     pruner = trainer.callbacks[0]
     print(
