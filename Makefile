@@ -22,6 +22,7 @@ bench: .venv/ready  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.experiment
 	$(RUN) experiments.benchmarks.size
 	$(RUN) experiments.benchmarks.inference
+	$(RUN) experiments.benchmarks.channels
 
 docs: .venv/ready  ## the documentation, into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
