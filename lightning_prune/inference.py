@@ -164,7 +164,7 @@ class Summary:
         rows = replace(before.total, layer="before"), replace(self.total, layer="after")
         smaller = before.total.parameters / self.total.parameters
         faster = before.total.latency_us / self.total.latency_us
-        return _table(f"{smaller:.2f}x smaller, {faster:.2f}x as fast ({self.where})", rows)
+        return table(f"{smaller:.2f}x smaller, {faster:.2f}x as fast ({self.where})", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers, with both ratios."""
