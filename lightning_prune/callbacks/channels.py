@@ -145,7 +145,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError(
                 "strategy: forked and spawned processes hand their weights back to the full-size model they "
-                "came from. Allowed is strategy='ddp', in a script."
+                "came from. Allowed is strategy='ddp', in a script; use that."
             )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [
