@@ -14,7 +14,7 @@ from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
 from lightning_prune.granularity import Granularity, single
-from lightning_prune.masks import DEAD, Masks, Scores, bits, count_above, keep_top, zero_dead_
+from lightning_prune.masks import DEAD, Masks, Scores, bits, count, count_above, keep_top, zero_dead_
 from lightning_prune.schedules import Schedule
 
 Criterion = Callable[..., Scores]
@@ -182,7 +182,7 @@ def next_masks(
     units: Scores = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, mask in masks.items():
-        score, living = scores.pop(name), int(mask.count_nonzero())
+        score, living = scores.pop(name), count(mask)
         if living < mask.numel():
             score = torch.where(mask, score, DEAD)  # whatever the dead score
         _check_finite({name: score}, "the score of", mask.numel() - living)
