@@ -210,7 +210,7 @@ def next_masks(
                     f"allocate: {allocate.of} gave {name} {keep[name]} survivors, more than it has alive."
                 )
             best = keep_top(units[name], keep[name], near=getattr(keep, "near", None))
-            new[name] = expand[name](best) & masks[name]
+            new[name] = expand[name](best).contiguous().logical_and_(masks[name])
     return {name: new[name] for name in weights}
 
 
@@ -295,7 +295,8 @@ def prune(
             criterion asks for something that is not given. The model is then as it was.
     """
     params = prunable(model, layers, include, exclude)
-    dense = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    one = torch.ones((), dtype=torch.bool)
+    dense = {name: one.to(p.device).expand(p.shape) for name, p in params.items()}  # without memory of theirs
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):
         evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())
