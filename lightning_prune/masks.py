@@ -18,9 +18,8 @@ Masks = dict[str, Tensor]
 Scores = dict[str, Tensor]
 Keys = Any  # integers of the order of scores: on the CPU a numpy array, which compares faster than torch
 
-DEAD = float(
-    "-inf"
-)  # the score of a dead weight: below every score a weight can have, so it is never a candidate
+# the score of a dead weight: below every score a weight can have, so it is never a candidate
+DEAD = -math.inf
 
 _PIECE = 1 << 18  # elements that selection looks at together: few enough for the processor's cache
 _DIGIT = 12  # bits that a pass of selection decides
