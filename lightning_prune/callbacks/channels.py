@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import override
@@ -92,9 +93,9 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
         for name, value in (("round_to", round_to), ("at_least", at_least)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1 on.")
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1 on, such as 1.")
         if not 0 <= slimming < float("inf"):
-            raise ValueError(f"slimming={slimming}: allowed are finite numbers from 0 on.")
+            raise ValueError(f"slimming={slimming}: allowed are finite numbers from 0 on, such as 1e-4.")
         super().__init__(
             schedule=OneShot(0.3) if schedule is None else schedule,
             rounds=rounds,
@@ -146,6 +147,11 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
                 "shapes of the parameters that a cut would change. Allowed are a single device, and with "
                 "remove='end' DDP."
             )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "strategy: forked and spawned processes hand their weights back to the full-size model they "
+                "came from. Allowed is strategy='ddp', in a script; use that."
+            )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [
             its.register_load_state_dict_pre_hook(_take_shapes)
@@ -179,10 +185,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._restore_generators(trainer)
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        if isinstance(self.example_input, Tensor):
-            return self.example_input
         if self.example_input is not None:
-            return torch.rand(list(self.example_input), generator=torch.Generator().manual_seed(0))
+            return channels.as_input(self.example_input)
         if pl_module.example_input_array is not None:
             return pl_module.example_input_array
         trainer.fit_loop.setup_data()
@@ -287,13 +291,14 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"groups": channels.pack_groups(self._groups), "channels": pack(self.channels)}
+        plain = {name: vars(group) for name, group in self._groups.items()}
+        own = {"groups": plain, "channels": pack(self.channels)}
         return {**super().state_dict(), "masks": {}, **own, "left": pack(self._left)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._groups = channels.unpack_groups(state_dict["groups"])
+        self._groups = {name: channels.Channels(**its) for name, its in state_dict["groups"].items()}
         self.channels = unpack(state_dict["channels"])
         self._left = unpack(state_dict["left"])
 
