@@ -16,7 +16,7 @@ from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
 from lightning_prune.granularity import Granularity, single
-from lightning_prune.masks import DEAD, Masks, Scores, bits, count_above, keep_top, zero_dead_
+from lightning_prune.masks import DEAD, Masks, Scores, bits, count, count_above, keep_top, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.tables import table
 
@@ -232,7 +232,7 @@ def next_masks(
     units: Scores = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, mask in masks.items():
-        score, living = scores.pop(name), int(mask.count_nonzero())
+        score, living = scores.pop(name), count(mask)
         if living < mask.numel():
             score = torch.where(mask, score, DEAD)  # whatever the dead score
         _check_finite({name: score}, "the score of", mask.numel() - living)
@@ -262,7 +262,7 @@ def next_masks(
                     f"{candidates[name]}, what it has alive. Cap its counts."
                 )
             best = keep_top(units[name], keep[name], near=getattr(keep, "near", None))
-            new[name] = expand[name](best) & masks[name]
+            new[name] = expand[name](best).contiguous().logical_and_(masks[name])
     return {name: new[name] for name in weights}
 
 
@@ -349,7 +349,8 @@ def prune(
             criterion asks for something that is not given. The model is then as it was.
     """
     params = prunable(model, layers, include, exclude)
-    dense = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    one = torch.ones((), dtype=torch.bool)
+    dense = {name: one.to(p.device).expand(p.shape) for name, p in params.items()}  # without memory of theirs
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):
         evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())

@@ -1,6 +1,7 @@
 """StructuredChannelPruning: when channels are chosen, and when they go."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         at_least: units left in each layer, 1 or more.
         slimming: weight of an L1 penalty on the scales of batch normalizations while training, 0 or more.
         score_batches: number of training batches that a criterion that reads data gets.
+        save_sparse: file that gets the `state_dict` of the smaller network when a fit ends; see
+            `IterativeMagnitudePruning`.
 
     Attributes:
         channels: {name of the first weight that makes them: bool tensor of units, True = alive}.
@@ -84,6 +87,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         at_least: int = 1,
         slimming: float = 0.0,
         score_batches: int = 1,
+        save_sparse: str | Path | None = None,
     ) -> None:
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
@@ -102,6 +106,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             exclude=exclude,
             every_n_train_steps=every_n_train_steps,
             score_batches=score_batches,
+            save_sparse=save_sparse,
         )
         self.example_input = example_input
         self.remove = remove
@@ -274,6 +279,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.remove == "end":
             self._cut(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
