@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -35,6 +36,9 @@ class IterativeMagnitudePruning(Callback):
     the trained network of a round with the masks of that round. Masks are kept here and in the checkpoint,
     never in the model: its `state_dict` has the names and shapes of the unpruned model and exact zeros. A
     second `fit` goes on from the masks and the clock of the first.
+
+    Patience and best score of `EarlyStopping` are those of the round. So is what a `ModelCheckpoint` compares
+    whose file name has `{round...}`, such as "{round:.0f}-{sparsity:.3f}": it keeps the best of each round.
 
     Logged as `round`, `sparsity` and, with the loggers, `round_step`, the optimizer steps since the round
     began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
@@ -154,7 +158,9 @@ class IterativeMagnitudePruning(Callback):
     def steps_per_round(self) -> int | float:
         """Optimizer steps of a round, for learning rate schedules made in `configure_optimizers`.
 
-        Infinite when a round is counted in epochs of unknown length.
+        Rounds counted in epochs: of one optimizer that steps once for each batch or, with gradient
+        accumulation, for several; infinite for epochs of unknown length. Rounds counted in steps: of all
+        optimizers together, as `trainer.global_step`.
         """
         if self.every_n_train_steps is not None:
             return self.every_n_train_steps
@@ -237,6 +243,10 @@ class IterativeMagnitudePruning(Callback):
         """What rounds are counted in: epochs, or the steps of all optimizers."""
         return trainer.current_epoch if self.every_n_train_steps is None else trainer.global_step
 
+    def is_over(self, trainer: Trainer) -> bool:
+        """Whether the round in progress has come to its end."""
+        return self.clock(trainer) >= self.round_ends
+
     def end_round(self, trainer: Trainer) -> None:
         """Let the round in progress end with the step, or the epoch, that was trained last."""
         now = self.clock(trainer) + (self.every_n_train_steps is None)
@@ -284,7 +294,9 @@ class IterativeMagnitudePruning(Callback):
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.round < self.rounds and self.clock(trainer) >= self.round_ends:
+        if self.round < self.rounds and self.is_over(trainer):
+            if any(trainer.current_epoch > its.swa_end for its in averaging_of(trainer)):
+                return  # an epoch that trains nothing: the statistics of the averaged network
             if reason := self._below(trainer):
                 self.stop(trainer, reason)
             self._prune(trainer, pl_module, self.round + 1)
@@ -335,9 +347,13 @@ class IterativeMagnitudePruning(Callback):
         self._mask_averages(trainer)
         for stopper in trainer.early_stopping_callbacks:
             stopper.wait_count = 0
-            stopper.best_score = torch.tensor(
-                float("inf") if stopper.monitor_op == torch.lt else -float("inf")
-            )
+            stopper.best_score = _worst("min" if stopper.monitor_op == torch.lt else "max")
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint) and "{round" in (checkpoint.filename or ""):
+                checkpoint.best_k_models = {}  # the files of the round that is over stay
+                checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
+                checkpoint.best_model_score = checkpoint.current_score = None
+                checkpoint.kth_value = _worst(checkpoint.mode)
         self._announce = True
         log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
 
@@ -348,7 +364,7 @@ class IterativeMagnitudePruning(Callback):
         """An average over steps with other masks is not zero where the weight is dead."""
         for average in averages_of(trainer):
             for name, mask in self.masks.items():
-                zero_dead_(p := average.module.get_parameter(name), bits(mask, like=p))
+                zero_dead_(p := average.get_parameter(name), bits(mask, like=p))
 
     def _describe(self) -> str:
         return f"{alive(self.masks)} weights left ({100 * (1 - self.sparsity):.2f} %)"
@@ -488,6 +504,10 @@ def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:
     )
 
 
+def _worst(mode: str) -> Tensor:
+    return torch.tensor(float("inf") if mode == "min" else -float("inf"))
+
+
 def _check_schedule(schedule: Schedule, rounds: int) -> None:
     if not callable(schedule):
         raise ValueError(
@@ -526,10 +546,15 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
-def averages_of(trainer: Trainer) -> list[AveragedModel]:
-    """The averages of the weights that Lightning's `WeightAveraging` callbacks keep."""
+def averages_of(trainer: Trainer) -> list[nn.Module]:
+    """The averaged copies of the module that `WeightAveraging` and `StochasticWeightAveraging` keep."""
     found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [average for average in found if isinstance(average, AveragedModel)]
+    return [its.module if isinstance(its, AveragedModel) else its for its in found if its is not None]
+
+
+def averaging_of(trainer: Trainer) -> list[StochasticWeightAveraging]:
+    """The callbacks of stochastic weight averaging."""
+    return [c for c in callbacks_of(trainer) if isinstance(c, StochasticWeightAveraging)]
 
 
 def _log_interval(trainer: Trainer) -> int:
