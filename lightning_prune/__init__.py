@@ -11,7 +11,7 @@ says from where to go on.*
 - `evidence`: what these may ask for, and how to gather it without a trace
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
-- `rewind`: from where; the snapshot
+- `rewind`: from where; the snapshot, and the policies that say what of it comes back
 - `channels`: which channels are coupled; the plan that removes some
 - `filters`: which of them stay; their scores, and targets on the size
 - `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
@@ -21,7 +21,7 @@ says from where to go on.*
 - `callbacks`: when
 """
 
-from lightning_prune import allocation, channels, criteria, filters, granularity, schedules
+from lightning_prune import allocation, channels, criteria, filters, granularity, rewind, schedules
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
 from lightning_prune.holding import hold
 from lightning_prune.inference import accelerate, summarize
@@ -45,6 +45,7 @@ __all__ = [
     "load_pruned",
     "load_sparse",
     "prune",
+    "rewind",
     "save_sparse",
     "schedules",
     "summarize",

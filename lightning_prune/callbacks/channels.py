@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune import allocation, channels, criteria, filters, surgery
+from lightning_prune.callbacks.beside import averages_of, callbacks_of
 from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, averages_of, callbacks_of
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.channels import Groups
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold

@@ -7,19 +7,28 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria, rng, storage
+from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages
 from lightning_prune.callbacks.evidence import agreed, check_run, evidence_of
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import Hold, check_fit, mixes_weights
-from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
-from lightning_prune.pruning import LAYERS, Allocation, Criterion, budget, groups, next_masks, plan, prunable
+from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.pruning import (
+    LAYERS,
+    Allocation,
+    Criterion,
+    budget,
+    check_schedule,
+    groups,
+    next_masks,
+    plan,
+    prunable,
+)
 from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
 
@@ -109,7 +118,7 @@ class IterativeMagnitudePruning(Callback):
             raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1.")
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
         for its in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
-            _check_schedule(its, rounds)
+            check_schedule(its, rounds)
         self.rounds = rounds
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -203,7 +212,7 @@ class IterativeMagnitudePruning(Callback):
         self.masks = {name: masks[name].to(p.device) for name, p in self._params.items()}
         gradients = _gradients_are_read(trainer, pl_module)
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
-        self._mask_averages(trainer)
+        mask_averages(trainer, self.masks)
         self._restore_generators(trainer)
         if self._resumed and (fetcher := trainer.fit_loop._data_fetcher):
             # A configure_optimizers that asked for the length of the data has made the iterator of this epoch
@@ -344,27 +353,13 @@ class IterativeMagnitudePruning(Callback):
                 on_prune(trainer, pl_module, self.masks)
         assert self._hold is not None
         self._hold.set(self.masks)
-        self._mask_averages(trainer)
-        for stopper in trainer.early_stopping_callbacks:
-            stopper.wait_count = 0
-            stopper.best_score = _worst("min" if stopper.monitor_op == torch.lt else "max")
-        for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint) and "{round" in (checkpoint.filename or ""):
-                checkpoint.best_k_models = {}  # the files of the round that is over stay
-                checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
-                checkpoint.best_model_score = checkpoint.current_score = None
-                checkpoint.kth_value = _worst(checkpoint.mode)
+        mask_averages(trainer, self.masks)
+        compare_anew(trainer)
         self._announce = True
         log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         self.masks = masks
-
-    def _mask_averages(self, trainer: Trainer) -> None:
-        """An average over steps with other masks is not zero where the weight is dead."""
-        for average in averages_of(trainer):
-            for name, mask in self.masks.items():
-                zero_dead_(p := average.get_parameter(name), bits(mask, like=p))
 
     def _describe(self) -> str:
         return f"{alive(self.masks)} weights left ({100 * (1 - self.sparsity):.2f} %)"
@@ -504,34 +499,6 @@ def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:
     )
 
 
-def _worst(mode: str) -> Tensor:
-    return torch.tensor(float("inf") if mode == "min" else -float("inf"))
-
-
-def _check_schedule(schedule: Schedule, rounds: int) -> None:
-    if not callable(schedule):
-        raise ValueError(
-            f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
-            "From a Hydra config set `_convert_: all` beside the callback's `_target_`."
-        )
-    if asked(schedule):
-        return  # it reads the scores, and there are none yet
-    reached = 0.0
-    for r in range(rounds + 1):
-        sparsity = schedule(r)
-        if not 0 <= sparsity < 1:
-            raise ValueError(
-                f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
-                "allowed is from 0 up to, and not including, 1."
-            )
-        if sparsity < reached:
-            raise ValueError(
-                f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
-                "masks only shrink, so it may not fall."
-            )
-        reached = sparsity
-
-
 def _plain(value: Any) -> Any:
     """Containers of any library, such as omegaconf's, as dicts and lists."""
     if isinstance(value, Mapping):
@@ -539,22 +506,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
         return [_plain(v) for v in value]
     return value
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The trainer's callbacks (an attribute that its class does not declare)."""
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def averages_of(trainer: Trainer) -> list[nn.Module]:
-    """The averaged copies of the module that `WeightAveraging` and `StochasticWeightAveraging` keep."""
-    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [its.module if isinstance(its, AveragedModel) else its for its in found if its is not None]
-
-
-def averaging_of(trainer: Trainer) -> list[StochasticWeightAveraging]:
-    """The callbacks of stochastic weight averaging."""
-    return [c for c in callbacks_of(trainer) if isinstance(c, StochasticWeightAveraging)]
 
 
 def _log_interval(trainer: Trainer) -> int:

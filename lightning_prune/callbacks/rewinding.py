@@ -11,7 +11,8 @@ from torch.optim import lr_scheduler
 from typing_extensions import override
 
 from lightning_prune import rewind, rng
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, averaging_of, callbacks_of
+from lightning_prune.callbacks.beside import averaging_of, callbacks_of
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
@@ -106,6 +107,11 @@ class LotteryTicketRewind(Callback):
         pruner = _pruner(trainer)
         if pl_module.automatic_optimization:  # else nobody knows how many steps an epoch makes
             self._check_step(pruner.steps_per_round)
+            if self.to_epoch and self.to_epoch * _steps_per_epoch(trainer) >= pruner.steps_per_round:
+                raise ValueError(
+                    f"to_epoch={self.to_epoch}: it begins after the first round, of {pruner.steps_per_round} "
+                    f"steps. Allowed is an epoch within it; one has {_steps_per_epoch(trainer)} steps."
+                )
         self._check_averaging(trainer, pruner)
         if self.same_batches:
             self._check_whole_epochs(trainer, pruner)
@@ -294,7 +300,9 @@ class LotteryTicketRewind(Callback):
     def _hold_rates(self, trainer: Trainer) -> None:
         for optimizer, groups in zip(trainer.optimizers, self._rates, strict=True):
             for group, its in zip(optimizer.param_groups, groups, strict=True):
-                group.update(copied(its))
+                for name, value in its.items():
+                    tensor = isinstance(value, Tensor)
+                    group[name] = value.to(group[name].device, copy=True) if tensor else value
         for config in trainer.lr_scheduler_configs:
             config.frequency = sys.maxsize  # Lightning never comes to step it
 
