@@ -59,7 +59,7 @@ def fit(
         steps: of the optimizer, in all.
         order: seed of the data order (and of dropout); None: that of the run.
     """
-    _hush()
+    hush()
     checkpoint = folder / "resume.ckpt"
     callbacks = [
         *callbacks,
@@ -81,7 +81,7 @@ def fit(
     return trainer
 
 
-def _hush() -> None:
+def hush() -> None:
     """Silence what Lightning advises and these experiments do on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
