@@ -466,9 +466,9 @@ def test_stochastic_weight_averaging_prunes_nothing_after_the_last_step():
 @pytest.mark.parametrize("start", [2, 5])
 def test_stochastic_weight_averaging_is_refused_where_a_rewind_comes_after_it(start):
     swa = StochasticWeightAveraging(0.01, swa_epoch_start=start)
-    with pytest.raises(ValueError, match=r"Set swa_epoch_start=6 or later, within the last round"):
+    with pytest.raises(ValueError, match=r"it must start in the last round. Set swa_epoch_start=6 or later"):
         trained(callbacks=[swa], epochs=8)
-    with pytest.raises(ValueError, match=r"Start it later, within the last round"):
+    with pytest.raises(ValueError, match=r"it must start in the last round. Start it later"):
         trained(callbacks=[StochasticWeightAveraging(0.01, swa_epoch_start=2)], every=6, epochs=8)
 
 
@@ -540,7 +540,7 @@ def test_the_learning_rate_monitor_shows_the_rewound_rate(tmp_path):
         ({"to_step": 1, "to_epoch": 1}, "to_step=1, to_epoch=1: only one of them"),
         ({"to_epoch": 2}, "to_epoch=2: allowed is 0 to 1, within a round"),
         ({"to_epoch": 3, "every": 9}, "to_epoch=3: it begins after the first round, of 9 steps"),
-        ({"to_step": 2, "shorten": True}, "shorten=True with to_step=2: rounds are counted in epochs"),
+        ({"to_step": 2, "shorten": True}, "shorten=True with to_step=2: allowed is to_epoch"),
         ({"same_batches": True, "to_step": 2}, r"same_batches=True: .* begin with an epoch \(of 3 steps\)"),
         ({"same_batches": True, "every": 7}, r"same_batches=True: .* begin with an epoch \(of 3 steps\)"),
     ],

@@ -60,9 +60,11 @@ class LotteryTicketRewind(Callback):
     ) -> None:
         for name, value in (("to_step", to_step), ("to_epoch", 0 if to_epoch is None else to_epoch)):
             if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 0 on.")
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 0 on, such as 0.")
         if to_step and to_epoch is not None:
-            raise ValueError(f"to_step={to_step}, to_epoch={to_epoch}: only one of them can be given.")
+            raise ValueError(
+                f"to_step={to_step}, to_epoch={to_epoch}: only one of them is allowed. Leave one out."
+            )
         self.to_step = to_step
         self.to_epoch = to_epoch
         self.policy = policy
@@ -90,17 +92,20 @@ class LotteryTicketRewind(Callback):
             self._check_step(pruner.every_n_train_steps)
         elif (self.to_epoch or 0) >= pruner.every_n_epochs:
             raise ValueError(
-                f"to_epoch={self.to_epoch}: allowed is 0 to {pruner.every_n_epochs - 1}, within a round."
+                f"to_epoch={self.to_epoch}: allowed is 0 to {pruner.every_n_epochs - 1}, within a round. "
+                "Lower it."
             )
         elif self.shorten and self.to_step:
             raise ValueError(
-                f"shorten=True with to_step={self.to_step}: rounds are counted in epochs, so this cannot "
-                "shorten them. Give to_epoch, or the pruning callback every_n_train_steps."
+                f"shorten=True with to_step={self.to_step}: allowed is to_epoch, as rounds are counted in "
+                "epochs. Give to_epoch, or the pruning callback every_n_train_steps."
             )
 
     def _check_step(self, length: int | float) -> None:
         if self.to_step >= length:
-            raise ValueError(f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round.")
+            raise ValueError(
+                f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round. Lower it."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,7 +115,7 @@ class LotteryTicketRewind(Callback):
             if self.to_epoch and self.to_epoch * _steps_per_epoch(trainer) >= pruner.steps_per_round:
                 raise ValueError(
                     f"to_epoch={self.to_epoch}: it begins after the first round, of {pruner.steps_per_round} "
-                    f"steps. Allowed is an epoch within it; one has {_steps_per_epoch(trainer)} steps."
+                    f"steps. Allowed is an epoch within it, of {_steps_per_epoch(trainer)} steps. Lower it."
                 )
         self._check_averaging(trainer, pruner)
         if self.same_batches:
@@ -157,7 +162,7 @@ class LotteryTicketRewind(Callback):
                 f"policy={self.policy}: it holds the learning rates, and "
                 f"{type(trainer.lightning_module).__name__} steps its schedulers itself "
                 "(automatic_optimization=False). Allowed are modules without schedulers, or with automatic "
-                "optimization."
+                "optimization. Use one of these, or another policy."
             )
 
     def _warn_of_schedules(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
@@ -223,7 +228,7 @@ class LotteryTicketRewind(Callback):
             raise ValueError(
                 f"to_{what}={self._k}: training is at {what} {now} without a snapshot. "
                 "Allowed is a step still to come at which a batch begins (those of all optimizers count), or "
-                "a checkpoint of a run with this callback."
+                "a checkpoint of a run with this callback. Use one of these."
             )
         self.snapshot = Snapshot.take(*_parts(trainer, pl_module))
         self._behind = _pruner(trainer).clock(trainer)
@@ -270,7 +275,8 @@ class LotteryTicketRewind(Callback):
         if self.snapshot is None:
             raise ValueError(
                 f"to_step={self.to_step}, to_epoch={self.to_epoch}: the first round is over without having "
-                "come to it. Allowed is a step (those of all optimizers count) or epoch within that round."
+                "come to it. Allowed is a step (those of all optimizers count) or epoch within that round; "
+                "name one."
             )
         if any(its._swa_scheduler is not None for its in averaging_of(trainer)):
             raise _averaged("Start it later")
@@ -372,7 +378,7 @@ def _draw_anew(trainer: Trainer) -> None:
 def _averaged(what: str) -> ValueError:
     return ValueError(
         "StochasticWeightAveraging replaces the learning rate scheduler as it starts, so a training cannot "
-        f"be rewound from there. {what}, within the last round, or use WeightAveraging, which is rewound."
+        f"be rewound from there: it must start in the last round. {what}, or use WeightAveraging."
     )
 
 
