@@ -150,6 +150,36 @@ def _shown(patterns: Sequence[str] | None) -> list[str] | None:
     return None if patterns is None else list(patterns)
 
 
+def check_schedule(schedule: Schedule, rounds: int) -> None:
+    """Refuse a schedule that leaves [0, 1), or falls, within these rounds.
+
+    Raises:
+        ValueError: then.
+    """
+    if not callable(schedule):
+        raise ValueError(
+            f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
+            "Give one of lightning_prune.schedules; from a Hydra config set `_convert_: all` beside "
+            "the callback's `_target_`."
+        )
+    if asked(schedule):
+        return  # it reads the scores, and there are none yet
+    reached = 0.0
+    for r in range(rounds + 1):
+        sparsity = schedule(r)
+        if not 0 <= sparsity < 1:
+            raise ValueError(
+                f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
+                "allowed is from 0 up to, and not including, 1. Change the schedule, or rounds."
+            )
+        if sparsity < reached:
+            raise ValueError(
+                f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
+                "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
+            )
+        reached = sparsity
+
+
 def groups(names: Sequence[str], schedule: Schedule | Mapping[str, Schedule]) -> Groups:
     """Which schedule drives which weights: one for all, or one per name pattern; the first that matches wins.
 

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune import allocation, channels, criteria, filters, surgery
+from lightning_prune.callbacks.beside import averages_of, callbacks_of
 from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, averages_of, callbacks_of
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.channels import Groups
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
@@ -154,8 +155,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [
-            its.register_load_state_dict_pre_hook(_take_shapes)
-            for its in (pl_module, *(average.module for average in averages_of(trainer)))
+            its.register_load_state_dict_pre_hook(_take_shapes) for its in (pl_module, *averages_of(trainer))
         ]
 
     @override
@@ -256,8 +256,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = channels.plan(self._here(), self._alive_here())
-        averages = [average.module for average in averages_of(trainer)]
-        surgery.cut(pl_module, removed, trainer.optimizers, averages)
+        surgery.cut(pl_module, removed, trainer.optimizers, averages_of(trainer))
         self._left = self.channels
         for callback in callbacks_of(trainer):
             if on_cut := getattr(callback, "on_cut", None):

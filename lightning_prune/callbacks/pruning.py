@@ -9,16 +9,26 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria, rng, storage
+from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages
 from lightning_prune.callbacks.evidence import agreed, check_run, evidence_of
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import Hold, check_fit, mixes_weights
-from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
-from lightning_prune.pruning import LAYERS, Allocation, Criterion, budget, groups, next_masks, plan, prunable
+from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.pruning import (
+    LAYERS,
+    Allocation,
+    Criterion,
+    budget,
+    check_schedule,
+    groups,
+    next_masks,
+    plan,
+    prunable,
+)
 from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
 
@@ -35,6 +45,9 @@ class IterativeMagnitudePruning(Callback):
     the trained network of a round with the masks of that round. Masks are kept here and in the checkpoint,
     never in the model: its `state_dict` has the names and shapes of the unpruned model and exact zeros. A
     second `fit` goes on from the masks and the clock of the first.
+
+    Patience and best score of `EarlyStopping` are those of the round. So is what a `ModelCheckpoint` compares
+    whose file name has `{round...}`, such as "{round:.0f}-{sparsity:.3f}": it keeps the best of each round.
 
     Logged as `round`, `sparsity` and, with the loggers, `round_step`, the optimizer steps since the round
     began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
@@ -107,7 +120,7 @@ class IterativeMagnitudePruning(Callback):
             raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1, such as 0.95.")
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
         for its in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
-            _check_schedule(its, rounds)
+            check_schedule(its, rounds)
         self.rounds = rounds
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -156,7 +169,9 @@ class IterativeMagnitudePruning(Callback):
     def steps_per_round(self) -> int | float:
         """Optimizer steps of a round, for learning rate schedules made in `configure_optimizers`.
 
-        Infinite when a round is counted in epochs of unknown length.
+        Rounds counted in epochs: of one optimizer that steps once for each batch or, with gradient
+        accumulation, for several; infinite for epochs of unknown length. Rounds counted in steps: of all
+        optimizers together, as `trainer.global_step`.
         """
         if self.every_n_train_steps is not None:
             return self.every_n_train_steps
@@ -203,7 +218,7 @@ class IterativeMagnitudePruning(Callback):
         self.masks = {name: masks[name].to(p.device) for name, p in self._params.items()}
         gradients = _gradients_are_read(trainer, pl_module)
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
-        self._mask_averages(trainer)
+        mask_averages(trainer, self.masks)
         self._restore_generators(trainer)
         if self._resumed and (fetcher := trainer.fit_loop._data_fetcher):
             # A configure_optimizers that asked for the length of the data has made the iterator of this epoch
@@ -242,6 +257,10 @@ class IterativeMagnitudePruning(Callback):
     def clock(self, trainer: Trainer) -> int:
         """What rounds are counted in: epochs, or the steps of all optimizers."""
         return trainer.current_epoch if self.every_n_train_steps is None else trainer.global_step
+
+    def is_over(self, trainer: Trainer) -> bool:
+        """Whether the round in progress has come to its end."""
+        return self.clock(trainer) >= self.round_ends
 
     def end_round(self, trainer: Trainer) -> None:
         """Let the round in progress end with the step, or the epoch, that was trained last."""
@@ -290,7 +309,9 @@ class IterativeMagnitudePruning(Callback):
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.round < self.rounds and self.clock(trainer) >= self.round_ends:
+        if self.round < self.rounds and self.is_over(trainer):
+            if any(trainer.current_epoch > its.swa_end for its in averaging_of(trainer)):
+                return  # an epoch that trains nothing: the statistics of the averaged network
             if reason := self._below(trainer):
                 self.stop(trainer, reason)
             self._prune(trainer, pl_module, self.round + 1)
@@ -338,23 +359,13 @@ class IterativeMagnitudePruning(Callback):
                 on_prune(trainer, pl_module, self.masks)
         assert self._hold is not None
         self._hold.set(self.masks)
-        self._mask_averages(trainer)
-        for stopper in trainer.early_stopping_callbacks:
-            stopper.wait_count = 0
-            stopper.best_score = torch.tensor(
-                float("inf") if stopper.monitor_op == torch.lt else -float("inf")
-            )
+        mask_averages(trainer, self.masks)
+        compare_anew(trainer)
         self._announce = True
         log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         self.masks = masks
-
-    def _mask_averages(self, trainer: Trainer) -> None:
-        """An average over steps with other masks is not zero where the weight is dead."""
-        for average in averages_of(trainer):
-            for name, mask in self.masks.items():
-                zero_dead_(p := average.module.get_parameter(name), bits(mask, like=p))
 
     def _describe(self) -> str:
         return f"{alive(self.masks)} weights left ({100 * (1 - self.sparsity):.2f} %)"
@@ -494,31 +505,6 @@ def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:
     )
 
 
-def _check_schedule(schedule: Schedule, rounds: int) -> None:
-    if not callable(schedule):
-        raise ValueError(
-            f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
-            "Give one of lightning_prune.schedules; from a Hydra config set `_convert_: all` beside "
-            "the callback's `_target_`."
-        )
-    if asked(schedule):
-        return  # it reads the scores, and there are none yet
-    reached = 0.0
-    for r in range(rounds + 1):
-        sparsity = schedule(r)
-        if not 0 <= sparsity < 1:
-            raise ValueError(
-                f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
-                "allowed is from 0 up to, and not including, 1. Change the schedule, or rounds."
-            )
-        if sparsity < reached:
-            raise ValueError(
-                f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
-                "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
-            )
-        reached = sparsity
-
-
 def _plain(value: Any) -> Any:
     """Containers of any library, such as omegaconf's, as dicts and lists."""
     if isinstance(value, Mapping):
@@ -526,17 +512,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
         return [_plain(v) for v in value]
     return value
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The trainer's callbacks (an attribute that its class does not declare)."""
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def averages_of(trainer: Trainer) -> list[AveragedModel]:
-    """The averages of the weights that Lightning's `WeightAveraging` callbacks keep."""
-    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [average for average in found if isinstance(average, AveragedModel)]
 
 
 def _log_interval(trainer: Trainer) -> int:
