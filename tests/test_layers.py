@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     {"masks"},
     {"criteria", "allocation", "schedules", "rng", "evidence", "granularity", "storage"},
-    {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference"},
+    {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference", "doctor"},
     {"callbacks"},
 )
 ONLY_IN = {

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune import allocation, channels, criteria, filters, surgery
-from lightning_prune.callbacks.evidence import _batches, agreed, check_run, evidence_of
+from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, callbacks_of
+from lightning_prune.callbacks.ranks import agreed
 from lightning_prune.channels import Groups
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
@@ -53,6 +54,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         at_least: units left in each layer, 1 or more.
         slimming: weight of an L1 penalty on the scales of batch normalizations while training, 0 or more.
         score_batches: number of training batches that a criterion that reads data gets.
+        verify: look, after each pruning and in each checkpoint, whether all is as it should be, as
+            `IterativeMagnitudePruning` does.
 
     Attributes:
         channels: {name of the first weight that makes them: bool tensor of units, True = alive}.
@@ -83,6 +86,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         at_least: int = 1,
         slimming: float = 0.0,
         score_batches: int = 1,
+        verify: bool = True,
     ) -> None:
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
@@ -101,6 +105,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             exclude=exclude,
             every_n_train_steps=every_n_train_steps,
             score_batches=score_batches,
+            verify=verify,
         )
         self.example_input = example_input
         self.remove = remove
@@ -170,7 +175,6 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self.masks = self._weight_masks()
         # A dead channel's weights get gradients, and their noise reaches living ones through a clipped norm.
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=True)
-        self._restore_generators(trainer)
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if isinstance(self.example_input, Tensor):
