@@ -134,6 +134,8 @@ class IterativeMagnitudePruning(Callback):
         self.masks: Masks = {}
         self.round = 0
         self._start_from = masks
+        # Lightning asks for it at every hook of every step
+        self._key = self._generate_state_key(include=include, exclude=exclude)
         self._origin = 0  # what the clock read when round 0 began
         self._elapsed = 0  # what it had passed when the last fit ended
         self._began = 0  # the global step at which the round in progress began
@@ -176,7 +178,7 @@ class IterativeMagnitudePruning(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        return self._key
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
