@@ -24,7 +24,7 @@ def found(message, *callbacks, model=None, epochs=2, **options):
     with pytest.raises(RuntimeError, match=message) as error:
         fitter(*callbacks, epochs=epochs, **options).fit(model or Net())
     assert "verify=False does not look" in str(error.value)
-    assert not pruner._params  # it ended as a fit ends
+    assert pruner._hold is None  # nothing stays behind
     return str(error.value)
 
 
@@ -41,8 +41,7 @@ class OnPrune(Callback):
 
 def test_a_layer_emptied_without_consent():
     """Two weights are to be left, and there are three layers."""
-    text = found(r"\.weight: no weight is left, and nothing passes.*allocate=AtLeast\(0", pruning(0.995))
-    assert text.count("no weight is left") == 1
+    found(r"\.weight: no weight is left, and nothing passes.*allocate=AtLeast\(0", pruning(0.995))
     pruner = pruning(0.995, allocate=AtLeast(0, of=global_rank))  # consent
     fitter(pruner, epochs=2).fit(Net())
     assert alive(pruner.masks) == 2
@@ -162,18 +161,15 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_masks(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [-0.0, 1.0, torch.nan, torch.inf, 1e-45])
-def test_dead_weights_are_counted_wherever_they_are_and_whatever_they_hold(value, dtype):
-    mask = torch.rand(3, 1 << 17) < 0.5
-    weight = torch.randn(mask.shape).to(dtype) * mask
-    weight[~mask] = 0
+def test_dead_weights_are_counted_wherever_they_are_and_whatever_they_hold(dtype):
+    mask = torch.rand(3, 1 << 17) < 0.5  # more than what is looked at together
+    mask[0, 0] = mask[2, 5] = mask[2, -1] = False
+    weight = torch.randn(mask.shape).to(dtype).masked_fill(~mask, 0)
     assert doctor.awake({"w": weight}, {"w": mask}, "") == []
-    for row, places in ((0, [0]), (2, [5, (1 << 17) - 1])):
-        mask[row, places] = False
-        weight[row, places] = torch.tensor(value, dtype=dtype)
-    expected = 3 if torch.tensor(value, dtype=dtype).view(torch.uint8).any() else 0  # 1e-45 is 0 in half
-    (finding,) = doctor.awake({"w": weight}, {"w": mask}, "") or [f"w: 0 of {int((~mask).sum())} dead"]
-    assert finding.startswith(f"w: {expected} of {int((~mask).sum())} dead")
+    for value in (-0.0, 1.0, torch.nan, torch.inf, torch.finfo(dtype).smallest_normal):
+        weight[0, 0] = weight[2, 5] = weight[2, -1] = value
+        (finding,) = doctor.awake({"w": weight}, {"w": mask}, "")
+        assert finding.startswith(f"w: 3 of {int((~mask).sum())} dead")
 
 
 def test_masks_have_one_hash_each():

@@ -40,9 +40,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             beside.replace(target)
         except (OSError, RuntimeError) as error:
+            cause: BaseException = error
+            while cause.__context__ and not isinstance(cause, OSError):  # torch has an error of its own
+                cause = cause.__context__
             kept = "the one that was there is as it was" if target.exists() else "there was none before"
             raise OSError(
-                f"the checkpoint {str(target)!r} could not be written ({error.__cause__ or error}); {kept}. "
+                f"the checkpoint {str(target)!r} could not be written ({cause}); {kept}. "
                 "Make room, or give ModelCheckpoint another dirpath, and resume."
             ) from error
         finally:
