@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
@@ -41,7 +42,8 @@ def prunable(
     """The weights of `model` that may be pruned, by name, each once: never a bias, a norm or an embedding.
 
     A weight is prunable if it has two dimensions or more and every module that owns it is of one of the types
-    `layers` (a class name, or that of a base class): a head tied to an embedding is left alone.
+    `layers` (a class name, or that of a base class): a head tied to an embedding is left alone. On request,
+    `layers=["LSTM", "Embedding", "MultiheadAttention", "ParameterList"]`, others are weights as well.
 
     >>> list(prunable(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))))
     ['0.weight']
@@ -53,24 +55,35 @@ def prunable(
         exclude: fnmatch patterns over names; nothing that one of them matches.
 
     Raises:
-        ValueError: when a pattern matches no prunable weight, or when nothing is left to prune.
+        ValueError: when a pattern matches no prunable weight, when nothing is left to prune, or when a weight
+            is computed from others (weight norm) or not there yet (a lazy layer).
     """
     if isinstance(layers, str):
         raise ValueError(f"layers={layers!r}: a list of class names is needed; write [{layers!r}].")
     owners: dict[int, list[bool]] = {}
-    for module in model.modules():
+    unfit: dict[str, str] = {}  # weights that no mask can be put on, and what to do
+    for prefix, module in model.named_modules():
         matches = any(cls.__name__ in layers for cls in type(module).__mro__)
+        own = "weight" in module._parameters
+        if matches and not own and isinstance(getattr(module, "weight", None), Tensor):
+            unfit[f"{prefix}.weight".lstrip(".")] = "is computed from others; remove its parametrization"
+            matches = False
         for name, p in module.named_parameters(recurse=False):
-            owners.setdefault(id(p), []).append(matches and "weight" in name and p.dim() > 1)
+            named = "weight" in name or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+            if lazy := matches and named and is_lazy(p):
+                unfit[f"{prefix}.{name}".lstrip(".")] = "is not there yet; run a batch through the lazy layer"
+            owners.setdefault(id(p), []).append(matches and named and not lazy and p.dim() > 1)
     found = {name: p for name, p in model.named_parameters() if all(owners[id(p)])}
-    if not found:
+    if not found and not unfit:
         raise ValueError(
             f"{type(model).__name__} has nothing to prune: no weight belongs to a layer of the types "
             f"layers={tuple(layers)}. Name its layer types in `layers`."
         )
-    candidates = list(found)
-    kept = set(matching(candidates, "include", include)) if include is not None else set(found)
+    candidates = [*found, *unfit]
+    kept = set(matching(candidates, "include", include)) if include is not None else set(candidates)
     kept -= set(matching(candidates, "exclude", exclude or []))
+    for name in kept & unfit.keys():
+        raise ValueError(f"{name} {unfit[name]} first, or exclude it.")
     if not kept:
         raise ValueError(
             f"include={_shown(include)}, exclude={_shown(exclude)} leave nothing to prune. "

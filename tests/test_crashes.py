@@ -189,7 +189,7 @@ def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(undisturbed, 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_same_bits(undisturbed, tmp_path, capsys):
     draw, total, runs, different = random.Random(8), 0, 0, []
-    while total < 60:
+    while total < 40:
         clock = draw.choice(list(CLOCKS))
         ways = [a_way(draw) for _ in range(draw.randint(2, 6))]
         kills, its = differences(tmp_path / str(runs), clock, ways, undisturbed[clock])
