@@ -2,19 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-
-from scipy.stats import t
 
 from experiments.records import Record
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a value is read: the kind of run, and the round with this fraction of the weights left."""
-
-    kind: str
-    left: float
+from experiments.statistics import by_seed, spread
 
 
 @dataclass(frozen=True)
@@ -29,58 +19,86 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Difference:
-    """`of` minus `against` is at least this much, at each of the fractions of weights `left`.
+    """`of` minus `against` is at least, or at most, this much, at each of the fractions of weights `left`.
 
-    Values are paired by seed. A claim is held when the 95 % interval of the mean (Student's t) lies at or
-    above the bound, not held when it lies below, otherwise undecided; over several fractions the worst of
-    them counts.
+    Values are paired by seed. A claim is held when the 95 % interval of the mean (Student's t) lies on the
+    right side of the bound, up to the tolerance, not held when it lies on the other, otherwise undecided;
+    over several fractions the worst of them counts.
 
     Args:
         name: the claim in words.
         source: paper, and figure or table.
         metric: of the records.
         of: kind of run.
-        against: kind of run.
         left: fractions of weights left at which `of` is read.
-        at_least: the bound.
+        at_least: the bound, if it is a lower one.
+        against: kind of run; None: nothing, the claim is about the value of `of` itself.
         against_left: where `against` is read, if not at the same fractions.
+        at_most: the bound, if it is an upper one.
+        tolerance: how far beyond the bound is as good as at the bound, 0 or more.
     """
 
     name: str
     source: str
     metric: str
     of: str
-    against: str
     left: Sequence[float]
-    at_least: float
+    at_least: float | None = None
+    against: str | None = None
     against_left: float | None = None
+    at_most: float | None = None
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.left or self.tolerance < 0:
+            raise ValueError(
+                f"left={self.left}, tolerance={self.tolerance}: a claim needs one fraction or more, and a "
+                "tolerance of 0 or more."
+            )
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(
+                f"at_least={self.at_least}, at_most={self.at_most}: a claim needs one of them, and not both."
+            )
 
     def _compare(self, of: float, against: float) -> float:
         return of - against
 
+    def _values(self, records: list[Record], left: float) -> list[float]:
+        of = by_seed(records, self.metric, self.of, left)
+        if self.against is None:
+            return list(of.values())
+        against = by_seed(records, self.metric, self.against, self.against_left or left)
+        return [self._compare(of[seed], against[seed]) for seed in sorted(of.keys() & against.keys())]
+
     def check(self, records: Iterable[Record]) -> Verdict:
         """Hold the claim against records."""
         records = list(records)
+        sign, bound = (1, self.at_least) if self.at_least is not None else (-1, self.at_most)
+        assert bound is not None
+        claimed = f"claimed {'>=' if sign > 0 else '<='} {bound:g}"
+        claimed += f" within {self.tolerance:g}" if self.tolerance else ""
         worst: tuple[float, str, str] | None = None
         for left in self.left:
-            of = _by_seed(records, self.metric, Point(self.of, left))
-            against = _by_seed(records, self.metric, Point(self.against, self.against_left or left))
-            values = [self._compare(of[seed], against[seed]) for seed in sorted(of.keys() & against.keys())]
+            values = self._values(records, left)
             if not values:
-                return Verdict(self.name, self.source, "undecided", "no records")
-            low, mean, high = interval(values)
-            verdict = "held" if low >= self.at_least else "not held" if high < self.at_least else "undecided"
-            numbers = f"{mean:.4g} [{low:.4g}, {high:.4g}], {len(values)} seeds; claimed >= {self.at_least:g}"
+                return Verdict(self.name, self.source, "undecided", f"no records at {left:.1%} left")
+            found = spread(values)
+            low, high = found.interval
+            least, most = sorted(sign * (end - bound) + self.tolerance for end in (low, high))
+            verdict = "held" if least >= 0 else "not held" if most < 0 else "undecided"
+            numbers = f"{found.mean:.4g} [{low:.4g}, {high:.4g}], {found.n} seeds"
+            numbers += f" from {found.lowest:.4g} to {found.highest:.4g}; {claimed}"
             numbers += f" (at {left:.1%} left, the worst of {len(self.left)})" if len(self.left) > 1 else ""
-            if worst is None or mean - self.at_least < worst[0]:
-                worst = (mean - self.at_least, verdict, numbers)
+            margin = sign * (found.mean - bound)
+            if worst is None or margin < worst[0]:
+                worst = (margin, verdict, numbers)
         assert worst is not None
         return Verdict(self.name, self.source, worst[1], worst[2])
 
 
 @dataclass(frozen=True)
 class Ratio(Difference):
-    """`of` divided by `against` is at least this much; otherwise as `Difference`."""
+    """`of` divided by `against`; otherwise as `Difference`."""
 
     def _compare(self, of: float, against: float) -> float:
         return of / against
@@ -115,30 +133,3 @@ class Ladder:
         return Verdict(
             self.name, self.source, verdict, f"largest deviation {max(off):.5f} over {len(off)} rounds"
         )
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Lower end, mean and upper end of the confidence interval of a mean, by Student's t.
-
-    >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
-    [-0.484, 2.0, 4.484]
-    >>> interval([1.0])
-    (-inf, 1.0, inf)
-    """
-    mean = fmean(values)
-    if len(values) < 2:
-        return -float("inf"), mean, float("inf")
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return mean - half, mean, mean + half
-
-
-def _by_seed(records: Iterable[Record], metric: str, point: Point) -> dict[int, float]:
-    """The metric of each seed's run of this kind, in the round nearest to this fraction of weights left."""
-    found: dict[int, tuple[float, float]] = {}
-    for r in records:
-        if r["kind"] != point.kind or metric not in r["metrics"]:
-            continue
-        off = abs(r["alive"] / r["total"] - point.left)
-        if off <= 0.2 * point.left and off < found.get(r["seed"], (float("inf"), 0.0))[0]:
-            found[r["seed"]] = (off, float(r["metrics"][metric]))
-    return {seed: value for seed, (_, value) in found.items()}

@@ -91,6 +91,34 @@ class BySparsity:
 
 
 @dataclass(frozen=True)
+class Against:
+    """A metric against others, one line a kind of run, one panel for each of the others.
+
+    Args:
+        name: of the file.
+        metric: on the vertical axis.
+        label: of it.
+        panels: {metric on the horizontal axis: its label}.
+    """
+
+    name: str
+    metric: str
+    label: str
+    panels: dict[str, str]
+
+    def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path:
+        """Draw and write the figure."""
+        n = len(self.panels)
+        fig, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), layout="constrained", squeeze=False)
+        for axis, (metric, label) in zip(axes[0], self.panels.items(), strict=True):
+            lines(axis, records, kinds_of(records), self.metric, lambda r, m=metric: r["metrics"][m])
+            axis.set_xlabel(label)
+            axis.set_ylabel(self.label)
+        axes[0][0].legend(frameon=False, fontsize=9)
+        return save(fig, out / f"{self.name}.png", title)
+
+
+@dataclass(frozen=True)
 class FirstLayer:
     """What a network over images keeps of its input: mask and weight magnitude of the first layer as images.
 

@@ -46,7 +46,8 @@ class Records(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = pruner_of(trainer)
         if not self._round:
-            self.survived = {name: torch.zeros_like(m, dtype=torch.uint8) for name, m in pruner.masks.items()}
+            # who is alive in round r has survived r prunings
+            self.survived = {name: m.to(torch.uint8) * pruner.round for name, m in pruner.masks.items()}
             self._round = described(pruner.round, pruner.masks)
         self._since = time.monotonic()
         # A run that was killed may have finished rounds after its last checkpoint: they are trained again.

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 log = logging.getLogger(__name__)
 
 # What does not change the numbers of a run may differ when it is resumed.
-_FREE = ("progress", "runs", "claims", "figures", "tables", "hydra")
+_FREE = ("progress", "runs", "ticket", "controls_at", "claims", "figures", "tables", "hydra")
 
 
 def run(cfg: DictConfig) -> Path:

@@ -3,9 +3,10 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -20,15 +21,48 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
     The folder then holds `records.jsonl`, `survived.pt` and the checkpoints.
     """
-    _hush()
-    batches = instantiate(cfg.batches)
-    seed_everything(cfg.seed + cfg.init_offset, verbose=False)
-    task = instantiate(cfg.task)
-    seed_everything(cfg.seed, verbose=False)  # data order: the same for a ticket and its controls
+    batches, task = instantiate(cfg.batches), built(cfg)
+    callbacks = [instantiate(cfg.pruner), *([instantiate(cfg.rewind)] if cfg.rewind else [])]
+    trainer = fit(cfg, folder, task, batches, callbacks, (cfg.rounds + 1) * cfg.steps_per_round)
+    if cfg.oneshot:
+        methods = instantiate(cfg.oneshot, _convert_="all")
+        _, test = batches.val_dataloader()
+        path = folder / "records.jsonl"
+        trained = [r for r in read(path)[0] if r["kind"] not in methods]
+        write(path, trained + sweep(task, methods, test, cfg.seed))
+    trainer.save_checkpoint(folder / "final.ckpt")
+
+
+def built(cfg: DictConfig) -> Any:
+    """The network on its task, at the initialization of the run's seed."""
+    seed_everything(cfg.seed, verbose=False)
+    return instantiate(cfg.task)
+
+
+def fit(
+    cfg: DictConfig,
+    folder: Path,
+    task: LightningModule,
+    batches: LightningDataModule,
+    callbacks: list[Callback],
+    steps: int,
+    order: int | None = None,
+) -> Trainer:
+    """Train in a folder, going on from its checkpoint if there is one, and write the records of the rounds.
+
+    Args:
+        cfg: of the run.
+        folder: that gets `records.jsonl`, `survived.pt` and `resume.ckpt`.
+        task: what is trained.
+        batches: on what.
+        callbacks: the pruning callback, and what goes with it.
+        steps: of the optimizer, in all.
+        order: seed of the data order (and of dropout); None: that of the run.
+    """
+    hush()
     checkpoint = folder / "resume.ckpt"
     callbacks = [
-        instantiate(cfg.pruner),
-        *([instantiate(cfg.rewind)] if cfg.rewind else []),
+        *callbacks,
         Records(folder, cfg.kind, cfg.seed),
         ModelCheckpoint(
             folder,
@@ -40,20 +74,14 @@ def train(cfg: DictConfig, folder: Path) -> None:
         *([ExperimentProgress(cfg.kind)] if cfg.progress else []),
     ]
     logger = instantiate(cfg.logger, save_dir=str(folder)) if cfg.logger else False
-    steps = (cfg.rounds + 1) * cfg.steps_per_round
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger, max_steps=steps)
+    seed_everything(cfg.seed if order is None else order, verbose=False)
     with logging_redirect_tqdm():  # lines of the log appear above the bar
         trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
-    if cfg.oneshot:
-        methods = instantiate(cfg.oneshot, _convert_="all")
-        _, test = batches.val_dataloader()
-        path = folder / "records.jsonl"
-        trained = [r for r in read(path)[0] if r["kind"] not in methods]
-        write(path, trained + sweep(task, methods, test, cfg.seed))
-    trainer.save_checkpoint(folder / "final.ckpt")
+    return trainer
 
 
-def _hush() -> None:
+def hush() -> None:
     """Silence what Lightning advises and these experiments do on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
