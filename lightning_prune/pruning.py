@@ -190,7 +190,7 @@ def next_masks(
         return {name: masks[name].clone() for name in weights}
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
     if len(known) == len(sparsities):
-        evidence["sparsity"] = sum(s * n for s, n in known) / sum(n for _, n in known)
+        evidence["sparsity"] = sum(s * n for s, n in known) / max(1, sum(n for _, n in known))
     scores = score_weights(criterion, weights, {"masks": masks, **evidence})
     units: Scores = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
