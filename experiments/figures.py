@@ -112,6 +112,8 @@ class Against:
         fig, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), layout="constrained", squeeze=False)
         for axis, (metric, label) in zip(axes[0], self.panels.items(), strict=True):
             lines(axis, records, kinds_of(records), self.metric, lambda r, m=metric: r["metrics"][m])
+            if metric == "multiply_adds":
+                axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g} M"))
             axis.set_xlabel(label)
             axis.set_ylabel(self.label)
         axes[0][0].legend(frameon=False, fontsize=9)
@@ -184,6 +186,8 @@ def lines(axis: Any, records: list[Record], kinds: Sequence[str], metric: str, x
         axis.plot(at, means, marker="o", markersize=3.5, linewidth=1.5, **style)
         low, high = [min(v) for v in values], [max(v) for v in values]
         axis.fill_between(at, low, high, alpha=0.15, color=colour, linewidth=0)
+        if len(at) == 1:  # a band of no width
+            axis.vlines(at, low, high, color=colour, linewidth=1)
         if metric == "early_stop_step":  # hollow: the minimum of some seed is at the last evaluation
             late = [j for j, its in enumerate(rounds) if any(r["metrics"]["censored"] for r in its)]
             hollow: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "zorder": 3}

@@ -282,6 +282,40 @@ def test_claims_are_held_not_held_or_undecided():
     assert claims.Ladder("l", "s", [1.0, 0.21]).check(rows).verdict == "not held"
 
 
+def test_a_claim_may_be_from_above_within_a_tolerance_and_about_one_kind_alone():
+    rows = [record("ticket", s, 1, 0.2, error=0.030 + 0.001 * s) for s in range(5)]  # 0.032 +- 0.002
+
+    def verdict(**bound):
+        return claims.Difference("c", "s", "error", "ticket", [0.2], **bound).check(rows).verdict
+
+    assert verdict(at_most=0.035) == "held"
+    assert verdict(at_most=0.032) == "undecided"
+    assert verdict(at_most=0.029) == "not held"
+    assert verdict(at_most=0.029, tolerance=0.003) == "undecided"
+    assert verdict(at_most=0.029, tolerance=0.006) == "held"
+    assert verdict(at_least=0.029) == "held"
+    assert verdict(at_least=0.035) == "not held"
+    assert verdict(at_least=0.035, tolerance=0.006) == "held"
+    numbers = (
+        claims.Difference("c", "s", "error", "ticket", [0.2], at_most=0.05, tolerance=0.01)
+        .check(rows)
+        .numbers
+    )
+    assert numbers == "0.032 [0.03004, 0.03396], 5 seeds from 0.03 to 0.034; claimed <= 0.05 within 0.01"
+    for wrong in ({}, {"at_least": 1, "at_most": 2}, {"at_least": 1, "tolerance": -1}):
+        with pytest.raises(ValueError, match=r"a claim needs|tolerance of 0 or more"):
+            verdict(**wrong)
+
+
+def test_of_several_fractions_from_above_the_worst_is_the_highest():
+    rows = [
+        record("ticket", s, r, left, e=e) for s in range(3) for r, left, e in ((1, 0.5, 0.1), (2, 0.25, 0.3))
+    ]
+    found = claims.Difference("c", "s", "e", "ticket", [0.5, 0.25], at_most=0.2).check(rows)
+    assert found.verdict == "not held"
+    assert "25.0% left" in found.numbers
+
+
 def test_several_fractions_are_judged_by_the_worst():
     rows = [record("ticket", s, r, left, acc=0.9) for s in range(3) for r, left in ((1, 0.5), (2, 0.25))]
     rows += [record("reinit", s, 1, 0.5, acc=0.8) for s in range(3)]
