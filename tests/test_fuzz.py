@@ -4,6 +4,7 @@ import random
 
 import pytest
 from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.records import read
@@ -50,8 +51,8 @@ SAMPLE = random.Random(8).sample(CASES, 12)
 def refused(key, value, others, folder, monkeypatch):
     began = []
     monkeypatch.setattr(Classification, "training_step", lambda *_: began.append(1))
-    errors = (ValueError, TypeError, LookupError, RuntimeError, OSError, HydraException)
-    with pytest.raises((*errors, OmegaConfBaseException)) as error:
+    libraries = (HydraException, OmegaConfBaseException, MisconfigurationException)
+    with pytest.raises((ValueError, TypeError, LookupError, RuntimeError, OSError, *libraries)) as error:
         run(config(folder, *others, f"{key}={value}"))
     assert began == []
     told = str(error.value).lower()
