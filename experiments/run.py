@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> Path:
     folder = Path(to_absolute_path(f"{cfg.runs}/{cfg.name}/{cfg.kind}-{cfg.seed}"))
     folder.mkdir(parents=True, exist_ok=True)
     config, done = folder / "config.yaml", folder / "DONE"
-    if config.is_file():
+    if config.is_file() and (folder / "records.jsonl").is_file():  # else nothing was run: it was refused
         _same_config(OmegaConf.load(config), cfg, folder)
     _write(config, OmegaConf.to_yaml(cfg, resolve=True))
     if done.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria
@@ -81,20 +82,30 @@ def targets(
         exclude: fnmatch patterns over names; nothing that one of them matches.
 
     Raises:
-        ValueError: when a pattern matches no prunable weight, or when nothing is left to prune.
+        ValueError: when a pattern matches no prunable weight, when nothing is left to prune, or when a weight
+            is computed from others (weight norm) or not there yet (a lazy layer).
     """
     if isinstance(layers, str):
         raise ValueError(f"layers={layers!r}: a list of class names is needed; write [{layers!r}].")
     why_not: dict[int, list[str]] = {}  # a parameter's, from each of its owners
+    unfit: dict[str, str] = {}  # weights that no mask can be put on, and what to do
     for path, module in model.named_modules():
         kind, types = type(module).__name__, {cls.__name__ for cls in type(module).__mro__}
+        is_layer = bool(types & {*layers})
+        computed = is_layer and "weight" not in module._parameters
+        if computed := computed and isinstance(getattr(module, "weight", None), Tensor):
+            unfit[f"{path}.weight".lstrip(".")] = "is computed from others; remove its parametrization"
         for name, p in module.named_parameters(recurse=False):
-            why = "" if "weight" in name and p.dim() > 1 else "no weight matrix"
-            why = why if types & {*layers} else f"{kind} is not among layers"
+            named = "weight" in name or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+            if is_layer and named and is_lazy(p):
+                unfit[f"{path}.{name}".lstrip(".")] = "is not there yet; run a batch through the lazy layer"
+            why = "" if named and not computed and not is_lazy(p) and p.dim() > 1 else "no weight matrix"
+            why = why if is_layer else f"{kind} is not among layers"
             tied = f"tied to {path}: " if why and id(p) in why_not else ""
             why_not.setdefault(id(p), []).append(tied + why)
     found = {name: next(filter(None, why_not[id(p)]), "") for name, p in model.named_parameters()}
-    candidates = [name for name, why in found.items() if not why]
+    weights = [name for name, why in found.items() if not why]
+    candidates = [*weights, *unfit]
     if not candidates:
         raise ValueError(
             f"{type(model).__name__} has nothing to prune: no weight belongs to a layer of the types "
@@ -102,14 +113,17 @@ def targets(
         )
     included = candidates if include is None else matching(candidates, "include", include)
     excluded = matching(candidates, "exclude", exclude or [])
+    for name in unfit:
+        if name in included and name not in excluded:
+            raise ValueError(f"{name} {unfit[name]} first, or exclude it.")
     if not set(included) - set(excluded):
         raise ValueError(
             f"include={_shown(include)}, exclude={_shown(exclude)} leave nothing to prune. "
             f"Prunable weights, of which one is needed: {', '.join(candidates)}. Change the patterns."
         )
-    for name in candidates:
+    for name in weights:
         found[name] = "excluded" if name in excluded else "" if name in included else "not included"
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: () if is_lazy(p) else tuple(p.shape) for name, p in model.named_parameters()}
     return Targets(Target(name, shapes[name], not why, why) for name, why in found.items())
 
 
@@ -257,7 +271,7 @@ def next_masks(
         return {name: masks[name].clone() for name in weights}
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
     if len(known) == len(sparsities):
-        evidence["sparsity"] = sum(s * n for s, n in known) / sum(n for _, n in known)
+        evidence["sparsity"] = sum(s * n for s, n in known) / max(1, sum(n for _, n in known))
     scores = score_weights(criterion, weights, {"masks": masks, **evidence})
     units: Scores = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     {"masks", "models", "tables"},
     {"criteria", "allocation", "schedules", "rng", "evidence", "granularity", "storage", "metrics"},
-    {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference"},
+    {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference", "doctor"},
     {"callbacks"},
 )
 ONLY_IN = {

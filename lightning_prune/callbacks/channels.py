@@ -58,6 +58,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         score_batches: number of training batches that a criterion that reads data gets.
         save_sparse: file that gets the `state_dict` of the smaller network when a fit ends; see
             `IterativeMagnitudePruning`.
+        verify: look, after each pruning and in each checkpoint, whether all is as it should be, as
+            `IterativeMagnitudePruning` does.
 
     Attributes:
         channels: {name of the first weight that makes them: bool tensor of units, True = alive}.
@@ -89,6 +91,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         slimming: float = 0.0,
         score_batches: int = 1,
         save_sparse: str | Path | None = None,
+        verify: bool = True,
     ) -> None:
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
@@ -108,6 +111,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             every_n_train_steps=every_n_train_steps,
             score_batches=score_batches,
             save_sparse=save_sparse,
+            verify=verify,
         )
         self.example_input = example_input
         self.remove = remove
@@ -182,7 +186,6 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self.masks = self._weight_masks()
         # A dead channel's weights get gradients, and their noise reaches living ones through a clipped norm.
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=True)
-        self._restore_generators(trainer)
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if self.example_input is not None:
@@ -233,6 +236,10 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             self.at_least,
             partial(self._cost, trainer, pl_module),
         )
+
+    @override
+    def _exact(self, round: int) -> list[tuple[list[str], Any]]:
+        return []  # sparsity is of channels, or of what they cost
 
     @override
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:

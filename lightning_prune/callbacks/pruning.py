@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria, rng, storage
+from lightning_prune.allocation import AtLeast
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages
-from lightning_prune.callbacks.evidence import agreed, check_run, evidence_of
+from lightning_prune.callbacks.checkpoint_io import WholeCheckpointIO
+from lightning_prune.callbacks.evidence import check_run, evidence_of, loader_generators
+from lightning_prune.callbacks.ranks import agreed, check_ranks, of_ranks
+from lightning_prune.doctor import awake, disagreeing, emptied, missed, replaced, report
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import Hold, check_fit, mixes_weights
@@ -72,6 +79,9 @@ class IterativeMagnitudePruning(Callback):
         stop_below: {metric: threshold}: end the fit after a round at whose end a logged metric is below its
             threshold.
         score_batches: number of training batches, from each rank, that a criterion that reads data gets.
+        verify: look, after each pruning and in each checkpoint, whether the dead are zero, no layer is empty
+            without consent, the optimizers hold the parameters, all processes the same masks, and sparsity
+            and log are as asked for; a RuntimeError says what is not, and what to do.
         save_sparse: file that gets the model's `state_dict` when a fit ends, as `lightning_prune.save_sparse`
             writes it; in the folder of the checkpoints, or where an absolute path says. None: no file.
 
@@ -105,6 +115,7 @@ class IterativeMagnitudePruning(Callback):
         stop_below: dict[str, float] | None = None,
         score_batches: int = 1,
         save_sparse: str | Path | None = None,
+        verify: bool = True,
     ) -> None:
         for name, value, lowest in (
             ("rounds", rounds, 0),
@@ -136,6 +147,7 @@ class IterativeMagnitudePruning(Callback):
         if save_sparse is not None:
             storage.libraries()  # which fail now or never
         self.score_batches = score_batches
+        self.verify = verify
 
         self.masks: Masks = {}
         self.round = 0
@@ -150,7 +162,7 @@ class IterativeMagnitudePruning(Callback):
         self._initial: dict[
             str, Tensor
         ] = {}  # the weights at the first batch, if the criterion asks for them
-        self._resumed: dict[str, Any] | None = None  # generators of a checkpoint, until training goes on
+        self._resumed: list[Any] | None = None  # generators of a checkpoint's ranks, until training goes on
         self._metrics: dict[str, float] = {}  # those of stop_below when that checkpoint was written
         self._params: dict[str, nn.Parameter] = {}
         self._hold: Hold | None = None
@@ -196,6 +208,15 @@ class IterativeMagnitudePruning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
+        strategy = trainer.strategy
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not whole or isinstance(strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"strategy: {type(strategy).__name__} may shard parameters over devices, and masks need "
+                "whole ones. Allowed are a single device and DDP."
+            )
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeCheckpointIO()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,14 +237,13 @@ class IterativeMagnitudePruning(Callback):
         masks = self.masks or self._first_masks()
         check_fit(masks, self._params)
         self.masks = {name: masks[name].to(p.device) for name, p in self._params.items()}
+        if self.verify:
+            check_ranks(trainer, self.masks)
+            advice = "Masks and weights of this checkpoint are not of one training; resume from another."
+            report(awake(self._params, self.masks, advice) if self._resumed else [])
         gradients = _gradients_are_read(trainer, pl_module)
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
         mask_averages(trainer, self.masks)
-        self._restore_generators(trainer)
-        if self._resumed and (fetcher := trainer.fit_loop._data_fetcher):
-            # A configure_optimizers that asked for the length of the data has made the iterator of this epoch
-            # already, and drawn for it.
-            iter(fetcher)
 
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of `model` that this callback prunes, by name."""
@@ -239,14 +259,24 @@ class IterativeMagnitudePruning(Callback):
         )
 
     def _restore_generators(self, trainer: Trainer) -> None:
-        if self._resumed and trainer.world_size == 1:  # the checkpoint has the generators of rank 0 alone
-            rng.restore(self._resumed)
+        if self._resumed and len(self._resumed) == trainer.world_size:
+            rng.restore(self._resumed[trainer.global_rank], loader_generators(trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed is None:  # only now does the clock show the truth
             self.round_ends = self.clock(trainer) + self._rest
             self._began = trainer.global_step
+            return
+        if len(self._resumed) != trainer.world_size:
+            rank_zero_warn(
+                f"the checkpoint has the random number generators of {len(self._resumed)} processes, and "
+                f"here are {trainer.world_size}: masks, weights and rounds go on, random numbers do not."
+            )
+        self._restore_generators(trainer)
+        loader, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+        if loader is not None and fetcher is not None and not loader._state_dicts():
+            iter(fetcher)  # the iterator of this epoch is there already, and drew other numbers
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -350,6 +380,7 @@ class IterativeMagnitudePruning(Callback):
         if (left := alive(masks)) < max(1, budget(self.max_sparsity, total)):
             sparsity = f"the next sparsity, {1 - left / total:.4f},"
             self.stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
+        before = self.masks
         self._carry_out(trainer, pl_module, masks)
         if round:  # no drift where the clock jumps over an end; and every round trains
             self.round_ends = max(self.round_ends + self._length, self.clock(trainer) + 1)
@@ -362,7 +393,21 @@ class IterativeMagnitudePruning(Callback):
         mask_averages(trainer, self.masks)
         compare_anew(trainer)
         self._announce = True
+        if self.verify:
+            self._verify(trainer, pl_module, before)
         log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
+
+    def _verify(self, trainer: Trainer, pl_module: LightningModule, before: Masks) -> None:
+        found = awake(self._params, self.masks, "Something wrote to them after the masks were put on.")
+        found += replaced(self._params, pl_module, trainer.optimizers)
+        if not (isinstance(self.allocate, AtLeast) and self.allocate.n == 0):
+            found += emptied(self.masks, before)
+        report([*found, *missed(self.masks, before, self._exact(self.round))])
+        check_ranks(trainer, self.masks)
+
+    def _exact(self, round: int) -> list[tuple[list[str], Any]]:
+        """The sparsities that the masks of a round have exactly; a granularity counts in units."""
+        return self._sparsities(round) if self.granularity is single else []
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         self.masks = masks
@@ -406,11 +451,26 @@ class IterativeMagnitudePruning(Callback):
     ) -> None:
         if self._hold:
             self._hold.apply()
+        if self.verify:
+            report(self._doubts(trainer, checkpoint))
+        if trainer.world_size > 1 and not self._resumed:
+            state = checkpoint["callbacks"][self.state_key]
+            state["rng"] = of_ranks(trainer, state["rng"][0])
         # A DictConfig among the hyper-parameters would make the checkpoint unreadable with weights_only=True.
         for key in (pl_module.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
             if key in checkpoint:
                 checkpoint[key] = _plain(checkpoint[key])
         checkpoint.pop(pl_module.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+
+    def _doubts(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
+        """Where weights, masks and log of a checkpoint are not of one state."""
+        stored = checkpoint["state_dict"]
+        masks = {name: mask for name, mask in self.masks.items() if name in stored}
+        found = awake(stored, masks, "The checkpoint was not written.")
+        if self._hold and not self._announce and not trainer.barebones:
+            its = {"round": float(self.round), "sparsity": self.sparsity}
+            found += disagreeing(trainer.callback_metrics, its)
+        return found
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -452,8 +512,19 @@ class IterativeMagnitudePruning(Callback):
             "initial": self._initial,
             "masks": pack(self.masks),
             "metrics": self._metrics | (self._logged(self._trainer) if self._trainer else {}),
-            "rng": self._resumed or rng.capture(),
+            "rng": self._resumed or [rng.capture(loader_generators(self._trainer) if self._trainer else ())],
         }
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        its = [key for key in checkpoint["callbacks"] if key.startswith(type(self).__qualname__)]
+        if its and self.state_key not in its:
+            raise ValueError(
+                f"ckpt_path: the checkpoint holds the masks of {', '.join(its)}, and this callback is "
+                f"{self.state_key}. Give include and exclude as they were."
+            )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
