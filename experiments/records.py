@@ -16,8 +16,18 @@ from lightning_prune.masks import Masks
 
 Record = dict[str, Any]
 # In this order, before all others.
-KINDS = ("ticket", "reinit", "shuffled", "random", "shuffled_globally", "inverted", "one_shot")
-KINDS += ("sign_only", "signed_reinit", "small_dense")
+KINDS = (
+    "ticket",
+    "reinit",
+    "shuffled",
+    "random",
+    "shuffled_globally",
+    "inverted",
+    "one_shot",
+    "sign_only",
+    "signed_reinit",
+    "small_dense",
+)
 
 
 class Records(Callback):
