@@ -139,9 +139,10 @@ def test_the_commands_exist(page):
                     compose("config", overrides)
 
 
-def test_links_and_pictures_of_the_readme_are_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "experiments/results/README.md"])
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_the_experiments_it_names_exist():
