@@ -98,7 +98,6 @@ def test_a_run_that_fails_again_and_again_ends_the_same(straight, tmp_path):
 
 def in_another_process(*args):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.interrupted"])
     process = context.Process(target=run_to_file, args=args)
     process.start()
     process.join(120)
