@@ -78,6 +78,8 @@ def dense_round(cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning
     schedules = pruner.schedule.values() if isinstance(pruner.schedule, dict) else [pruner.schedule]
     if any(asked(schedule) or schedule(0) > 0 for schedule in schedules):
         return None
+    if cfg.rewind and cfg.rewind.get("until"):
+        return None  # its end depends on what would be pruned
     depends: dict[str, Any] = plain(cfg, without=LATER)
     depends["keeps the initial weights"] = "initial" in asked(pruner.criterion)
     return DenseRound(folder.parents[1] / ".dense" / f"{digest(depends)}.ckpt", cfg.steps_per_round)

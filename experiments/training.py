@@ -112,6 +112,7 @@ def _hush() -> None:
         ".*does not have many workers.*",  # batches are sliced from memory
         ".*Checkpoint directory .* exists and is not empty.*",  # the run's own folder
         ".*The dirpath has changed from .*",  # a dense round that another run has trained
+        ".*callbacks used to create the checkpoint need to be provided.*",  # a bar, pictures
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.14
         ".*The number of training batches .* is smaller than the logging interval.*",
     ):

@@ -19,6 +19,7 @@ def command(output, *arguments):
     """`python -m experiments.run` with these arguments, in a process group of its own."""
     warnings.simplefilter("ignore")
     os.setsid()
+    os.environ["COLUMNS"] = "140"  # of the terminal
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -249,7 +249,6 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
     run(config(tmp_path / "runs"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     sweep = ["--multirun", "--dry-run", *SMALL, f"runs={tmp_path / 'runs'}", "kind=ticket,random", "seed=1,2"]
-    os.environ["COLUMNS"] = "140"
     finished(start(tmp_path / "log", *sweep, "hydra/launcher=parallel"), tmp_path / "log")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == before
     rows = [line.strip("│ \n") for line in (tmp_path / "log").read_text().split("\n") if "mnist1d/" in line]
