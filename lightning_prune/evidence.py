@@ -29,6 +29,7 @@ EVIDENCE = {
     "grads": "They need batches and a loss: `prune` takes them as data= and loss=.",
     "generator": "`next_masks` takes it as generator=.",
     "channels": "It scores coupled channels: StructuredChannelPruning has them.",
+    "final": "The state in which a round ended: only policies of LotteryTicketRewind get it.",
     "removed": "Only StructuredChannelPruning knows what a sparsity removes.",
 }
 

@@ -52,6 +52,7 @@ class Hold:
         self._params = dict(params)
         self._optimizers = list(optimizers)
         self._bits: dict[str, Tensor] = {}
+        self._views: list[tuple[Tensor, Tensor, Tensor]] = []
         self.set(masks)
         self._handles = [o.register_step_post_hook(lambda *_: self.apply()) for o in self._optimizers]
         for name, p in self._params.items() if gradients else ():
@@ -65,6 +66,7 @@ class Hold:
         check_fit(masks, self._params)
         pruned = {name: p for name, p in self._params.items() if not bool(masks[name].all())}
         self._bits = {name: bits(masks[name], like=p) for name, p in pruned.items()}
+        self._views = []
         self.apply()
         # A dead weight's momentum would otherwise decay into denormals, which a CPU computes slowly.
         for optimizer in self._optimizers:
@@ -73,8 +75,14 @@ class Hold:
     @torch.no_grad()
     def apply(self) -> None:
         """Set dead weights to +0.0."""
-        for name, alive_bits in self._bits.items():
-            zero_dead_(self._params[name], alive_bits)
+        if not self._views or any(p.data_ptr() != view.data_ptr() for p, view, _ in self._views):
+            # made once: on a small network making them costs as much as the masking itself
+            self._views = [
+                (p, p.detach().view(alive_bits.dtype), alive_bits)
+                for p, alive_bits in ((self._params[name], b) for name, b in self._bits.items())
+            ]
+        for _, view, alive_bits in self._views:
+            view.bitwise_and_(alive_bits)
 
     def _mask_gradient(self, name: str) -> Any:
         def hook(p: Tensor) -> None:

@@ -1,15 +1,19 @@
 """Rewinding: from where to go on.
 
-A snapshot of a training copies in and copies out, so nothing can change it.
+A snapshot of a training copies in and copies out, so nothing can change it. A policy says what a round begins
+with: a function of the early snapshot and, by keyword if its signature names it, of the `final` state, in
+which the round before ended.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+
+from lightning_prune.masks import Masks
 
 
 def copied(value: Any) -> Any:
@@ -27,6 +31,9 @@ def copied(value: Any) -> Any:
 class Snapshot:
     """Everything that training changes: parameters, all buffers, optimizers and learning rate schedulers.
 
+    With the averages of the weights that are kept beside the model. `schedulers=None` in what a policy
+    returns means that no schedule goes on: the learning rates of the last step hold.
+
     >>> model = nn.BatchNorm1d(2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     >>> before = Snapshot.take(model, [optimizer])
@@ -39,11 +46,16 @@ class Snapshot:
     tensors: dict[str, Tensor]  # parameters and buffers, non-persistent ones too
     extra: dict[str, Any]  # what modules with get_extra_state keep beside their tensors
     optimizers: list[dict[str, Any]]
-    schedulers: list[dict[str, Any]]
+    schedulers: list[dict[str, Any]] | None
+    averages: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]])
 
     @classmethod
     def take(
-        cls, model: nn.Module, optimizers: Iterable[optim.Optimizer] = (), schedulers: Iterable[Any] = ()
+        cls,
+        model: nn.Module,
+        optimizers: Iterable[optim.Optimizer] = (),
+        schedulers: Iterable[Any] = (),
+        averages: Iterable[nn.Module] = (),
     ) -> "Snapshot":
         """Copy the present state."""
         return cls(
@@ -51,42 +63,148 @@ class Snapshot:
             extra=copied({name: m.get_extra_state() for name, m in _with_extra_state(model).items()}),
             optimizers=[copied(o.state_dict()) for o in optimizers],
             schedulers=[copied(s.state_dict()) for s in schedulers],
+            averages=[copied(_tensors(average)) for average in averages],
         )
 
     @torch.no_grad()
     def restore(
-        self, model: nn.Module, optimizers: Sequence[optim.Optimizer] = (), schedulers: Sequence[Any] = ()
+        self,
+        model: nn.Module,
+        optimizers: Sequence[optim.Optimizer] = (),
+        schedulers: Sequence[Any] = (),
+        averages: Sequence[nn.Module] = (),
     ) -> None:
-        """Put the state back, bit for bit, into the same parameters, optimizers and schedulers.
+        """Put the state back, bit for bit, into the same parameters, optimizers, schedulers and averages.
 
         Raises:
-            ValueError: when the model, or the number of optimizers or schedulers, is not that of the
-                snapshot.
+            ValueError: when the model, or the number of optimizers, schedulers or averages, is not that of
+                the snapshot.
         """
-        now = _tensors(model)
+        schedules = [None] * len(schedulers) if self.schedulers is None else self.schedulers
         for what, there, here in (
-            ("tensors", _shapes(self.tensors), _shapes(now)),
+            ("tensors", _shapes(self.tensors), _shapes(_tensors(model))),
             ("optimizers", len(self.optimizers), len(optimizers)),
-            ("schedulers", len(self.schedulers), len(schedulers)),
+            ("schedulers", len(schedules), len(schedulers)),
+            ("averages", len(self.averages), len(averages)),
         ):
             if there != here:
                 raise ValueError(
                     f"{what}: the snapshot has others than this training: {_difference(there, here)}"
                 )
-        for name, tensor in now.items():
-            tensor.copy_(self.tensors[name])
+        for module, tensors in zip((model, *averages), (self.tensors, *self.averages), strict=True):
+            for name, tensor in _tensors(module).items():
+                tensor.copy_(tensors[name])
         for name, module in _with_extra_state(model).items():
             module.set_extra_state(copied(self.extra[name]))
         # load_state_dict keeps references to what it is given
         for optimizer, state in zip(optimizers, self.optimizers, strict=True):
             optimizer.load_state_dict(copied(state))
             _keep_precision(optimizer, state)
-        for scheduler, state in zip(schedulers, self.schedulers, strict=True):
-            scheduler.load_state_dict(copied(state))
+        for scheduler, state in zip(schedulers, schedules, strict=True):
+            if state is not None:
+                scheduler.load_state_dict(copied(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors, for a checkpoint."""
-        return {k: getattr(self, k) for k in ("tensors", "extra", "optimizers", "schedulers")}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+Policy = Callable[..., Snapshot]
+
+
+def everything(early: Snapshot) -> Snapshot:
+    """All as it was: weights, buffers, optimizers, averages and schedules ("weight rewinding").
+
+    Reference: Frankle & Carbin (2019), arXiv:1803.03635 (to initialization); Frankle et al. (2020),
+        arXiv:1912.05671 (to a later step); Renda et al. (2020), arXiv:2003.02389.
+    """
+    return early
+
+
+def weights(early: Snapshot, final: Snapshot) -> Snapshot:
+    """The network as it was, weights and buffers, and its averages; optimizers and schedules go on.
+
+    Reference: Frankle & Carbin (2019), arXiv:1803.03635.
+    """
+    return replace(early, optimizers=final.optimizers, schedulers=final.schedulers)
+
+
+def learning_rate(early: Snapshot, final: Snapshot) -> Snapshot:
+    """Learning rate rewinding: schedules go on from where they were, the trained weights stay.
+
+    What the optimizers remember of the weights, such as momentum, stays with them, as in the authors' code.
+
+    Reference: Renda et al. (2020), arXiv:2003.02389, Section 2.
+    """
+    groups = [{k: v for k, v in its.items() if k == "param_groups"} for its in early.optimizers]
+    optimizers = [{**now, **then} for now, then in zip(final.optimizers, groups, strict=True)]
+    return replace(final, optimizers=optimizers, schedulers=early.schedulers)
+
+
+def fine_tune(early: Snapshot, final: Snapshot) -> Snapshot:
+    """Fine-tuning: nothing goes back, and the learning rates of the last step hold from now on.
+
+    Reference: Han et al. (2015), arXiv:1506.02626; Renda et al. (2020), arXiv:2003.02389, Section 2.
+    """
+    return replace(final, schedulers=None)
+
+
+def nothing(early: Snapshot, final: Snapshot) -> Snapshot:
+    """All goes on as it is, schedules too."""
+    return final
+
+
+@dataclass(frozen=True)
+class EarlyBird:
+    """Whether an early-bird ticket has emerged: the masks that one would draw have stopped changing.
+
+    Of the last `masks` masks that were drawn, one at each check, the newest differs from every other in less
+    than a fraction `distance` of all weights (normalized Hamming distance).
+
+    >>> a, b = ({"w": torch.tensor([True, True, last])} for last in (True, False))
+    >>> emerged = EarlyBird(distance=0.4, masks=2)
+    >>> emerged([a]), emerged([a, a]), emerged([a, b]), EarlyBird(0.3, 2)([a, b])
+    (False, True, True, False)
+
+    Args:
+        distance: above 0 and at most 1.
+        masks: how many are compared, 2 or more.
+        every_n_train_steps: optimizer steps between two checks. None: one at the end of each epoch.
+
+    Raises:
+        ValueError: for other values.
+
+    Reference: You et al. (2020), arXiv:1909.11957, Section 3.
+    """
+
+    distance: float = 0.1
+    masks: int = 5
+    every_n_train_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.distance <= 1:
+            raise ValueError(f"distance={self.distance}: allowed is above 0 and at most 1.")
+        for name, value, lowest in (("masks", self.masks, 2), ("every_n_train_steps", self._steps, 1)):
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
+
+    @property
+    def _steps(self) -> int:
+        return 1 if self.every_n_train_steps is None else self.every_n_train_steps
+
+    def __call__(self, drawn: Sequence[Masks]) -> bool:
+        *others, newest = drawn[-self.masks :]
+        return len(others) == self.masks - 1 and all(hamming(its, newest) < self.distance for its in others)
+
+
+def hamming(a: Masks, b: Masks) -> float:
+    """The fraction of all weights that are alive in one and dead in the other.
+
+    >>> hamming({"w": torch.tensor([True, False])}, {"w": torch.tensor([True, True])})
+    0.5
+    """
+    differ = sum(int((a[name] ^ b[name]).sum()) for name in a)
+    return differ / max(1, sum(mask.numel() for mask in a.values()))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

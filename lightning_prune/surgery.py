@@ -227,8 +227,13 @@ def cut_snapshot(
                 its = _cut_state(new[key], snapshot.tensors[name].shape, kept[name], type(optimizer).__name__)
                 new[key] = {**new[key], **its}
         states.append({**state, "state": new})
-    tensors = {name: _sliced(t, kept[name]) if name in kept else t for name, t in snapshot.tensors.items()}
-    return replace(snapshot, tensors=tensors, optimizers=states)
+
+    def cut_tensors(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        its = ((name, kept.get(name.removeprefix(prefix)), t) for name, t in tensors.items())
+        return {name: t if dims is None else _sliced(t, dims) for name, dims, t in its}
+
+    averages = [cut_tensors(average, "module.") for average in snapshot.averages]
+    return replace(snapshot, tensors=cut_tensors(snapshot.tensors), optimizers=states, averages=averages)
 
 
 @torch.no_grad()

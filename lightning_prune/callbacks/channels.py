@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune import allocation, channels, criteria, filters, surgery
-from lightning_prune.callbacks.evidence import _batches, agreed, check_run, evidence_of
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, callbacks_of
+from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, averages_of, callbacks_of
 from lightning_prune.channels import Groups
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
 from lightning_prune.masks import Masks, alive, pack, unpack
-from lightning_prune.pruning import Allocation, Criterion, groups, plan
+from lightning_prune.pruning import Allocation, Criterion, groups
 from lightning_prune.schedules import OneShot, Schedule
 
 
@@ -143,7 +143,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [
-            its.register_load_state_dict_pre_hook(_take_shapes) for its in (pl_module, *_averages(trainer))
+            its.register_load_state_dict_pre_hook(_take_shapes)
+            for its in (pl_module, *(average.module for average in averages_of(trainer)))
         ]
 
     @override
@@ -163,7 +164,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             self._groups = channels.discover(pl_module, example, self.include, self.exclude)
             full = {n: torch.ones(g.units, dtype=torch.bool) for n, g in self._groups.items()}
             self.channels, self._left = full, full
-        groups(list(self._groups), self.schedule)
+        groups(self._names(), self.schedule)
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
         self._params = self.prunable(pl_module) if self.remove == "end" else {}
@@ -197,10 +198,11 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         return channels.weight_masks(self._here(), self._alive_here(), self._params)
 
     @override
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, round: int) -> None:
-        sparsities = plan(groups(list(self._groups), self.schedule), round)
-        if not round and not any(sparsity for _, sparsity in sparsities):
-            return
+    def _names(self) -> list[str]:
+        return list(self._groups)
+
+    @override
+    def _drawn(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
         assert self._seed is not None
         here = self._here()
         with evidence_of(
@@ -212,20 +214,23 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
-        units = filters.next_units(
+        return filters.next_units(
             self._groups,
             scores,
             self.channels,
-            sparsities,
+            self._sparsities(round),
             self.allocate,
             self.round_to,
             self.at_least,
             partial(self._cost, trainer, pl_module),
         )
-        self.channels = agreed(trainer, units)
+
+    @override
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
+        self.channels = masks
         if self.remove == "each_round":
             self._cut(trainer, pl_module)
-        self._open_round(trainer, pl_module, round, self._weight_masks())
+        self.masks = self._weight_masks()
 
     def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
         """Parameters or multiply-adds of the network with these units."""
@@ -242,7 +247,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = channels.plan(self._here(), self._alive_here())
-        surgery.cut(pl_module, removed, trainer.optimizers, _averages(trainer))
+        averages = [average.module for average in averages_of(trainer)]
+        surgery.cut(pl_module, removed, trainer.optimizers, averages)
         self._left = self.channels
         for callback in callbacks_of(trainer):
             if on_cut := getattr(callback, "on_cut", None):
@@ -284,12 +290,6 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._groups = channels.unpack_groups(state_dict["groups"])
         self.channels = unpack(state_dict["channels"])
         self._left = unpack(state_dict["left"])
-
-
-def _averages(trainer: Trainer) -> list[nn.Module]:
-    """The averaged copies of the module that `WeightAveraging` callbacks keep."""
-    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [average.module for average in found if average is not None]
 
 
 def _take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria, rng, storage
@@ -16,7 +17,7 @@ from lightning_prune.callbacks.evidence import agreed, check_run, evidence_of
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import Hold, check_fit, mixes_weights
-from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
 from lightning_prune.pruning import LAYERS, Allocation, Criterion, budget, groups, next_masks, plan, prunable
 from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 class IterativeMagnitudePruning(Callback):
     """Prune between rounds of training and keep dead weights exactly zero during them.
 
-    A fit is a sequence of rounds of equal length. Round 0 trains the dense network; each of the `rounds`
+    A fit is a sequence of rounds. Round 0 trains the dense network; each of the `rounds`
     prunings opens another, and the last round ends trained. A schedule that is above 0 in round 0 prunes at
     initialization, as the first batch starts; one with many short rounds is gradual pruning. A pruning
     happens as the next round starts, so validation, checkpoints and the model that `fit` leaves behind show
@@ -64,6 +65,8 @@ class IterativeMagnitudePruning(Callback):
     Attributes:
         masks: {parameter name: bool tensor, True = alive}; empty before the first fit.
         round: the round in progress.
+        round_ends: what `clock` reads when the round in progress is over. Each round has the length that the
+            arguments say unless a callback changes this; the last one lasts until the fit ends.
         sparsity: fraction of the prunable weights that is dead.
 
     Raises:
@@ -121,9 +124,11 @@ class IterativeMagnitudePruning(Callback):
 
         self.masks: Masks = {}
         self.round = 0
+        self.round_ends = self._length
         self._start_from = masks
-        self._origin = 0  # what the clock read when round 0 began
-        self._elapsed = 0  # what it had passed when the last fit ended
+        self._rest = self._length  # of the round in progress, when the last fit ended
+        # Lightning asks for it at every hook of every step
+        self._key = self._generate_state_key(include=include, exclude=exclude)
         self._began = 0  # the global step at which the round in progress began
         self._started = False  # whether the first batch of round 0 has started
         self._seed: int | None = None  # of what criteria draw
@@ -164,7 +169,7 @@ class IterativeMagnitudePruning(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        return self._key
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -175,7 +180,7 @@ class IterativeMagnitudePruning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._params = self.prunable(pl_module)
-        groups(list(self._params), self.schedule)
+        groups(self._names(), self.schedule)
         check_run(pl_module, self.criterion)
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
@@ -192,6 +197,7 @@ class IterativeMagnitudePruning(Callback):
         self.masks = {name: masks[name].to(p.device) for name, p in self._params.items()}
         gradients = _gradients_are_read(trainer, pl_module)
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
+        self._mask_averages(trainer)
         self._restore_generators(trainer)
         if self._resumed and (fetcher := trainer.fit_loop._data_fetcher):
             # A configure_optimizers that asked for the length of the data has made the iterator of this epoch
@@ -218,13 +224,27 @@ class IterativeMagnitudePruning(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed is None:  # only now does the clock show the truth
-            self._origin = self._clock(trainer) - self._elapsed
+            self.round_ends = self.clock(trainer) + self._rest
             self._began = trainer.global_step
 
     # ----------------------------------------------------------------------------------------- between rounds
 
-    def _clock(self, trainer: Trainer) -> int:
+    @property
+    def _length(self) -> int:
+        return self.every_n_epochs if self.every_n_train_steps is None else self.every_n_train_steps
+
+    def clock(self, trainer: Trainer) -> int:
+        """What rounds are counted in: epochs, or the steps of all optimizers."""
         return trainer.current_epoch if self.every_n_train_steps is None else trainer.global_step
+
+    def end_round(self, trainer: Trainer) -> None:
+        """Let the round in progress end with the step, or the epoch, that was trained last."""
+        now = self.clock(trainer) + (self.every_n_train_steps is None)
+        self.round_ends = min(self.round_ends, now)
+
+    def drawn(self, trainer: Trainer, pl_module: LightningModule) -> Masks:
+        """What the next pruning would leave alive if it were now. Training is not disturbed."""
+        return agreed(trainer, self._drawn(trainer, pl_module, self.round + 1))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,7 +265,8 @@ class IterativeMagnitudePruning(Callback):
             self._started = True
             if "initial" in asked(self.criterion):
                 self._initial = copied(dict(self._params))
-            self._prune(trainer, pl_module, round=0)
+            if any(sparsity for _, sparsity in self._sparsities(0)):
+                self._prune(trainer, pl_module, 0)
         # Here too: rounds in steps begin within an epoch, and a checkpoint of an epoch's last batch resumes
         # here.
         self._begin_round_if_due(trainer, pl_module)
@@ -263,17 +284,19 @@ class IterativeMagnitudePruning(Callback):
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        length = self.every_n_epochs if self.every_n_train_steps is None else self.every_n_train_steps
-        due = min(self.rounds, (self._clock(trainer) - self._origin) // length)
-        if due > self.round:
-            self._prune(trainer, pl_module, due)
+        if self.round < self.rounds and self.clock(trainer) >= self.round_ends:
+            if reason := self._below(trainer):
+                self.stop(trainer, reason)
+            self._prune(trainer, pl_module, self.round + 1)
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, round: int) -> None:
-        sparsities = plan(groups(list(self._params), self.schedule), round)
-        if not round and not any(sparsity for _, sparsity in sparsities):
-            return  # dense
-        if reason := self._below(trainer) if round else None:
-            self._stop(trainer, reason)
+    def _names(self) -> list[str]:
+        """Of what the schedule counts."""
+        return list(self._params)
+
+    def _sparsities(self, round: int) -> list[tuple[list[str], Any]]:
+        return plan(groups(self._names(), self.schedule), round)
+
+    def _drawn(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
         assert self._seed is not None
         assert self._hold is not None
         self._hold.apply()
@@ -283,31 +306,33 @@ class IterativeMagnitudePruning(Callback):
         with evidence_of(
             trainer, pl_module, self.criterion, self.score_batches, self._seed + round
         ) as evidence:
-            masks = next_masks(
+            return next_masks(
                 self._params,
                 self.masks,
-                sparsities,
+                self._sparsities(round),
                 self.criterion,
                 self.allocate,
                 self.granularity,
                 initial=initial or None,
                 **evidence,
             )
-        masks, total = agreed(trainer, masks), sum(mask.numel() for mask in masks.values())
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, round: int) -> None:
+        masks = agreed(trainer, self._drawn(trainer, pl_module, round))
+        total = sum(mask.numel() for mask in masks.values())
         if (left := alive(masks)) < max(1, budget(self.max_sparsity, total)):
             sparsity = f"the next sparsity, {1 - left / total:.4f},"
-            self._stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
-        self._open_round(trainer, pl_module, round, masks)
-
-    def _open_round(self, trainer: Trainer, pl_module: LightningModule, round: int, masks: Masks) -> None:
-        """Everything that a round begins with, once its masks are known."""
-        self.masks = masks
+            self.stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
+        self._carry_out(trainer, pl_module, masks)
+        if round:  # no drift where the clock jumps over an end; and every round trains
+            self.round_ends = max(self.round_ends + self._length, self.clock(trainer) + 1)
         self.round, self._began = round, trainer.global_step
         for callback in callbacks_of(trainer):
             if on_prune := getattr(callback, "on_prune", None):
                 on_prune(trainer, pl_module, self.masks)
         assert self._hold is not None
         self._hold.set(self.masks)
+        self._mask_averages(trainer)
         for stopper in trainer.early_stopping_callbacks:
             stopper.wait_count = 0
             stopper.best_score = torch.tensor(
@@ -316,10 +341,20 @@ class IterativeMagnitudePruning(Callback):
         self._announce = True
         log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
 
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
+        self.masks = masks
+
+    def _mask_averages(self, trainer: Trainer) -> None:
+        """An average over steps with other masks is not zero where the weight is dead."""
+        for average in averages_of(trainer):
+            for name, mask in self.masks.items():
+                zero_dead_(p := average.module.get_parameter(name), bits(mask, like=p))
+
     def _describe(self) -> str:
         return f"{alive(self.masks)} weights left ({100 * (1 - self.sparsity):.2f} %)"
 
-    def _stop(self, trainer: Trainer, reason: str) -> None:
+    def stop(self, trainer: Trainer, reason: str) -> None:
+        """End the fit with this round, before its next batch."""
         log.info("round %d is the last: %s", self.round, reason)
         trainer.should_stop = True
         raise StopIteration  # Lightning's own way out of an epoch before its next batch
@@ -362,7 +397,7 @@ class IterativeMagnitudePruning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._elapsed = self._clock(trainer) - self._origin
+        self._rest = self.round_ends - self.clock(trainer)
         if self._hold:
             self._hold.apply()
             self._hold.remove()
@@ -393,7 +428,7 @@ class IterativeMagnitudePruning(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "round": self.round,
-            "origin": self._origin,
+            "round_ends": self.round_ends,
             "began": self._began,
             "started": self._started,
             "seed": self._seed,
@@ -406,7 +441,7 @@ class IterativeMagnitudePruning(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.round = state_dict["round"]
-        self._origin = state_dict["origin"]
+        self.round_ends = state_dict["round_ends"]
         self._began = state_dict["began"]
         self._started = state_dict["started"]
         self._seed = state_dict["seed"]
@@ -489,6 +524,12 @@ def _plain(value: Any) -> Any:
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The trainer's callbacks (an attribute that its class does not declare)."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def averages_of(trainer: Trainer) -> list[AveragedModel]:
+    """The averages of the weights that Lightning's `WeightAveraging` callbacks keep."""
+    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
+    return [average for average in found if isinstance(average, AveragedModel)]
 
 
 def _log_interval(trainer: Trainer) -> int:

@@ -1,48 +1,93 @@
 """LotteryTicketRewind: when to take the snapshot, when to go back to it."""
 
+import sys
 import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import lr_scheduler
 from typing_extensions import override
 
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, callbacks_of
-from lightning_prune.masks import Masks
-from lightning_prune.rewind import Snapshot
+from lightning_prune import rewind
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, averages_of, callbacks_of
+from lightning_prune.evidence import asked, call
+from lightning_prune.masks import Masks, pack, unpack
+from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
 from lightning_prune.surgery import Plan, cut_snapshot
 
 
 class LotteryTicketRewind(Callback):
     """After each pruning, go back to the state of an early step: the lottery ticket procedure.
 
-    The snapshot is taken at the start of the first batch with `trainer.global_step == to_step` and holds
-    parameters, all buffers, optimizers and learning rate schedulers. It is part of the checkpoint. After each
-    pruning all of it is restored, bit for bit, and the masks are put on. The gradient scaler of mixed
-    precision is not rewound.
+    The snapshot is taken at the start of the first batch with `trainer.global_step == to_step`, or of the
+    epoch `to_epoch`, and holds parameters, all buffers, optimizers, learning rate schedulers and the averages
+    of `WeightAveraging`. It is part of the checkpoint. After each pruning the policy says what of it is
+    restored, bit for bit, and the masks are put on. The gradient scaler of mixed precision is not rewound.
 
     Args:
         to_step: the optimizer step to rewind to; 0 is initialization. Less than the length of the first
             round.
+        to_epoch: the epoch to rewind to, instead of a step.
+        policy: what a round begins with. `lightning_prune.rewind.everything`, `weights`, `learning_rate`,
+            `fine_tune`, `nothing`, or your own function of snapshots.
+        shorten: a round that begins at step or epoch k ends as much sooner, as in the papers, and the fit
+            ends with the last round. Else every round has the same length, and schedules run on from k.
+        until: end a round, but not the last one, as soon as an early-bird ticket has emerged. Then too the
+            fit ends with the last round.
 
     Raises:
-        ValueError: when `to_step` is negative, or as training starts: without a pruning callback, with
-            several, or with a `to_step` beyond the first round.
+        ValueError: for arguments that are not allowed, or as training starts: without a pruning callback,
+            with several, or with a step or epoch to rewind to beyond the first round.
 
     Reference: Frankle & Carbin (2019), arXiv:1803.03635; to a later step: Frankle et al. (2020),
-        arXiv:1912.05671.
+        arXiv:1912.05671; Renda et al. (2020), arXiv:2003.02389.
     """
 
-    def __init__(self, to_step: int = 0) -> None:
-        if not isinstance(to_step, int) or to_step < 0:
-            raise ValueError(f"to_step={to_step!r}: allowed are whole numbers from 0 on.")
+    def __init__(
+        self,
+        to_step: int = 0,
+        to_epoch: int | None = None,
+        policy: Policy = rewind.everything,
+        shorten: bool = False,
+        until: EarlyBird | None = None,
+    ) -> None:
+        for name, value in (("to_step", to_step), ("to_epoch", 0 if to_epoch is None else to_epoch)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 0 on.")
+        if to_step and to_epoch is not None:
+            raise ValueError(f"to_step={to_step}, to_epoch={to_epoch}: only one of them can be given.")
         self.to_step = to_step
+        self.to_epoch = to_epoch
+        self.policy = policy
+        self.shorten = shorten
+        self.until = until
         self.snapshot: Snapshot | None = None
+        self._behind = 0  # what the pruning callback's clock read when the snapshot was taken
+        self._rates: list[list[dict[str, Any]]] = []  # of the last step that a schedule had a say in
+        self._held = False  # whether they hold
+        self._may_hold = False
+        self._drawn: list[Masks] = []  # at the last checks of this round
+        self._checked = 0  # the step of the last check
+
+    # ----------------------------------------------------------------------------------------- the fit starts
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and (length := _pruner(trainer).every_n_train_steps) is not None:
-            self._check_step(length)
+        if stage != "fit":
+            return
+        pruner = _pruner(trainer)
+        if pruner.every_n_train_steps is not None:
+            self._check_step(pruner.every_n_train_steps)
+        elif (self.to_epoch or 0) >= pruner.every_n_epochs:
+            raise ValueError(
+                f"to_epoch={self.to_epoch}: allowed is 0 to {pruner.every_n_epochs - 1}, within a round."
+            )
+        elif self.shorten and self.to_step:
+            raise ValueError(
+                f"shorten=True with to_step={self.to_step}: rounds are counted in epochs, so this cannot "
+                "shorten them. Give to_epoch, or the pruning callback every_n_train_steps."
+            )
 
     def _check_step(self, length: int | float) -> None:
         if self.to_step >= length:
@@ -51,33 +96,85 @@ class LotteryTicketRewind(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = _pruner(trainer)
-        length = pruner.steps_per_round
-        self._check_step(length)
+        if pl_module.automatic_optimization:  # else nobody knows how many steps an epoch makes
+            self._check_step(pruner.steps_per_round)
+        if self._held:
+            self._hold_rates(trainer)
+        self._may_hold = "final" in asked(self.policy)
+        if self.policy in (rewind.weights, rewind.nothing):
+            return  # a schedule is one for the whole fit
+        steps, epochs = pruner.steps_per_round, pruner.every_n_epochs
+        if pruner.every_n_train_steps is not None:
+            epochs = None
         for config in trainer.lr_scheduler_configs:
-            horizon = _horizon(config.scheduler)
-            epochs = pruner.every_n_epochs if pruner.every_n_train_steps is None else None
-            its = length if config.interval == "step" else epochs
-            if horizon is not None and its is not None and horizon * config.frequency > its:
+            made_for, its = _horizon(config.scheduler), steps if config.interval == "step" else epochs
+            if made_for is not None and its is not None and made_for * config.frequency > its:
                 warnings.warn(
-                    f"{type(config.scheduler).__name__} is made for {horizon * config.frequency} "
+                    f"{type(config.scheduler).__name__} is made for {made_for * config.frequency} "
                     f"{config.interval}s and a round has {its}: every round rewinds it before its end. "
                     "Make it for the pruning callback's `steps_per_round`.",
                     stacklevel=2,
                 )
 
+    # -------------------------------------------------------------------------------------- while it trains
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_if_over(trainer)
+
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.snapshot is not None or trainer.global_step < self.to_step:
+        self._end_if_over(trainer)
+        if self._may_hold and not self._held:
+            self._rates = [[_rates(group) for group in o.param_groups] for o in trainer.optimizers]
+        if self.snapshot is None:
+            self._take_if_due(trainer, pl_module)
+
+    def _take_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name, k, now = "to_step", self.to_step, trainer.global_step
+        if self.to_epoch is not None:
+            name, k, now = "to_epoch", self.to_epoch, trainer.current_epoch
+        if now < k:
             return
-        if trainer.global_step > self.to_step:
+        if now > k:
             raise ValueError(
-                f"to_step={self.to_step}: training is at step {trainer.global_step} without a snapshot. "
+                f"{name}={k}: training is at {name[3:]} {now} without a snapshot. "
                 "Allowed is a step still to come at which a batch begins (those of all optimizers count), or "
                 "a checkpoint of a run with this callback."
             )
-        self.snapshot = Snapshot.take(pl_module, trainer.optimizers, _schedulers(trainer))
+        self.snapshot = Snapshot.take(*_parts(trainer, pl_module))
+        self._behind = _pruner(trainer).clock(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = self.until.every_n_train_steps if self.until else None
+        if every is not None and trainer.global_step // every != self._checked // every:
+            self._checked = trainer.global_step
+            self._check_ticket(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.until and self.until.every_n_train_steps is None:
+            self._check_ticket(trainer, pl_module)
+
+    def _check_ticket(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.until is not None
+        pruner = _pruner(trainer)
+        if pruner.round < pruner.rounds:
+            self._drawn = [*self._drawn, pruner.drawn(trainer, pl_module)][-self.until.masks :]
+            if self.until(self._drawn):
+                pruner.end_round(trainer)
+
+    def _end_if_over(self, trainer: Trainer) -> None:
+        """Rounds of several lengths: the last one has its own, whatever the fit was made for."""
+        pruner = _pruner(trainer)
+        last = pruner.round == pruner.rounds
+        if (self.shorten or self.until) and last and pruner.clock(trainer) >= pruner.round_ends:
+            pruner.stop(trainer, "it has the length of a round.")
 
     def on_cut(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
         """Channels were removed from the network: the snapshot loses the same ones."""
@@ -86,16 +183,54 @@ class LotteryTicketRewind(Callback):
 
     def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Rewind; the pruning callback puts the masks on."""
-        if self.snapshot is not None:  # a pruning at initialization may come before it
-            self.snapshot.restore(pl_module, trainer.optimizers, _schedulers(trainer))
+        pruner = _pruner(trainer)
+        if not pruner.round:  # a pruning at initialization
+            return
+        if self.snapshot is None:
+            raise ValueError(
+                f"to_step={self.to_step}, to_epoch={self.to_epoch}: the first round is over without having "
+                "come to it. Allowed is a step (those of all optimizers count) or epoch within that round."
+            )
+        parts = _parts(trainer, pl_module)
+        final = Snapshot.take(*parts) if "final" in asked(self.policy) else None
+        state = call(self.policy, self.snapshot, final=final)
+        state.restore(*parts)
+        if state.schedulers is None:
+            self._held = True
+            self._hold_rates(trainer)
+        if self.shorten:
+            pruner.round_ends -= self._behind
+        self._drawn = []
+
+    def _hold_rates(self, trainer: Trainer) -> None:
+        for optimizer, groups in zip(trainer.optimizers, self._rates, strict=True):
+            for group, its in zip(optimizer.param_groups, groups, strict=True):
+                group.update(copied(its))
+        for config in trainer.lr_scheduler_configs:
+            config.frequency = sys.maxsize  # Lightning never comes to step it
+
+    # -------------------------------------------------------------------------------------------- checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.snapshot.state_dict() if self.snapshot else {}
+        return {
+            "snapshot": self.snapshot.state_dict() if self.snapshot else None,
+            "behind": self._behind,
+            "rates": copied(self._rates),
+            "held": self._held,
+            "drawn": [pack(masks) for masks in self._drawn],
+            "checked": self._checked,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.snapshot = Snapshot(**state_dict) if state_dict else None
+        snapshot = state_dict["snapshot"]
+        self.snapshot = Snapshot(**snapshot) if snapshot else None
+        self._behind = state_dict["behind"]
+        self._rates = state_dict["rates"]
+        self._held = state_dict["held"]
+        self._drawn = [unpack(masks) for masks in state_dict["drawn"]]
+        self._checked = state_dict["checked"]
 
 
 def _pruner(trainer: Trainer) -> IterativeMagnitudePruning:
@@ -108,8 +243,15 @@ def _pruner(trainer: Trainer) -> IterativeMagnitudePruning:
     return pruners[0]
 
 
-def _schedulers(trainer: Trainer) -> list[Any]:
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
+def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...]:
+    """What a snapshot is of."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return pl_module, trainer.optimizers, schedulers, averages_of(trainer)
+
+
+def _rates(group: dict[str, Any]) -> dict[str, Any]:
+    its = {name: value for name, value in group.items() if name != "params"}
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in its.items()}
 
 
 def _horizon(scheduler: Any) -> int | None:
