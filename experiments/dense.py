@@ -16,7 +16,18 @@ from lightning_prune.evidence import asked
 from lightning_prune.masks import Masks
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
-LATER = ("kind", "after", "name", "runs", "rounds", "rate", "output_rate", "schedule", "criterion", "allocation")
+LATER = (
+    "kind",
+    "after",
+    "name",
+    "runs",
+    "rounds",
+    "rate",
+    "output_rate",
+    "schedule",
+    "criterion",
+    "allocation",
+)
 LATER += ("granularity", "oneshot", "checkpoint_every_n_epochs", "logger", "progress", "claims", "figures")
 LATER += ("tables", "hydra")
 LATER += tuple(f"pruner.{k}" for k in ("schedule", "rounds", "criterion", "allocate", "granularity"))

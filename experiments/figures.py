@@ -4,7 +4,6 @@ A figure is a function of the runs -> `Figure`, or None where the runs do not ha
 config lists its own; `STANDARD` are the others that a report has.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import vl_convert
 
 from experiments.claims import interval
 from experiments.records import Record, by_round, kinds_of
-from experiments.runs import Run, Runs
+from experiments.runs import Runs
 from lightning_prune.callbacks.pruning import load_masks
 
 LABELS = {"ticket": "ticket", "reinit": "re-initialised", "random": "random mask"}
@@ -133,7 +132,10 @@ def colour(kinds: Sequence[str], legend: bool = True) -> alt.Color:
 
 
 def points(
-    records: Sequence[Record], kinds: Sequence[str], x: Callable[[Record], float], y: Callable[[Record], float | None]
+    records: Sequence[Record],
+    kinds: Sequence[str],
+    x: Callable[[Record], float],
+    y: Callable[[Record], float | None],
 ) -> list[dict[str, Any]]:
     """For each kind and round the mean over seeds, with its 95 % interval where there are several."""
     rows: list[dict[str, Any]] = []
@@ -145,7 +147,12 @@ def points(
                 continue
             values = [value for _, value in its]
             low, mean, high = interval(values)
-            row = {"kind": LABELS.get(kind, kind), "round": round, "x": fmean(x(r) for r, _ in its), "y": mean}
+            row = {
+                "kind": LABELS.get(kind, kind),
+                "round": round,
+                "x": fmean(x(r) for r, _ in its),
+                "y": mean,
+            }
             row |= {"low": low, "high": high} if len(values) > 1 else {}
             late = sum(bool(r["metrics"].get("censored")) for r, _ in its)
             rows.append({**row, "seeds": len(values), "censored": late})
@@ -153,7 +160,13 @@ def points(
 
 
 def lines(
-    rows: list[dict[str, Any]], kinds: Sequence[str], x: Axis, y: Axis, title: str, *, hollow: bool = False,
+    rows: list[dict[str, Any]],
+    kinds: Sequence[str],
+    x: Axis,
+    y: Axis,
+    title: str,
+    *,
+    hollow: bool = False,
     dense: float | None = None,
 ) -> alt.LayerChart:
     """One line a kind in the band of its interval; hollow points: censored in some seed."""
@@ -161,12 +174,21 @@ def lines(
     where = {"x": alt.X("x:Q", **x.options())}
     shown = alt.Y("y:Q", **y.options() | ({"title": None} if y.title == title else {}))
     tips = [
-        alt.Tooltip("kind:N"), alt.Tooltip("round:Q"), alt.Tooltip("x:Q", title=x.title, format=".4~g"),
-        alt.Tooltip("y:Q", title=y.title, format=".2%" if y.format.endswith("%") else ".4~s" if y.format == "~s" else ".4~g"),
+        alt.Tooltip("kind:N"),
+        alt.Tooltip("round:Q"),
+        alt.Tooltip("x:Q", title=x.title, format=".4~g"),
+        alt.Tooltip(
+            "y:Q",
+            title=y.title,
+            format=".2%" if y.format.endswith("%") else ".4~s" if y.format == "~s" else ".4~g",
+        ),
     ]
     if any("low" in row for row in rows):
         form = ".2%" if y.format.endswith("%") else ".4~g"
-        tips += [alt.Tooltip("low:Q", title="95 % from", format=form), alt.Tooltip("high:Q", title="to", format=form)]
+        tips += [
+            alt.Tooltip("low:Q", title="95 % from", format=form),
+            alt.Tooltip("high:Q", title="to", format=form),
+        ]
     tips += [alt.Tooltip("seeds:Q")] + ([alt.Tooltip("censored:Q")] if hollow else [])
     tone, layers = colour(kinds), list[Any]()
     if any("low" in row for row in rows):
@@ -175,8 +197,14 @@ def lines(
         layers.append(band.encode(**where, y=low, y2="high:Q", color=tone))
     layers.append(base.mark_line(strokeWidth=1.8, clip=True).encode(**where, y=shown, color=tone))
     for open_ in {hollow and row["censored"] > 0 for row in rows}:
-        its = base.transform_filter(f"{str(not hollow).lower()} || (datum.censored > 0) == {str(open_).lower()}")
-        layers.append(its.mark_point(filled=not open_, size=32, opacity=1).encode(**where, y=shown, color=tone, tooltip=tips))
+        its = base.transform_filter(
+            f"{str(not hollow).lower()} || (datum.censored > 0) == {str(open_).lower()}"
+        )
+        layers.append(
+            its.mark_point(filled=not open_, size=32, opacity=1).encode(
+                **where, y=shown, color=tone, tooltip=tips
+            )
+        )
     if dense is not None:
         rule = alt.Chart(alt.Data(values=[{"y": dense, "what": "dense"}]))
         mark = rule.mark_rule(strokeDash=[5, 4], color="#888", strokeWidth=1.5)
@@ -200,7 +228,11 @@ class WeightsLeft:
             if rows:
                 hollow = metric == "early_stop_step"
                 y = axis_of(metric, label)
-                charts.append(lines(rows, kinds, left(records), y, label, hollow=hollow, dense=dense[0] if dense else None))
+                charts.append(
+                    lines(
+                        rows, kinds, left(records), y, label, hollow=hollow, dense=dense[0] if dense else None
+                    )
+                )
         if not charts:
             return None
         caption = (
@@ -255,7 +287,9 @@ def relative_loss(runs: Runs) -> Figure | None:
 
     def ratio(record: Record) -> float | None:
         loss, reference = record["metrics"].get("test_loss"), dense.get((record["kind"], record["seed"]))
-        return record["metrics"].get("relative_loss", loss / reference if loss is not None and reference else None)
+        return record["metrics"].get(
+            "relative_loss", loss / reference if loss is not None and reference else None
+        )
 
     kinds = kinds_of(runs.records)
     rows = points(runs.records, kinds, _sparsity, ratio)
@@ -288,8 +322,14 @@ def sizes(runs: Runs) -> Figure | None:
 
 def _measured(runs: Runs, metric: str) -> list[dict[str, Any]]:
     return [
-        {"kind": LABELS.get(m["kind"], m["kind"]), "round": m["round"], "x": 100 * m["sparsity"], "y": m[metric],
-         "seeds": 1, "censored": 0}
+        {
+            "kind": LABELS.get(m["kind"], m["kind"]),
+            "round": m["round"],
+            "x": 100 * m["sparsity"],
+            "y": m[metric],
+            "seeds": 1,
+            "censored": 0,
+        }
         for m in runs.measured
     ]
 
@@ -299,26 +339,31 @@ def pareto(runs: Runs) -> Figure | None:
     kinds = kinds_of(runs.records)
     charts = []
     for metric, label, form in (
-        ("sparse_bytes", "sparse file (bytes)", "~s"), ("gzip_bytes", "file after gzip (bytes)", "~s"),
+        ("sparse_bytes", "sparse file (bytes)", "~s"),
+        ("gzip_bytes", "file after gzip (bytes)", "~s"),
         ("accelerated_us", "measured latency (µs)", "~g"),
     ):
         rows = _tradeoff(runs, kinds, metric)
         if rows and (metric != "gzip_bytes" or not charts):
             charts.append(_front(rows, kinds, label, form))
-    caption = "Each round of each kind; the line connects those that no other beats in both. Up and left is better."
+    caption = (
+        "Each round of each kind; the line connects those that no other beats in both. Up and left is better."
+    )
     return Figure("pareto", "Accuracy for size and latency", caption, charts, 2) if charts else None
 
 
 def _tradeoff(runs: Runs, kinds: Sequence[str], metric: str) -> list[dict[str, Any]]:
     accuracy = {
-        (p["kind"], p["round"]): p for p in points(runs.records, kinds, _sparsity, lambda r: r["metrics"].get("test_acc"))
+        (p["kind"], p["round"]): p
+        for p in points(runs.records, kinds, _sparsity, lambda r: r["metrics"].get("test_acc"))
     }
     costs = points(runs.records, kinds, _sparsity, lambda r: r["metrics"].get(metric))
     if runs.measured and metric in runs.measured[0]:
         costs = costs or _measured(runs, metric)
     rows = [
         {**accuracy[c["kind"], c["round"]], "cost": c["y"], "sparsity": c["x"]}
-        for c in costs if (c["kind"], c["round"]) in accuracy
+        for c in costs
+        if (c["kind"], c["round"]) in accuracy
     ]
     best = -math.inf
     for row in sorted(rows, key=lambda row: (row["cost"], -row["y"])):
@@ -329,12 +374,28 @@ def _tradeoff(runs: Runs, kinds: Sequence[str], metric: str) -> list[dict[str, A
 
 def _front(rows: list[dict[str, Any]], kinds: Sequence[str], label: str, form: str) -> alt.LayerChart:
     base = alt.Chart(alt.Data(values=rows))
-    x = alt.X("cost:Q", title=label, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format=form, tickCount=6))
+    x = alt.X(
+        "cost:Q",
+        title=label,
+        scale=alt.Scale(type="log", nice=False),
+        axis=alt.Axis(format=form, tickCount=6),
+    )
     y = alt.Y("y:Q", title="test accuracy", scale=alt.Scale(zero=False), axis=alt.Axis(format="~%"))
-    tips = [alt.Tooltip("kind:N"), alt.Tooltip("round:Q"), alt.Tooltip("sparsity:Q", format=".2f", title="sparsity (%)")]
-    tips += [alt.Tooltip("cost:Q", title=label, format=".4~s"), alt.Tooltip("y:Q", title="test accuracy", format=".2%")]
-    line = base.transform_filter("datum.front").mark_line(color="#888", strokeWidth=1.5, interpolate="step-after")
-    spots = base.mark_point(filled=True, size=40, opacity=0.9).encode(x=x, y=y, color=colour(kinds), tooltip=tips)
+    tips = [
+        alt.Tooltip("kind:N"),
+        alt.Tooltip("round:Q"),
+        alt.Tooltip("sparsity:Q", format=".2f", title="sparsity (%)"),
+    ]
+    tips += [
+        alt.Tooltip("cost:Q", title=label, format=".4~s"),
+        alt.Tooltip("y:Q", title="test accuracy", format=".2%"),
+    ]
+    line = base.transform_filter("datum.front").mark_line(
+        color="#888", strokeWidth=1.5, interpolate="step-after"
+    )
+    spots = base.mark_point(filled=True, size=40, opacity=0.9).encode(
+        x=x, y=y, color=colour(kinds), tooltip=tips
+    )
     return alt.layer(line.encode(x=x, y=y), spots, title=f"accuracy against {label}", height=HEIGHT)
 
 
@@ -342,8 +403,14 @@ def _front(rows: list[dict[str, Any]], kinds: Sequence[str], label: str, form: s
 
 
 def heat(
-    rows: list[dict[str, Any]], x: str, y: str, title: str, value: str, domain: Sequence[float] | None = None,
-    form: str = ".2%", sort: Any = None,
+    rows: list[dict[str, Any]],
+    x: str,
+    y: str,
+    title: str,
+    value: str,
+    domain: Sequence[float] | None = None,
+    form: str = ".2%",
+    sort: Any = None,
 ) -> alt.Chart:
     """A heat map: rows of x, y and `value`."""
     scale = alt.Scale(scheme="viridis", **({"domain": list(domain)} if domain else {}))
@@ -353,8 +420,17 @@ def heat(
         .encode(
             x=alt.X(f"{x}:O", title=x, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y(f"{y}:O", title=None if y == "layer" else y, sort=sort, axis=alt.Axis(labelLimit=140)),
-            color=alt.Color(f"{value}:Q", title=value, scale=scale, legend=alt.Legend(format=form, orient="bottom", gradientLength=160)),
-            tooltip=[alt.Tooltip(f"{x}:N"), alt.Tooltip(f"{y}:N"), alt.Tooltip(f"{value}:Q", format=".3%" if form.endswith("%") else form)],
+            color=alt.Color(
+                f"{value}:Q",
+                title=value,
+                scale=scale,
+                legend=alt.Legend(format=form, orient="bottom", gradientLength=160),
+            ),
+            tooltip=[
+                alt.Tooltip(f"{x}:N"),
+                alt.Tooltip(f"{y}:N"),
+                alt.Tooltip(f"{value}:Q", format=".3%" if form.endswith("%") else form),
+            ],
         )
     )
 
@@ -372,7 +448,9 @@ def density(runs: Runs) -> Figure | None:
                 rows.append({"round": round, "layer": layer, "density": fmean(values)})
                 order += [layer] if layer not in order else []
         if rows:
-            charts.append(heat(rows, "round", "layer", LABELS.get(kind, kind), "density", (0, 1), "%", sort=order))
+            charts.append(
+                heat(rows, "round", "layer", LABELS.get(kind, kind), "density", (0, 1), "%", sort=order)
+            )
     caption = "The fraction of a layer's weights that is left, mean over seeds." + _some(runs)
     return Figure("density", "Density by layer", caption, charts) if charts else None
 
@@ -384,7 +462,9 @@ def _some(runs: Runs) -> str:
 
 def overlap(runs: Runs) -> Figure | None:
     """How much masks of different seeds have in common."""
-    kinds = [k for k in kinds_of(runs.records) if sum(run.survived is not None for run in runs.of(k)) > 1][:KINDS]
+    kinds = [k for k in kinds_of(runs.records) if sum(run.survived is not None for run in runs.of(k)) > 1][
+        :KINDS
+    ]
     curves: list[dict[str, Any]] = []
     chance: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
@@ -403,22 +483,41 @@ def overlap(runs: Runs) -> Figure | None:
             if r in density:
                 row = {"kind": LABELS.get(kind, kind), "round": r, "x": density[r][0], "censored": 0}
                 low, mean, high = interval(between[r, r])
-                its_pairs = {"y": mean, "seeds": len(its)} | ({"low": low, "high": high} if len(its) > 2 else {})
+                its_pairs = {"y": mean, "seeds": len(its)} | (
+                    {"low": low, "high": high} if len(its) > 2 else {}
+                )
                 curves.append({**row, **its_pairs})
                 if kind == kinds[0]:
                     both = sum(sizes[n] * d * d for n, d in density[r][1].items())
                     either = sum(sizes[n] * (2 * d - d * d) for n, d in density[r][1].items())
                     chance.append({"x": density[r][0], "y": both / either})
-        rows = [{"round": r, "round of another seed": s, "overlap": fmean(v)} for (r, s), v in between.items()]
+        rows = [
+            {"round": r, "round of another seed": s, "overlap": fmean(v)} for (r, s), v in between.items()
+        ]
         if rows:
-            charts.append(heat(rows, "round", "round of another seed", LABELS.get(kind, kind), "overlap", (0, 1), "%"))
-        last += [(f"{LABELS.get(kind, kind)} {seed}", survived >= rounds[-1]) for seed, survived in its] if rounds else []
+            charts.append(
+                heat(rows, "round", "round of another seed", LABELS.get(kind, kind), "overlap", (0, 1), "%")
+            )
+        last += (
+            [(f"{LABELS.get(kind, kind)} {seed}", survived >= rounds[-1]) for seed, survived in its]
+            if rounds
+            else []
+        )
     if not curves:
         return None
-    line = lines(curves, kinds, left(runs.records), Axis("|A ∩ B| / |A ∪ B|", "%"), "overlap of two seeds' masks")
+    line = lines(
+        curves, kinds, left(runs.records), Axis("|A ∩ B| / |A ∪ B|", "%"), "overlap of two seeds' masks"
+    )
     expected = alt.Chart(alt.Data(values=chance)).mark_line(color="#888", strokeDash=[5, 4], strokeWidth=1.5)
-    expected = expected.encode(x="x:Q", y="y:Q", tooltip=[alt.Tooltip("y:Q", title="by chance", format=".2%")])
-    pairs = [{"mask": m, "other mask": n, "overlap": jaccard(a, b)} for m, a in last for n, b in last if a.shape == b.shape]
+    expected = expected.encode(
+        x="x:Q", y="y:Q", tooltip=[alt.Tooltip("y:Q", title="by chance", format=".2%")]
+    )
+    pairs = [
+        {"mask": m, "other mask": n, "overlap": jaccard(a, b)}
+        for m, a in last
+        for n, b in last
+        if a.shape == b.shape
+    ]
     names = [name for name, _ in last]
     whole = heat(pairs, "mask", "other mask", "last round, every pair", "overlap", (0, 1), "%", sort=names)
     whole.encoding.x.sort, whole.encoding.x.axis.labelAngle = names, -60  # type: ignore[union-attr]
@@ -458,7 +557,9 @@ class FirstLayer:
         """Draw it, where the checkpoints are at hand."""
         charts = []
         for kind in self.kinds or kinds_of(runs.records)[:3]:
-            paths = [run.folder / "final.ckpt" for run in runs.of(kind) if run.folder and run.state == "finished"]
+            paths = [
+                run.folder / "final.ckpt" for run in runs.of(kind) if run.folder and run.state == "finished"
+            ]
             path = next((path for path in paths if path.is_file()), None)
             if path is None:
                 continue
@@ -471,7 +572,9 @@ class FirstLayer:
             for tensor, what, scheme in ((mask.float(), "mask", "greys"), (weight, "|weight|", "viridis")):
                 pictures = {f"neuron {n}": tensor[n] for n in self.neurons} | {"mean": tensor.mean(0)}
                 for of, picture in pictures.items():
-                    charts.append(image(picture.tolist(), shape, f"{LABELS.get(kind, kind)}: {what}, {of}", scheme))
+                    charts.append(
+                        image(picture.tolist(), shape, f"{LABELS.get(kind, kind)}: {what}, {of}", scheme)
+                    )
         if not charts:
             return None
         caption = "Mask and magnitude of the first layer's weights over the input image, in the last round of a first run."
@@ -481,10 +584,13 @@ class FirstLayer:
 def image(values: Sequence[float], shape: tuple[int, int], title: str, scheme: str) -> alt.Chart:
     """A picture of numbers, row by row."""
     data = alt.Data(values=[{"v": [float(f"{v:.3g}") for v in values]}])
-    chart = alt.Chart(data, title=title, height=130).transform_flatten(["v"]).transform_window(i="row_number()")
+    chart = (
+        alt.Chart(data, title=title, height=130).transform_flatten(["v"]).transform_window(i="row_number()")
+    )
     chart = chart.transform_calculate(x=f"(datum.i - 1) % {shape[1]}", y=f"floor((datum.i - 1) / {shape[1]})")
     return chart.mark_rect().encode(
-        x=alt.X("x:O", axis=None), y=alt.Y("y:O", axis=None),
+        x=alt.X("x:O", axis=None),
+        y=alt.Y("y:O", axis=None),
         color=alt.Color("v:Q", scale=alt.Scale(scheme=scheme), legend=None),
         tooltip=[alt.Tooltip("x:O"), alt.Tooltip("y:O"), alt.Tooltip("v:Q", title="value", format=".3~g")],
     )
@@ -504,17 +610,26 @@ def curves(runs: Runs) -> Figure | None:
                     row = {"step": its[0]["curve"]["step"][i], "y": float(f"{value:.4g}"), "round": round}
                     rows.append({**row, "left": float(f"{_left(its[0]):.3g}")})
             if rows:
-                charts.append(_curves(rows, label, f"{LABELS.get(kind, kind)}: {label}", "%" if "acc" in metric else "~g"))
+                charts.append(
+                    _curves(
+                        rows, label, f"{LABELS.get(kind, kind)}: {label}", "%" if "acc" in metric else "~g"
+                    )
+                )
     caption = "Mean over seeds at each evaluation of a round, one line a round." + _some(runs)
     return Figure("curves", "Training curves", caption, charts, 2) if charts else None
 
 
 def _curves(rows: list[dict[str, Any]], label: str, title: str, form: str) -> alt.Chart:
     values = sorted(row["y"] for row in rows)
-    low, high = values[len(values) // 50], values[-1 - len(values) // 50]  # the first steps would flatten the rest
+    low, high = (
+        values[len(values) // 50],
+        values[-1 - len(values) // 50],
+    )  # the first steps would flatten the rest
     domain = [low, high] if low < high else alt.Undefined
     shade = alt.Color(
-        "left:Q", title="weights left (%)", scale=alt.Scale(scheme="viridis", type="log", reverse=True),
+        "left:Q",
+        title="weights left (%)",
+        scale=alt.Scale(scheme="viridis", type="log", reverse=True),
         legend=alt.Legend(orient="bottom", format="~g", gradientLength=160),
     )
     tips = [alt.Tooltip("round:O"), alt.Tooltip("left:Q", title="weights left (%)"), alt.Tooltip("step:Q")]
@@ -523,13 +638,22 @@ def _curves(rows: list[dict[str, Any]], label: str, title: str, form: str) -> al
         .mark_line(clip=True, strokeWidth=1.3)
         .encode(
             x=alt.X("step:Q", title="step of the round"),
-            y=alt.Y("y:Q", title=label, scale=alt.Scale(zero=False, domain=domain), axis=alt.Axis(format=form)),
-            color=shade, detail="round:O",
+            y=alt.Y(
+                "y:Q", title=label, scale=alt.Scale(zero=False, domain=domain), axis=alt.Axis(format=form)
+            ),
+            color=shade,
+            detail="round:O",
             tooltip=[*tips, alt.Tooltip("y:Q", title=label, format=".2%" if form == "%" else ".4~g")],
         )
     )
 
 
 STANDARD: tuple[Callable[[Runs], Figure | None], ...] = (
-    relative_loss, sizes, pareto, density, overlap, FirstLayer(), curves,
+    relative_loss,
+    sizes,
+    pareto,
+    density,
+    overlap,
+    FirstLayer(),
+    curves,
 )

@@ -46,8 +46,13 @@ def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
                 task.get_parameter(name).data *= mask
             cost, fast = lp.summarize(task.net, example), lp.accelerate(task.net, example).acceleration
             row = {"kind": kind, **{k: described(record["round"], masks)[k] for k in ("round", "sparsity")}}
-            row |= {f"{form}_bytes": getattr(cost.total, f"{form}_size") for form in ("raw", "gzip", "sparse")}
+            row |= {
+                f"{form}_bytes": getattr(cost.total, f"{form}_size") for form in ("raw", "gzip", "sparse")
+            }
             row |= {"theoretical_speed_up": cost.theoretical_speed_up, "dense_us": fast.dense_us}
             row |= {"accelerated_us": fast.dense_us / fast.speed_up, "speed_up": fast.speed_up}
-            rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()} | {"where": cost.where})
+            rows.append(
+                {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+                | {"where": cost.where}
+            )
     return rows

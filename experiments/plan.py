@@ -75,7 +75,9 @@ class Plan:
         console = console or Console()
         console.print(table)
         total = f"{self.bytes / 1e6:.1f} MB and about {duration(self.seconds)}, one run after another"
-        console.print(f"{len(self.rows)} runs: {total}. Nothing was trained but trials of a few steps.", highlight=False)
+        console.print(
+            f"{len(self.rows)} runs: {total}. Nothing was trained but trials of a few steps.", highlight=False
+        )
 
 
 def weights_left(weights: dict[str, int], pruner: Any) -> int | None:

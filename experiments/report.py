@@ -106,7 +106,9 @@ def made(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for run, config in zip(runs, configs, strict=True):
         own = {k: v for k, v in config.items() if k not in same}
         name = run.folder.name if run.folder else f"{run.kind}-{run.seed}"
-        details.append({"name": name, "state": run.state, "made": run.made, "config": own, "error": failure(run)})
+        details.append(
+            {"name": name, "state": run.state, "made": run.made, "config": own, "error": failure(run)}
+        )
     return same, details
 
 
@@ -147,14 +149,22 @@ def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     return True
 
 
-def page(runs: Runs, figures: Sequence[Figure], verdicts: Sequence[Verdict], rows: Sequence[Mapping[str, Any]]) -> str:
+def page(
+    runs: Runs, figures: Sequence[Figure], verdicts: Sequence[Verdict], rows: Sequence[Mapping[str, Any]]
+) -> str:
     """The report as one HTML page that needs nothing beside it."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     metrics = runs.config.get("tables") or PANELS
     same, details = made(runs.runs)
-    states = {state: sum(run.state == state for run in runs.runs) for state in dict.fromkeys(r.state for r in runs.runs)}
+    states = {
+        state: sum(run.state == state for run in runs.runs)
+        for state in dict.fromkeys(r.state for r in runs.runs)
+    }
     specs = {f"{figure.name}-{i}": spec for figure in figures for i, spec in enumerate(figure.specs())}
     return environment.get_template("report.html").render(
         runs=runs,
@@ -225,10 +235,15 @@ def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
         parts += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(runs.records, metric))]
     if timed := [r for r in runs.records if "censored" in r["metrics"]]:
         censored = sum(r["metrics"]["censored"] for r in timed)
-        parts += [f"In {censored} of {len(timed)} rounds the minimum was at the last evaluation (censored).\n"]
+        parts += [
+            f"In {censored} of {len(timed)} rounds the minimum was at the last evaluation (censored).\n"
+        ]
     if verdicts:
         rows = [["claim", "source", "verdict", "mean [95 % interval]"]]
-        parts += ["## Claims\n", markdown(rows + [[v.claim, v.source, v.verdict, v.numbers] for v in verdicts])]
+        parts += [
+            "## Claims\n",
+            markdown(rows + [[v.claim, v.source, v.verdict, v.numbers] for v in verdicts]),
+        ]
     return "\n".join(parts)
 
 
@@ -250,7 +265,9 @@ def say(runs: Runs, verdicts: Sequence[Verdict], written: Sequence[Path]) -> Non
         console.print(f"[bold]{v.verdict}[/bold]: {v.claim} ({v.source}): {v.numbers}", highlight=False)
     for file, numbers in runs.broken.items():
         where = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
-        console.print(f"{file}: {len(numbers)} lines are no records and were skipped: {where}", highlight=False)
+        console.print(
+            f"{file}: {len(numbers)} lines are no records and were skipped: {where}", highlight=False
+        )
     for path in written:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
 
@@ -261,7 +278,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of runs, for instance runs/mnist1d")
     parser.add_argument("--out", type=Path, help="where to write; the folder itself by default")
     parser.add_argument(
-        "--measure", action="store_true", help="measure size and latency of networks with the masks of the rounds"
+        "--measure",
+        action="store_true",
+        help="measure size and latency of networks with the masks of the rounds",
     )
     args = parser.parse_args()
     report(args.folder, args.out or args.folder, args.measure)

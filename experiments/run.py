@@ -36,7 +36,9 @@ _FREE = ("after", "progress", "runs", "claims", "figures", "tables", "hydra")
 _KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
 
 
-OmegaConf.register_new_resolver("workers", lambda threads: max(1, (os.cpu_count() or 1) // threads), replace=True)
+OmegaConf.register_new_resolver(
+    "workers", lambda threads: max(1, (os.cpu_count() or 1) // threads), replace=True
+)
 
 
 def run(cfg: DictConfig) -> Path:

@@ -100,8 +100,16 @@ def load(folder: Path) -> Runs:
         if bad:
             broken[f"{its.name}/records.jsonl"] = bad
         kind, _, seed = its.name.rpartition("-")
-        state = "failed" if (its / "FAILED").is_file() else "finished" if (its / "DONE").is_file() else "unfinished"
-        runs.append(Run(kind, int(seed) if seed.isdigit() else seed, state, records, its, _json(its / "run.json")))
+        state = (
+            "failed"
+            if (its / "FAILED").is_file()
+            else "finished"
+            if (its / "DONE").is_file()
+            else "unfinished"
+        )
+        runs.append(
+            Run(kind, int(seed) if seed.isdigit() else seed, state, records, its, _json(its / "run.json"))
+        )
     if not runs:
         records, bad = read(folder / "records.jsonl")
         if bad:

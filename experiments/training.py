@@ -77,7 +77,11 @@ def trial(cfg: DictConfig) -> Cost:
     """Train until the first evaluation, to see what it costs."""
     torch.set_num_threads(cfg.threads)
     batches, task = _made(cfg)
-    callbacks = [instantiate(cfg.pruner), *([instantiate(cfg.rewind)] if cfg.rewind else []), timer := Timer()]
+    callbacks = [
+        instantiate(cfg.pruner),
+        *([instantiate(cfg.rewind)] if cfg.rewind else []),
+        timer := Timer(),
+    ]
     steps = min(cfg.evaluate_every, cfg.steps_per_round)
     trainer = _trainer(cfg, callbacks, logger=False, max_steps=steps, enable_checkpointing=False)
     with TemporaryDirectory() as folder:

@@ -1,11 +1,9 @@
 """Sweeps that survive: kills, failures, several workers, shared work, launchers."""
 
-import json
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -260,8 +258,10 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
         ["mnist1d/random-2", "new", "2 of 3", "24965 (49.93%)"],
     ]
     assert all("MB" in c[4] and c[5].endswith(" s") for c in cells[1:])
-    expected = sum((tmp_path / "runs" / "mnist1d" / "ticket-1" / name).stat().st_size for name in
-                   ("final.ckpt", "resume.ckpt", "survived.pt"))
+    expected = sum(
+        (tmp_path / "runs" / "mnist1d" / "ticket-1" / name).stat().st_size
+        for name in ("final.ckpt", "resume.ckpt", "survived.pt")
+    )
     assert float(cells[1][4].split()[0]) == pytest.approx(expected / 1e6, rel=0.1)
 
 
@@ -273,7 +273,9 @@ def launched(launcher, tmp_path, *more):
 
 
 @posix
-@pytest.mark.parametrize(("launcher", "package"), [("parallel", "joblib"), ("submitit", "submitit"), ("ray_local", "ray")])
+@pytest.mark.parametrize(
+    ("launcher", "package"), [("parallel", "joblib"), ("submitit", "submitit"), ("ray_local", "ray")]
+)
 def test_a_sweep_runs_with_every_launcher(launcher, package, tmp_path):
     if find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
         pytest.skip(f"hydra-{package}-launcher is not installed")
@@ -285,13 +287,19 @@ def test_a_sweep_runs_on_slurm(tmp_path):
     launched("slurm", tmp_path)
 
 
-@pytest.mark.parametrize("launcher", sorted(p.stem for p in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "launcher", sorted(p.stem for p in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
+)
 def test_every_launcher_composes(launcher):
-    package = {"parallel": "joblib", "submitit": "submitit", "slurm": "submitit", "ray_local": "ray"}.get(launcher)
+    package = {"parallel": "joblib", "submitit": "submitit", "slurm": "submitit", "ray_local": "ray"}.get(
+        launcher
+    )
     if package and find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
         pytest.skip(f"hydra-{package}-launcher is not installed")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [*SMALL, "seed=1", f"hydra/launcher={launcher}", "threads=1"], return_hydra_config=True)
+        cfg = compose(
+            "config", [*SMALL, "seed=1", f"hydra/launcher={launcher}", "threads=1"], return_hydra_config=True
+        )
     assert cfg.hydra.launcher._target_.endswith("Launcher")
     if launcher == "parallel":
         assert 1 <= cfg.hydra.launcher.n_jobs <= os.cpu_count()

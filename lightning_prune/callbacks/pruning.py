@@ -37,7 +37,8 @@ class IterativeMagnitudePruning(Callback):
     second `fit` goes on from the masks and the clock of the first.
 
     Logged as `round`, `sparsity` and, with the loggers, `round_step`, the optimizer steps since the round
-    began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
+    began, and `density/<name>` of each tensor as a round or an epoch begins. After each pruning
+    `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
 
     Args:
         schedule: round (and scores) -> sparsity in [0, 1), by default `Geometric(0.2)`; or a dict {pattern
@@ -273,12 +274,14 @@ class IterativeMagnitudePruning(Callback):
         if trainer.barebones:
             return
         if self._announce or (trainer.global_step + 1) % _log_interval(trainer) == 0:
-            self._announce = False
             # Not by `log`: what is logged on a step costs Lightning time on every step after it.
             values = {"round": float(self.round), "sparsity": self.sparsity}
             trainer.progress_bar_metrics.update(values)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             values["round_step"] = float(trainer.global_step - self._began)
+            if self._announce and trainer.loggers:
+                values |= {f"density/{name}": alive({name: m}) / m.numel() for name, m in self.masks.items()}
+            self._announce = False
             trainer.logged_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             for logger in trainer.loggers:
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
@@ -323,6 +326,7 @@ class IterativeMagnitudePruning(Callback):
         if (left := alive(masks)) < max(1, budget(self.max_sparsity, total)):
             sparsity = f"the next sparsity, {1 - left / total:.4f},"
             self.stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
+        before = alive(self.masks)
         self._carry_out(trainer, pl_module, masks)
         if round:  # no drift where the clock jumps over an end; and every round trains
             self.round_ends = max(self.round_ends + self._length, self.clock(trainer) + 1)
@@ -339,7 +343,8 @@ class IterativeMagnitudePruning(Callback):
                 float("inf") if stopper.monitor_op == torch.lt else -float("inf")
             )
         self._announce = True
-        log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
+        pruned = before - alive(self.masks)
+        log.info("round %d of %d: pruned %d, %s", self.round, self.rounds, pruned, self._describe())
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         self.masks = masks
