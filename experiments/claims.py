@@ -2,19 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-
-from scipy.stats import t
 
 from experiments.records import Record
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a value is read: the kind of run, and the round with this fraction of the weights left."""
-
-    kind: str
-    left: float
+from experiments.statistics import by_seed, spread
 
 
 @dataclass(frozen=True)
@@ -32,48 +22,65 @@ class Difference:
     """`of` minus `against` is at least this much, at each of the fractions of weights `left`.
 
     Values are paired by seed. A claim is held when the 95 % interval of the mean (Student's t) lies at or
-    above the bound, not held when it lies below, otherwise undecided; over several fractions the worst of
-    them counts.
+    above the bound less the tolerance, not held when it lies below, otherwise undecided; over several
+    fractions the worst of them counts.
 
     Args:
         name: the claim in words.
         source: paper, and figure or table.
         metric: of the records.
         of: kind of run.
-        against: kind of run.
+        against: kind of run; None: nothing, the claim is about the value of `of` itself.
         left: fractions of weights left at which `of` is read.
         at_least: the bound.
         against_left: where `against` is read, if not at the same fractions.
+        tolerance: how far below the bound is as good as at the bound, 0 or more.
     """
 
     name: str
     source: str
     metric: str
     of: str
-    against: str
+    against: str | None
     left: Sequence[float]
     at_least: float
     against_left: float | None = None
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.left or self.tolerance < 0:
+            raise ValueError(
+                f"left={self.left}, tolerance={self.tolerance}: a claim needs one fraction or more, and a "
+                "tolerance of 0 or more."
+            )
 
     def _compare(self, of: float, against: float) -> float:
         return of - against
 
+    def _values(self, records: list[Record], left: float) -> list[float]:
+        of = by_seed(records, self.metric, self.of, left)
+        if self.against is None:
+            return list(of.values())
+        against = by_seed(records, self.metric, self.against, self.against_left or left)
+        return [self._compare(of[seed], against[seed]) for seed in sorted(of.keys() & against.keys())]
+
     def check(self, records: Iterable[Record]) -> Verdict:
         """Hold the claim against records."""
-        records = list(records)
+        records, bound = list(records), self.at_least - self.tolerance
         worst: tuple[float, str, str] | None = None
         for left in self.left:
-            of = _by_seed(records, self.metric, Point(self.of, left))
-            against = _by_seed(records, self.metric, Point(self.against, self.against_left or left))
-            values = [self._compare(of[seed], against[seed]) for seed in sorted(of.keys() & against.keys())]
+            values = self._values(records, left)
             if not values:
-                return Verdict(self.name, self.source, "undecided", "no records")
-            low, mean, high = interval(values)
-            verdict = "held" if low >= self.at_least else "not held" if high < self.at_least else "undecided"
-            numbers = f"{mean:.4g} [{low:.4g}, {high:.4g}], {len(values)} seeds; claimed >= {self.at_least:g}"
+                return Verdict(self.name, self.source, "undecided", f"no records at {left:.1%} left")
+            found = spread(values)
+            low, high = found.interval
+            verdict = "held" if low >= bound else "not held" if high < bound else "undecided"
+            numbers = f"{found.mean:.4g} [{low:.4g}, {high:.4g}], {found.n} seeds"
+            numbers += f" from {found.lowest:.4g} to {found.highest:.4g}; claimed >= {self.at_least:g}"
+            numbers += f" within {self.tolerance:g}" if self.tolerance else ""
             numbers += f" (at {left:.1%} left, the worst of {len(self.left)})" if len(self.left) > 1 else ""
-            if worst is None or mean - self.at_least < worst[0]:
-                worst = (mean - self.at_least, verdict, numbers)
+            if worst is None or found.mean < worst[0]:
+                worst = (found.mean, verdict, numbers)
         assert worst is not None
         return Verdict(self.name, self.source, worst[1], worst[2])
 
@@ -115,30 +122,3 @@ class Ladder:
         return Verdict(
             self.name, self.source, verdict, f"largest deviation {max(off):.5f} over {len(off)} rounds"
         )
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Lower end, mean and upper end of the confidence interval of a mean, by Student's t.
-
-    >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
-    [-0.484, 2.0, 4.484]
-    >>> interval([1.0])
-    (-inf, 1.0, inf)
-    """
-    mean = fmean(values)
-    if len(values) < 2:
-        return -float("inf"), mean, float("inf")
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return mean - half, mean, mean + half
-
-
-def _by_seed(records: Iterable[Record], metric: str, point: Point) -> dict[int, float]:
-    """The metric of each seed's run of this kind, in the round nearest to this fraction of weights left."""
-    found: dict[int, tuple[float, float]] = {}
-    for r in records:
-        if r["kind"] != point.kind or metric not in r["metrics"]:
-            continue
-        off = abs(r["alive"] / r["total"] - point.left)
-        if off <= 0.2 * point.left and off < found.get(r["seed"], (float("inf"), 0.0))[0]:
-            found[r["seed"]] = (off, float(r["metrics"][metric]))
-    return {seed: value for seed, (_, value) in found.items()}

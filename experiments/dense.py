@@ -1,6 +1,8 @@
 """The dense round is trained once: runs that begin with the same one go on from its checkpoint."""
 
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,19 @@ class DenseRound(Callback):
         self.path, self.steps = path, steps
         self._lock: FileLock | None = None
 
-    def begin(self, folder: Path, resume: Path) -> None:
+    @contextmanager
+    def shared(self, folder: Path, resume: Path) -> Generator[None, None, None]:
         """Make `resume` the shared checkpoint if there is one and the run in `folder` is not beyond it."""
-        if read(folder / "records.jsonl")[0]:
-            return  # it has finished its dense round
-        self._lock = locked(self.path.with_suffix(".lock"), "the dense round")
-        if self.path.is_file():
-            temporary = resume.with_suffix(".tmp")
-            shutil.copyfile(self.path, temporary)
-            temporary.replace(resume)
+        try:
+            if not read(folder / "records.jsonl")[0]:
+                self._lock = locked(self.path.with_suffix(".lock"), "the dense round")
+                if self.path.is_file():
+                    temporary = resume.with_suffix(".tmp")
+                    shutil.copyfile(self.path, temporary)
+                    temporary.replace(resume)
+                    self.release()
+            yield
+        finally:
             self.release()
 
     def release(self) -> None:
@@ -84,10 +90,14 @@ class DenseRound(Callback):
 def dense_round(cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning) -> DenseRound | None:
     """The dense round of a run, if others may share it.
 
-    It is shared by what starts from the same weights, data, order and settings, whatever it prunes later.
+    It is shared by what starts from the same weights, data, order and settings on one device, whatever it
+    prunes later. The generators of other devices are in no checkpoint.
     """
     schedules = pruner.schedule.values() if isinstance(pruner.schedule, dict) else [pruner.schedule]
     if any(asked(schedule) or schedule(0) > 0 for schedule in schedules):
+        return None
+    devices = cfg.trainer.get("devices", 1 if cfg.trainer.accelerator == "cpu" else "auto")
+    if str(devices) != "1" or cfg.trainer.get("num_nodes", 1) != 1:
         return None
     if cfg.rewind and cfg.rewind.get("until"):
         return None  # its end depends on what would be pruned

@@ -1,7 +1,7 @@
 """Figures of a folder of runs: each is drawn once, for the page and for paper.
 
-A figure is a function of the runs -> `Figure`, or None where the runs do not have what it shows. An experiment's
-config lists its own; `STANDARD` are the others that a report has.
+A figure is a function of the runs -> `Figure`, or None where the runs do not have what it shows. An
+experiment's config lists its own; `STANDARD` are the others that a report has.
 """
 
 import math
@@ -13,16 +13,26 @@ from statistics import fmean
 from typing import Any
 
 import altair as alt
-import numpy as np
 import torch
 import vl_convert
 
-from experiments.claims import interval
 from experiments.records import Record, by_round, kinds_of
 from experiments.runs import Runs
+from experiments.statistics import interval, jaccard, masks_of, overlap_of_seeds
 from lightning_prune.callbacks.pruning import load_masks
+from lightning_prune.masks import Masks
 
-LABELS = {"ticket": "ticket", "reinit": "re-initialised", "random": "random mask"}
+LABELS = {
+    "reinit": "re-initialised",
+    "random": "random mask",
+    "shuffled": "shuffled in layers",
+    "shuffled_globally": "shuffled globally",
+    "inverted": "inverted mask",
+    "one_shot": "one-shot mask",
+    "sign_only": "signs only",
+    "signed_reinit": "re-initialised, same signs",
+    "small_dense": "small dense",
+}
 # Okabe & Ito's palette, safe for colour-blind readers, without its yellow, which white paper swallows
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 PANELS = {
@@ -80,7 +90,7 @@ def finite(node: Any) -> Any:
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
-# ------------------------------------------------------------------------------------------------------- lines
+# ------------------------------------------------------------------------------------------------- lines
 
 
 @dataclass(frozen=True)
@@ -236,7 +246,7 @@ class WeightsLeft:
         if not charts:
             return None
         caption = (
-            f"Mean over seeds in the band of its 95 % interval (Student's t), dashed: the dense network of {labels(kinds)[0]}. "
+            "Mean over seeds in the band of its 95 % interval (Student's t), dashed: the dense network. "
             "Hollow: in some seed the minimum is the round's last evaluation (censored)."
         )
         return Figure(self.name, "Accuracy and early stopping", caption, charts)
@@ -297,7 +307,9 @@ def relative_loss(runs: Runs) -> Figure | None:
         return None
     y = Axis("test loss / that of round 0", log=max(r["y"] for r in rows) > 5 * min(r["y"] for r in rows) > 0)
     chart = lines(rows, kinds, Axis("sparsity (%)"), y, "relative test loss", dense=1.0)
-    caption = "Test loss at the end of a round as a multiple of that of the run's own round 0, mean over seeds and 95 % interval."
+    caption = (
+        "Test loss at the end of a round as a multiple of that of round 0: mean over seeds, 95 % interval."
+    )
     return Figure("relative_loss", "Relative loss", caption, [chart])
 
 
@@ -418,7 +430,9 @@ def heat(
         alt.Chart(alt.Data(values=rows), title=title, height=min(HEIGHT, 40 + 22 * len({r[y] for r in rows})))
         .mark_rect()
         .encode(
-            x=alt.X(f"{x}:O", title=x, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            x=alt.X(
+                f"{x}:O", title=x, sort=sort, axis=alt.Axis(labelAngle=0, labelOverlap=True, labelLimit=90)
+            ),
             y=alt.Y(f"{y}:O", title=None if y == "layer" else y, sort=sort, axis=alt.Axis(labelLimit=140)),
             color=alt.Color(
                 f"{value}:Q",
@@ -462,84 +476,60 @@ def _some(runs: Runs) -> str:
 
 def overlap(runs: Runs) -> Figure | None:
     """How much masks of different seeds have in common."""
-    kinds = [k for k in kinds_of(runs.records) if sum(run.survived is not None for run in runs.of(k)) > 1][
-        :KINDS
-    ]
-    curves: list[dict[str, Any]] = []
+    shared: list[dict[str, Any]] = []
     chance: list[dict[str, Any]] = []
-    last: list[dict[str, Any]] = []
-    charts = []
-    for kind in kinds:
-        its = [(run.seed, survived) for run in runs.of(kind) if (survived := run.flat()) is not None][:SEEDS]
-        rounds = range(1, min(int(s.max()) for _, s in its) + 1)
-        density = {r["round"]: (_left(r), r["layers"]) for r in runs.of(kind)[0].records}
-        sizes = runs.of(kind)[0].layer_sizes()
-        between: dict[tuple[int, int], list[float]] = {}
-        for (_, a), (_, b) in combinations(its, 2):
-            for r in rounds:
-                for s in rounds:
-                    between.setdefault((r, s), []).append(jaccard(a >= r, b >= s))
-        for r in rounds:
-            if r in density:
-                row = {"kind": LABELS.get(kind, kind), "round": r, "x": density[r][0], "censored": 0}
-                low, mean, high = interval(between[r, r])
-                its_pairs = {"y": mean, "seeds": len(its)} | (
-                    {"low": low, "high": high} if len(its) > 2 else {}
-                )
-                curves.append({**row, **its_pairs})
-                if kind == kinds[0]:
-                    both = sum(sizes[n] * d * d for n, d in density[r][1].items())
-                    either = sum(sizes[n] * (2 * d - d * d) for n, d in density[r][1].items())
-                    chance.append({"x": density[r][0], "y": both / either})
-        rows = [
-            {"round": r, "round of another seed": s, "overlap": fmean(v)} for (r, s), v in between.items()
+    last: dict[str, Masks] = {}
+    charts: list[Any] = []
+    for kind in kinds_of(runs.records):
+        name = LABELS.get(kind, kind)
+        its = {run.seed: run.survived for run in runs.of(kind) if run.survived}
+        its = dict(list(its.items())[:SEEDS])
+        if len(its) < 2 or len(charts) == KINDS:
+            continue
+        records = {r["round"]: r for r in runs.of(kind)[0].records if r["round"]}
+        for round, (spread, by_chance) in overlap_of_seeds(list(its.values()), list(records)).items():
+            row = {"kind": name, "round": round, "x": _left(records[round]), "y": spread.mean, "censored": 0}
+            band = dict(zip(("low", "high"), spread.interval, strict=True)) if len(its) > 2 else {}
+            shared.append({**row, **band, "seeds": len(its)})
+            chance.append({"x": row["x"], "y": by_chance})
+        some = list(records)[:: -(-len(records) // 20)]
+        pairs = list(combinations([{r: masks_of(s, r) for r in some} for s in its.values()], 2))[:3]
+        between = [
+            {"round": r, "round of another seed": s, "overlap": fmean(jaccard(a[r], b[s]) for a, b in pairs)}
+            for r in some
+            for s in some
         ]
-        if rows:
-            charts.append(
-                heat(rows, "round", "round of another seed", LABELS.get(kind, kind), "overlap", (0, 1), "%")
-            )
-        last += (
-            [(f"{LABELS.get(kind, kind)} {seed}", survived >= rounds[-1]) for seed, survived in its]
-            if rounds
-            else []
-        )
-    if not curves:
+        charts.append(heat(between, "round", "round of another seed", name, "overlap", (0, 1), "%"))
+        last |= {f"{name} {seed}": masks_of(s, max(records)) for seed, s in its.items()}
+    if not shared:
         return None
-    line = lines(
-        curves, kinds, left(runs.records), Axis("|A ∩ B| / |A ∪ B|", "%"), "overlap of two seeds' masks"
-    )
-    expected = alt.Chart(alt.Data(values=chance)).mark_line(color="#888", strokeDash=[5, 4], strokeWidth=1.5)
-    expected = expected.encode(
-        x="x:Q", y="y:Q", tooltip=[alt.Tooltip("y:Q", title="by chance", format=".2%")]
-    )
-    pairs = [
+    y = Axis("alive in both / in either", "%")
+    line = lines(shared, kinds_of(runs.records), left(runs.records), y, "overlap of two seeds' masks")
+    expected = alt.Chart(alt.Data(values=chance)).mark_point(shape="cross", color="#888", size=24)
+    tip = alt.Tooltip("y:Q", title="by chance", format=".2%")
+    charts.insert(0, line + expected.encode(x="x:Q", y="y:Q", tooltip=tip))
+    whole = [
         {"mask": m, "other mask": n, "overlap": jaccard(a, b)}
-        for m, a in last
-        for n, b in last
-        if a.shape == b.shape
+        for m, a in last.items()
+        for n, b in last.items()
     ]
-    names = [name for name, _ in last]
-    whole = heat(pairs, "mask", "other mask", "last round, every pair", "overlap", (0, 1), "%", sort=names)
-    whole.encoding.x.sort, whole.encoding.x.axis.labelAngle = names, -60  # type: ignore[union-attr]
-    caption = (
-        "Jaccard overlap of the masks of different seeds, mean over pairs and 95 % interval; dashed: of masks as dense in "
-        f"each layer, drawn at random. At most {SEEDS} seeds of a kind.{_some(runs)}"
+    charts.append(
+        heat(whole, "mask", "other mask", "last round, every pair", "overlap", (0, 1), "%", list(last))
     )
-    return Figure("overlap", "Mask overlap", caption, [line + expected, *charts, whole])
-
-
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """|A and B| / |A or B| of two masks."""
-    either = np.count_nonzero(a | b)
-    return np.count_nonzero(a & b) / either if either else 1.0
+    caption = (
+        "Jaccard overlap of the masks of different seeds: weights alive in both over weights alive in "
+        "either. Mean over pairs and 95 % interval; crosses: masks as dense in each layer, drawn at random. "
+        f"At most {SEEDS} seeds of a kind."
+    )
+    return Figure("overlap", "Mask overlap", caption, charts)
 
 
 @dataclass(frozen=True)
 class FirstLayer:
     """What a network over images keeps of its input: mask and weight magnitude of the first layer as images.
 
-    Pictures for some neurons, and of the mean over all neurons; of the last round of each kind's first finished
-    run.
+    Pictures for some neurons, and of the mean over all neurons; of the last round of each kind's first
+    finished run.
 
     Args:
         kinds: which runs; None: those in the folder, at most three.
@@ -577,7 +567,7 @@ class FirstLayer:
                     )
         if not charts:
             return None
-        caption = "Mask and magnitude of the first layer's weights over the input image, in the last round of a first run."
+        caption = "Mask and magnitude of the first layer's weights over the input, in the last round."
         return Figure(self.name, "First layer", caption, charts, len(self.neurons) + 1, 130)
 
 

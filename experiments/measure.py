@@ -15,8 +15,8 @@ from lightning_prune.rng import capture, restore
 def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
     """Put the masks of each round on the network of its config, and weigh and time it.
 
-    The weights below the masks are initial ones: neither size nor time depends on them by more than a percent or
-    two. Of each kind the first run that has masks is taken.
+    The weights below the masks are initial ones: neither size nor time depends on them by more than a percent
+    or two. Of each kind the first run that has masks is taken.
 
     Args:
         runs: of one experiment.

@@ -13,11 +13,14 @@ class LeNet(nn.Module):
         weights.
     """
 
-    def __init__(self, inputs: int = 784, hidden: tuple[int, int] = (300, 100), classes: int = 10) -> None:
+    def __init__(self, inputs: int = 784, hidden: Sequence[int] = (300, 100), classes: int = 10) -> None:
         super().__init__()
         self.fc1 = nn.Linear(inputs, hidden[0])
         self.fc2 = nn.Linear(hidden[0], hidden[1])
         self.out = nn.Linear(hidden[1], classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for layer in (self.fc1, self.fc2, self.out):
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -31,8 +31,10 @@ class MaskImages(Callback):
 def picture(mask: Tensor, side: int) -> Tensor:
     """A mask as an image of bytes, at most `side` pixels high and wide.
 
-    >>> picture(torch.tensor([[True, False], [False, False]]), 2).tolist(), picture(torch.ones(9, 2, 2), 4).shape
-    ([[255, 0], [0, 0]], torch.Size([4, 4]))
+    >>> picture(torch.tensor([[True, False], [False, False]]), 2).tolist()
+    [[255, 0], [0, 0]]
+    >>> picture(torch.ones(9, 2, 2), 4).shape
+    torch.Size([4, 4])
     """
     image = mask.detach().cpu().float().flatten(1) if mask.dim() > 1 else mask.detach().cpu().float()[None]
     shape = min(image.shape[0], side), min(image.shape[1], side)

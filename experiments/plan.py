@@ -37,7 +37,8 @@ class Plan:
     def add(self, cfg: DictConfig, folder: Path, state: str) -> None:
         """Add a run."""
         name = f"{cfg.name}/{folder.name}"
-        if cfg.run._target_ != "experiments.training.train":
+        control = cfg.run._target_.startswith("experiments.controls.")
+        if cfg.run._target_ != "experiments.training.train" and not control:
             self.rows.append((name, state, "", "", "?", "?"))
             return
         pruner: IterativeMagnitudePruning = instantiate(cfg.pruner)
@@ -48,9 +49,9 @@ class Plan:
         if state == "finished" or state.startswith("refused"):
             self.rows.append((name, state, "0", shown, "", ""))
             return
-        rounds = cfg.rounds + 1
+        rounds = cfg.rounds + 1 if not control or cfg.controls_at is None else len(cfg.controls_at)
         trained = 0 if state == "failed" else len(read(folder / "records.jsonl")[0])
-        dense = dense_round(cfg, folder, pruner)
+        dense = None if control else dense_round(cfg, folder, pruner)
         if dense is not None and not trained:
             trained = int(dense.path in self._dense or dense.path.is_file())
             self._dense.add(dense.path)
@@ -62,7 +63,7 @@ class Plan:
         self.rows.append((name, state, of, shown, f"{size / 1e6:.1f} MB", duration(seconds)))
 
     def _cost(self, cfg: DictConfig) -> Cost:
-        key = json.dumps(plain(cfg, (*LATER, "seed", "init_offset")), sort_keys=True)
+        key = json.dumps(plain(cfg, (*LATER, "seed")), sort_keys=True)
         if key not in self._trials:
             self._trials[key] = trial(cfg)
         return self._trials[key]

@@ -46,7 +46,8 @@ class Records(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = pruner_of(trainer)
         if not self._round:
-            self.survived = {name: torch.zeros_like(m, dtype=torch.uint8) for name, m in pruner.masks.items()}
+            # who is alive in round r has survived r prunings
+            self.survived = {name: m.to(torch.uint8) * pruner.round for name, m in pruner.masks.items()}
             self._round = described(pruner.round, pruner.masks)
         self._since = time.monotonic()
         if not trainer.is_global_zero:
@@ -78,10 +79,6 @@ class Records(Callback):
             temporary = self.path.with_name("survived.tmp")
             torch.save(self.survived, temporary)
             temporary.replace(self.path.with_name("survived.pt"))
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path.with_name("final.ckpt"))
 
     def _finish(self, trainer: Trainer) -> None:
         seconds = self._seconds + time.monotonic() - self._since

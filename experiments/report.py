@@ -18,11 +18,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from experiments.claims import Verdict, interval
+from experiments.claims import Verdict
 from experiments.figures import CONFIG, LABELS, PANELS, STANDARD, Figure, finite
 from experiments.measure import measure
 from experiments.records import Record, by_round, kinds_of, write
 from experiments.runs import Run, Runs, load
+from experiments.statistics import interval
 from experiments.sweeps import plain
 
 Cell = str | int | float | None

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 CONF = str(Path(__file__).parents[1] / "conf")
 # What does not change the numbers of a run may differ when it is resumed.
-_FREE = ("after", "progress", "runs", "claims", "figures", "tables", "hydra")
+_FREE = ("after", "progress", "runs", "ticket", "controls_at", "claims", "figures", "tables", "hydra")
 _KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
 
 
@@ -130,6 +130,8 @@ def _run_first(cfg: DictConfig) -> None:
         return
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("kind=")]
     first = hydra.compose("config", [*overrides, f"kind={cfg.after}"])
+    if Path(to_absolute_path(cfg.ticket)) != folder_of(first):
+        return  # it starts from another
     lock = locked(folder_of(first) / ".lock", os.path.relpath(folder_of(first)))
     lock.release()  # whoever was at it has finished, or never will
     if not (folder_of(first) / "DONE").is_file():

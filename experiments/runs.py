@@ -6,14 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments.records import Record, read
-
-SAMPLE = 2_000_000  # of more weights than these an even sample is compared
 
 
 @dataclass
@@ -41,17 +38,6 @@ class Run:
             return torch.load(path, weights_only=True) if path and path.is_file() else None
         except Exception:  # whatever a damaged file may end with: it is as good as none
             return None
-
-    def flat(self) -> np.ndarray | None:
-        """The same in one row; of many weights a sample."""
-        if self.survived is None:
-            return None
-        row = torch.cat([s.flatten() for s in self.survived.values()]).numpy()
-        return row[:: -(-len(row) // SAMPLE)]
-
-    def layer_sizes(self) -> dict[str, int]:
-        """Number of prunable weights by layer."""
-        return {name: s.numel() for name, s in (self.survived or {}).items()}
 
     @cached_property
     def config(self) -> dict[str, Any]:

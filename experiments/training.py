@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
+from typing_extensions import override
 
 from experiments.dense import dense_round
 from experiments.oneshot import sweep
@@ -29,12 +30,49 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
     The folder then holds `records.jsonl`, `survived.pt` and the checkpoints.
     """
-    batches, task = _made(cfg)
+    batches, task = instantiate(cfg.batches), built(cfg)
+    pruner, *others = _callbacks(cfg)
+    dense = dense_round(cfg, folder, pruner)
+    callbacks = [pruner, *others, *([dense] if dense else []), Final(folder / "final.ckpt")]
+    with dense.shared(folder, folder / "resume.ckpt") if dense else nullcontext():
+        fit(cfg, folder, task, batches, callbacks, (cfg.rounds + 1) * cfg.steps_per_round)
+    if cfg.oneshot:
+        methods = instantiate(cfg.oneshot, _convert_="all")
+        _, test = batches.val_dataloader()
+        path = folder / "records.jsonl"
+        trained = [r for r in read(path)[0] if r["kind"] not in methods]
+        write(path, trained + sweep(task, methods, test, cfg.seed))
+
+
+def built(cfg: DictConfig) -> Any:
+    """The network on its task, at the initialization of the run's seed."""
+    seed_everything(cfg.seed, verbose=False)
+    return instantiate(cfg.task)
+
+
+def fit(
+    cfg: DictConfig,
+    folder: Path,
+    task: LightningModule,
+    batches: LightningDataModule,
+    callbacks: list[Callback],
+    steps: int,
+    order: int | None = None,
+) -> Trainer:
+    """Train in a folder, going on from its checkpoint if there is one, and write the records of the rounds.
+
+    Args:
+        cfg: of the run.
+        folder: that gets `records.jsonl`, `survived.pt` and `resume.ckpt`.
+        task: what is trained.
+        batches: on what.
+        callbacks: the pruning callback, and what goes with it.
+        steps: of the optimizer, in all.
+        order: seed of the data order (and of dropout); None: that of the run.
+    """
     checkpoint = folder / "resume.ckpt"
-    pruner = instantiate(cfg.pruner)
     callbacks = [
-        pruner,
-        *([instantiate(cfg.rewind)] if cfg.rewind else []),
+        *callbacks,
         Records(folder, cfg.kind, cfg.seed),
         ModelCheckpoint(
             folder,
@@ -47,22 +85,26 @@ def train(cfg: DictConfig, folder: Path) -> None:
         *([MaskImages()] if cfg.logger else []),
     ]
     logger = instantiate(cfg.logger, save_dir=str(folder)) if cfg.logger else False
-    steps = (cfg.rounds + 1) * cfg.steps_per_round
-    trainer = _trainer(cfg, callbacks, logger=logger, max_steps=steps)
-    with ExitStack() as stack:
-        # The generators of the other ranks are in no checkpoint, so only a training on one device is shared.
-        if trainer.world_size == 1 and (dense := dense_round(cfg, folder, pruner)):
-            trainer.callbacks.insert(0, dense)  # type: ignore[attr-defined]
-            stack.callback(dense.release)
-            dense.begin(folder, checkpoint)
-        stack.enter_context(logging_redirect_tqdm())  # lines of the log appear above the bar
+    trainer = _trainer(cfg, callbacks, steps, logger=logger)
+    seed_everything(cfg.seed if order is None else order, verbose=False)
+    with logging_redirect_tqdm():  # lines of the log appear above the bar
         trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
-    if cfg.oneshot:
-        methods = instantiate(cfg.oneshot, _convert_="all")
-        _, test = batches.val_dataloader()
-        path = folder / "records.jsonl"
-        trained = [r for r in read(path)[0] if r["kind"] not in methods]
-        write(path, trained + sweep(task, methods, test, cfg.seed))
+    return trainer
+
+
+class Final(Callback):
+    """A checkpoint when all is trained, from the process that trained it.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 @dataclass(frozen=True)
@@ -76,35 +118,27 @@ class Cost:
 def trial(cfg: DictConfig) -> Cost:
     """Train until the first evaluation, to see what it costs."""
     torch.set_num_threads(cfg.threads)
-    batches, task = _made(cfg)
-    callbacks = [
-        instantiate(cfg.pruner),
-        *([instantiate(cfg.rewind)] if cfg.rewind else []),
-        timer := Timer(),
-    ]
+    task, timer = built(cfg), Timer()
     steps = min(cfg.evaluate_every, cfg.steps_per_round)
-    trainer = _trainer(cfg, callbacks, logger=False, max_steps=steps, enable_checkpointing=False)
+    trainer = _trainer(cfg, [*_callbacks(cfg), timer], steps, logger=False, enable_checkpointing=False)
     with TemporaryDirectory() as folder:
-        trainer.fit(task, batches)
+        trainer.fit(task, instantiate(cfg.batches))
         trainer.save_checkpoint(Path(folder, "trial.ckpt"))
         return Cost(timer.time_elapsed("train") / steps, Path(folder, "trial.ckpt").stat().st_size)
 
 
-def _made(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule]:
+def _callbacks(cfg: DictConfig) -> list[Any]:
+    return [instantiate(cfg.pruner), *([instantiate(cfg.rewind)] if cfg.rewind else [])]
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
     _hush()
-    batches = instantiate(cfg.batches)
-    seed_everything(cfg.seed + cfg.init_offset, verbose=False)
-    task = instantiate(cfg.task)
-    seed_everything(cfg.seed, verbose=False)  # data order: the same for a ticket and its controls
-    return batches, task
-
-
-def _trainer(cfg: DictConfig, callbacks: list[Callback], **options: Any) -> Trainer:
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, plugins=[Checkpoints()], **options)
+    given: dict[str, Any] = {"callbacks": callbacks, "plugins": [Checkpoints()], "max_steps": steps}
+    trainer: Trainer = instantiate(cfg.trainer, **given, **options)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ValueError(
             f"trainer.strategy={cfg.trainer.get('strategy')}: it would start this command anew for every "
-            "device. Allowed are strategies whose processes end with the run: ddp_spawn (trainer=ddp), ddp_fork."
+            "device. Allowed are strategies whose processes end with the run: ddp_spawn (trainer=ddp)."
         )
     return trainer
 

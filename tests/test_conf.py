@@ -27,7 +27,8 @@ def composed(*overrides):
 def test_every_experiment_composes_and_its_parts_instantiate(experiment, kind):
     cfg = composed(f"experiment={experiment}", f"kind={kind}", "seed=3")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert cfg.run._target_ == "experiments.training.train"
+    run = "experiments.training.train" if kind == "ticket" else "experiments.controls.train"
+    assert cfg.run._target_ == run
     pruner = instantiate(cfg.pruner)
     assert isinstance(pruner, lp.IterativeMagnitudePruning)
     assert pruner.rounds == cfg.rounds
@@ -58,10 +59,12 @@ def test_every_choice_of_every_group_composes(group, name):
     assert group in composed(f"{group}={name}")
 
 
-def test_a_control_replays_the_tickets_masks_whatever_the_experiment_chose():
-    assert composed("kind=reinit").criterion._target_ == "experiments.controls.Replay"
-    assert composed("kind=reinit").init_offset > 0
-    assert composed("kind=ticket").init_offset == 0
+@pytest.mark.parametrize("kind", sorted(p.stem for p in (CONF / "kind").glob("*.yaml")))
+def test_every_kind_is_one_changed_line_of_an_experiment_and_names_itself(kind):
+    cfg = composed("experiment=lenet_mnist_short", f"kind={kind}")
+    assert cfg.kind == kind
+    assert callable(instantiate(cfg.run))
+    assert (cfg.controls_at is None) == (kind == "reinit")
 
 
 def test_the_trainer_instantiates():

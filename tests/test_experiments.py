@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_dir
 
 import lightning_prune as lp
 from experiments import claims, data, minilm, records, report
-from experiments.controls import Replay
 from experiments.models import LeNet, ResidualMLP, ResNet20
 from experiments.run import run
 from lightning_prune.masks import alive
@@ -72,24 +71,6 @@ def test_a_run_says_what_it_was_made_with(runs):
     assert made["command"].startswith("python -m experiments.run")
     assert re.fullmatch("[0-9a-f]{40}|not a git checkout", made["commit"])
     assert made["versions"]["torch"] == torch.__version__.split("+")[0]
-
-
-def test_the_reinitialised_control_has_the_tickets_masks_and_other_weights(runs):
-    ticket, reinit = (torch.load(runs[k] / "survived.pt", weights_only=True) for k in ("ticket", "reinit"))
-    for name in ticket:
-        assert torch.equal(ticket[name], reinit[name])
-    losses = [[r["metrics"]["val_loss"] for r in lines(runs[k])] for k in ("ticket", "reinit")]
-    assert all(a != b for a, b in zip(*losses, strict=True))
-
-
-def test_the_random_control_has_as_many_weights_in_each_layer_elsewhere(runs):
-    for ticket, random in zip(lines(runs["ticket"]), lines(runs["random"]), strict=True):
-        assert ticket["layers"] == random["layers"]
-    # the same initialization and data order: the dense round is the same, bit for bit
-    assert lines(runs["ticket"])[0]["metrics"] == lines(runs["random"])[0]["metrics"]
-    ticket, random = (torch.load(runs[k] / "survived.pt", weights_only=True) for k in ("ticket", "random"))
-    overlap = ((ticket["net.fc2.weight"] == 2) & (random["net.fc2.weight"] == 2)).float().mean()
-    assert 0.2 < overlap < 0.28  # by chance 0.49**2 = 0.24
 
 
 def test_a_finished_run_is_left_alone_and_another_config_refused(runs):
@@ -155,28 +136,6 @@ def test_minilm_pruned_is_smaller_and_still_near(tmp_path):
     assert dense["cosine"] == pytest.approx(1)
     assert 0.97 < pruned["cosine"] < 0.99
     assert pruned["sparse_bytes"] < dense["sparse_bytes"] < dense["gzip_bytes"] < dense["raw_bytes"]
-
-
-def test_a_control_without_its_ticket_is_told_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="kind=ticket first"):
-        run(config(tmp_path, "kind=reinit"))
-
-
-def test_replay_gives_the_same_masks_for_every_allocation():
-    generator = torch.Generator().manual_seed(0)
-    params = {"a": torch.randn(40, 30, generator=generator), "b": torch.randn(20, 10, generator=generator)}
-    for allocate in (lp.allocation.uniform, lp.allocation.global_rank):
-        masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
-        survived, history = {n: torch.zeros(p.shape, dtype=torch.uint8) for n, p in params.items()}, []
-        for r in (1, 2, 3):
-            masks = next_masks(params, masks, [(list(params), 1 - 0.7**r)], allocate=allocate)
-            survived = {n: s + masks[n] for n, s in survived.items()}
-            history.append(masks)
-        torch.save(survived, "survived.pt")
-        again = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
-        for r, masks in zip((1, 2, 3), history, strict=True):
-            again = next_masks(params, again, [(list(params), 1 - 0.7**r)], Replay("survived.pt"), allocate)
-            assert all(torch.equal(again[n], masks[n]) for n in params)
 
 
 def test_lenet_walks_down_the_papers_ladder():
@@ -319,7 +278,6 @@ METHODS = [
     (path.parent.name, path.stem)
     for group in ("criterion", "allocation", "schedule", "granularity")
     for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
-    if path.stem != "replay"
 ]
 
 

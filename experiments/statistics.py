@@ -1,0 +1,160 @@
+"""Statistics over seeds: means with their spread, paired differences, and the overlap of masks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean, stdev
+
+from scipy.stats import t
+from torch import Tensor
+
+from experiments.records import Record
+from lightning_prune.masks import Masks
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds: how many, their mean, lowest and highest, and the mean's confidence interval."""
+
+    n: int
+    mean: float
+    lowest: float
+    highest: float
+    interval: tuple[float, float]
+
+
+def spread(values: Sequence[float], level: float = 0.95) -> Spread:
+    """Summarize one value a seed.
+
+    >>> spread([1.0, 2.0, 3.0]).lowest
+    1.0
+
+    Raises:
+        ValueError: when there is no value.
+    """
+    if not values:
+        raise ValueError("values: there are none; at least one is needed.")
+    low, mean, high = interval(values, level)
+    return Spread(len(values), mean, min(values), max(values), (low, high))
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Lower end, mean and upper end of the confidence interval of a mean, by Student's t.
+
+    >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
+    [-0.484, 2.0, 4.484]
+    >>> interval([1.0])
+    (-inf, 1.0, inf)
+    """
+    mean = fmean(values)
+    if len(values) < 2:
+        return -float("inf"), mean, float("inf")
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return mean - half, mean, mean + half
+
+
+def by_seed(records: Iterable[Record], metric: str, kind: str, left: float) -> dict[int, float]:
+    """A metric of each seed's run of a kind, in the round whose weights left are nearest to a fraction.
+
+    Fractions that are off by more than a fifth do not count.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for r in records:
+        if r["kind"] != kind or metric not in r["metrics"]:
+            continue
+        off = abs(r["alive"] / r["total"] - left)
+        if off <= 0.2 * left and off < found.get(r["seed"], (float("inf"), 0.0))[0]:
+            found[r["seed"]] = (off, float(r["metrics"][metric]))
+    return {seed: value for seed, (_, value) in found.items()}
+
+
+def paired(of: Mapping[int, float], against: Mapping[int, float]) -> list[float]:
+    """Differences `of` - `against` of the seeds that both have, in order of the seeds.
+
+    >>> paired({2: 5.0, 1: 3.0, 9: 0.0}, {1: 1.0, 2: 1.0})
+    [2.0, 4.0]
+    """
+    return [of[seed] - against[seed] for seed in sorted(of.keys() & against.keys())]
+
+
+def paired_by_round(
+    records: Iterable[Record], metric: str, of: str, against: str
+) -> dict[int, tuple[float, Spread]]:
+    """Paired differences of two kinds in each round that both have: round -> (weights left, their spread)."""
+    table: dict[int, dict[str, dict[int, float]]] = {}
+    left: dict[int, float] = {}
+    for r in records:
+        if r["kind"] in (of, against) and metric in r["metrics"]:
+            table.setdefault(r["round"], {}).setdefault(r["kind"], {})[r["seed"]] = float(
+                r["metrics"][metric]
+            )
+            if r["kind"] == of:
+                left[r["round"]] = r["alive"] / r["total"]
+    pairs = {
+        round: paired(kinds[of], kinds[against])
+        for round, kinds in sorted(table.items())
+        if {of, against} <= kinds.keys()
+    }
+    return {round: (left[round], spread(values)) for round, values in pairs.items() if values}
+
+
+def jaccard(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Weights alive in both masks over weights alive in either; 1 when nothing is alive in either.
+
+    >>> from torch import tensor
+    >>> jaccard({"w": tensor([True, True, False])}, {"w": tensor([False, True, True])})
+    0.3333333333333333
+
+    Raises:
+        ValueError: when the masks are of different tensors.
+    """
+    if [(n, m.shape) for n, m in a.items()] != [(n, m.shape) for n, m in b.items()]:
+        raise ValueError(f"masks of different tensors: {list(a)} and {list(b)}.")
+    both = sum(int((a[name] & b[name]).count_nonzero()) for name in a)
+    either = sum(int((a[name] | b[name]).count_nonzero()) for name in a)
+    return both / either if either else 1.0
+
+
+def masks_of(survived: Mapping[str, Tensor], round: int) -> Masks:
+    """The masks of a round, from how many prunings each weight survived (`survived.pt` in a run's folder)."""
+    return {name: n >= round for name, n in survived.items()}
+
+
+def overlap_of_rounds(survived: Mapping[str, Tensor], rounds: Sequence[int]) -> list[list[float]]:
+    """Jaccard overlap of the masks of one run in each two of these rounds, as a matrix."""
+    masks = [masks_of(survived, round) for round in rounds]
+    return [[jaccard(a, b) for b in masks] for a in masks]
+
+
+def overlap_of_seeds(
+    survived: Sequence[Mapping[str, Tensor]], rounds: Sequence[int]
+) -> dict[int, tuple[Spread, float]]:
+    """Jaccard overlap of the masks of different seeds in each round, and what chance would give.
+
+    Chance: the expected alive in both over the expected alive in either, layer by layer, for masks of the
+    same densities drawn at random.
+
+    Args:
+        survived: of each seed's run, two or more.
+        rounds: which.
+
+    Returns:
+        {round: (spread over all pairs of seeds, by chance)}
+    """
+    table: dict[int, tuple[Spread, float]] = {}
+    for round in rounds:
+        masks = [masks_of(its, round) for its in survived]
+        pairs = list(combinations(masks, 2))
+        chance = [_by_chance(a, b) for a, b in pairs]
+        table[round] = spread([jaccard(a, b) for a, b in pairs]), fmean(chance)
+    return table
+
+
+def _by_chance(a: Masks, b: Masks) -> float:
+    both = either = 0.0
+    for name, mask in a.items():
+        n = mask.numel()
+        first, second = int(mask.count_nonzero()), int(b[name].count_nonzero())
+        both += first * second / n if n else 0.0
+        either += first + second - (first * second / n if n else 0.0)
+    return both / either if either else 1.0

@@ -1,0 +1,367 @@
+"""Controls: which tensors and masks equal the ticket's, bit for bit, and which do not."""
+
+import shutil
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+from torch import nn
+
+import lightning_prune as lp
+from experiments import controls
+from experiments.controls import Begin, Start
+from experiments.models import LeNet
+from experiments.records import read
+from experiments.run import run
+from experiments.statistics import masks_of
+from lightning_prune.masks import alive
+from lightning_prune.rewind import Snapshot
+from tests.networks import Net, fitter, same
+from tests.test_experiments import ROOT
+
+KINDS = ["reinit", "signed_reinit", "sign_only", "shuffled", "shuffled_globally", "random", "inverted"]
+KINDS += ["one_shot", "small_dense"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network():
+    torch.manual_seed(3)
+    return LeNet(20, (30, 10), 5)
+
+
+@pytest.fixture
+def survived():
+    """How many of three prunings each weight survived; the middle layer is pruned hardest."""
+    densities = {"fc1.weight": 0.7, "fc2.weight": 0.4, "out.weight": 0.9}
+    shapes = {n: p.shape for n, p in network().named_parameters() if n in densities}
+    draws = {n: torch.rand(3, *shape, generator=seeded(1)) < densities[n] for n, shape in shapes.items()}
+    return {n: d.to(torch.uint8).cumprod(0).sum(0).to(torch.uint8) for n, d in draws.items()}
+
+
+@pytest.fixture
+def start(survived):
+    tensors = {n: t.detach() for n, t in network().named_parameters()}
+    tensors["fc1.bias"] = torch.linspace(-1, 1, 30)  # as after some steps of training
+    return Start(tensors, masks_of(survived, 2))
+
+
+def prune_to(start):
+    """As the experiments do: each layer keeps as many as the ticket has in it."""
+
+    def prune(criterion, weights):
+        scores = criterion({n: weights[n] for n in start.masks})
+        masks = {}
+        for n, mask in start.masks.items():
+            best = sorted(range(mask.numel()), key=lambda i: -float(scores[n].flatten()[i]))[
+                : int(mask.sum())
+            ]
+            masks[n] = torch.zeros(mask.numel(), dtype=torch.bool)
+            masks[n][best] = True
+            masks[n] = masks[n].view(mask.shape)
+        return masks
+
+    return prune
+
+
+def counts(masks):
+    return {n: int(m.sum()) for n, m in masks.items()}
+
+
+def test_reinit_changes_every_weight_and_no_mask(start):
+    new = controls.reinitialized(start, network(), seeded())
+    assert same(new.masks, start.masks)
+    assert list(new.tensors) == list(start.tensors)
+    for name, w in new.tensors.items():
+        assert (w != start.tensors[name]).all() if name in start.masks else not w.any()  # biases start at 0
+    assert same(controls.reinitialized(start, network(), seeded()).tensors, new.tensors)
+    assert not same(controls.reinitialized(start, network(), seeded(1)).tensors, new.tensors)
+
+
+def test_reinit_draws_from_the_distribution_of_the_constructor_without_touching_the_global_generator():
+    net = LeNet()
+    state = torch.get_rng_state()
+    new = controls.initialize(net, seeded())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(new) == [n for n, _ in net.named_parameters()]
+    for name, fan in (("fc1.weight", 1084), ("fc2.weight", 400)):
+        assert new[name].std() == pytest.approx((2 / fan) ** 0.5, rel=0.02)  # Glorot's, not nn.Linear's
+
+
+def test_batch_normalization_is_reinitialised_with_its_statistics():
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    net(torch.randn(16, 4) + 3)
+    net[1].weight.data.fill_(7.0)
+    new = controls.initialize(net, seeded())
+    assert not new["1.running_mean"].any()
+    assert (new["1.weight"] == 1).all()
+    assert new["1.num_batches_tracked"] == 0
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.full((3,), 5.0))
+
+
+def test_what_cannot_be_reinitialised_is_an_error_unless_an_init_is_given(start):
+    net = nn.Sequential(nn.Linear(4, 3), Scale())
+    with pytest.raises(
+        ValueError, match=r"no reset_parameters: 1 \(Scale\)\. Give them one, or set run\.control"
+    ):
+        controls.initialize(net, seeded())
+
+    def init(module):
+        for p in module.parameters(recurse=False):
+            nn.init.uniform_(p, 1, 2)
+
+    new = controls.initialize(net, seeded(), init)
+    assert all(((w >= 1) & (w <= 2)).all() for w in new.values())
+
+
+def test_signed_reinit_has_the_tickets_signs_and_the_magnitudes_of_another_initialization(start):
+    new, other = (f(start, network(), seeded()) for f in (controls.signed_reinit, controls.reinitialized))
+    assert same(new.masks, start.masks)
+    for name, w in new.tensors.items():
+        if name in start.masks:
+            assert torch.equal(w.sign(), start.tensors[name].sign())
+            assert torch.equal(w.abs(), other.tensors[name].abs())
+            assert not torch.equal(w, other.tensors[name])
+        else:
+            assert same(w, start.tensors[name])
+
+
+def test_sign_only_has_the_tickets_signs_and_one_magnitude_a_tensor(start):
+    new = controls.sign_only(start)
+    assert same(new.masks, start.masks)
+    for name, w in new.tensors.items():
+        if name in start.masks:
+            assert torch.equal(w.sign(), start.tensors[name].sign())
+            assert w.abs().unique().numel() == 1
+            values = start.tensors[name].double()
+            std = ((values - values.mean()) ** 2).mean().sqrt()
+            assert float(w.abs().max()) == pytest.approx(float(std), rel=1e-5)
+        else:
+            assert same(w, start.tensors[name])
+
+
+def test_shuffled_masks_keep_every_layers_count_and_the_weights(start):
+    new = controls.shuffled(start, seeded())
+    assert new.tensors is start.tensors
+    assert counts(new.masks) == counts(start.masks)
+    for name, mask in new.masks.items():
+        n = mask.numel()
+        agree = int((mask & start.masks[name]).sum())
+        assert agree < int(mask.sum())
+        if n > 200:  # by chance, within five standard deviations
+            expected = int(mask.sum()) ** 2 / n
+            assert abs(agree - expected) < 5 * expected**0.5
+    assert same(controls.shuffled(start, seeded()).masks, new.masks)
+
+
+def test_shuffles_of_the_same_seed_are_nested_as_the_tickets_masks_are(start, survived):
+    early, late = (
+        controls.shuffled(Start(start.tensors, masks_of(survived, r)), seeded()).masks for r in (1, 3)
+    )
+    assert all(not (late[n] & ~early[n]).any() for n in early)
+
+
+def test_globally_shuffled_masks_keep_the_total_and_level_the_layers(start):
+    new = controls.shuffled_globally(start, seeded())
+    assert new.tensors is start.tensors
+    assert alive(new.masks) == alive(start.masks)
+    assert {n: m.shape for n, m in new.masks.items()} == {n: m.shape for n, m in start.masks.items()}
+    density = alive(start.masks) / sum(m.numel() for m in start.masks.values())
+    assert start.masks["fc2.weight"].float().mean() < density - 0.15
+    assert new.masks["fc2.weight"].float().mean() == pytest.approx(density, abs=0.12)
+
+
+def test_random_masks_are_drawn_from_the_generator_alone(start):
+    new = controls.random(start, prune_to(start), seeded())
+    assert new.tensors is start.tensors
+    assert counts(new.masks) == counts(start.masks)
+    assert not same(new.masks, start.masks)
+    assert same(controls.random(start, prune_to(start), seeded()).masks, new.masks)
+    assert not same(controls.random(start, prune_to(start), seeded(1)).masks, new.masks)
+
+
+def test_inverted_masks_keep_what_the_ticket_lost_first(start, survived):
+    new = controls.inverted(start, prune_to(start), survived, seeded())
+    assert new.tensors is start.tensors
+    assert counts(new.masks) == counts(start.masks)
+    for name, mask in new.masks.items():
+        kept, lost = survived[name][mask], survived[name][~mask]
+        assert int(kept.max()) <= int(lost.min())
+
+
+def test_one_shot_masks_are_those_of_the_dense_networks_trained_weights(start):
+    dense = {n: torch.randn(t.shape, generator=seeded(5)) for n, t in start.tensors.items()}
+    new = controls.OneShot(lp.criteria.magnitude)(start, prune_to(start), dense)
+    assert new.tensors is start.tensors
+    assert counts(new.masks) == counts(start.masks)
+    for name, mask in new.masks.items():
+        assert dense[name][mask].abs().min() > dense[name][~mask].abs().max()
+
+
+@pytest.mark.parametrize("weights", [5_000, 20_000, 40_000, 80_000, 180_000, 266_200])
+def test_a_small_dense_network_has_the_nearest_number_of_weights(weights):
+    model = OmegaConf.create({"_target_": "experiments.models.LeNet", "hidden": [300, 100]})
+    first, second = controls.narrowed(model, weights)["hidden"]
+    scales = [(i + 0.3) / 9000 for i in range(9001)]  # never half way between two whole widths
+    both = {(max(1, round(300 * by)), max(1, round(100 * by))) for by in scales}
+    assert (first, second) in both
+    nearest = min(abs(784 * h1 + h1 * h2 + 10 * h2 - weights) for h1, h2 in both)
+    assert abs(784 * first + first * second + 10 * second - weights) == nearest
+    assert weights != 266_200 or (first, second) == (300, 100)
+    with pytest.raises(ValueError, match="none of hidden"):
+        controls.narrowed(OmegaConf.create({"_target_": "x"}), 10)
+
+
+# -------------------------------------------------------------------------------------------- their training
+
+
+class First(Callback):
+    """Sees the first batch of a round; everything before it has happened."""
+
+    seen = None
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        if self.seen is None:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self.seen = Snapshot.take(model, trainer.optimizers, schedulers)
+
+
+def step_schedule(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+
+@pytest.fixture(scope="module")
+def ticket():
+    """A run that rewinds to step 4, after a change of the learning rate: its snapshot and its first masks."""
+    torch.manual_seed(0)
+    pruner = lp.IterativeMagnitudePruning(rounds=1, every_n_train_steps=9)
+    rewind = lp.LotteryTicketRewind(4)
+    fitter(pruner, rewind, epochs=6).fit(Net(schedule=step_schedule, interval="step"))
+    return rewind.snapshot, pruner.masks
+
+
+@pytest.mark.parametrize("change", ["masks", "weights"])
+def test_training_begins_in_the_state_that_the_ticket_rewound_to(ticket, change):
+    snapshot, masks = ticket
+    start = Start(snapshot.tensors, {n: m.flip(0) for n, m in masks.items()})
+    if change == "weights":
+        start = Start({n: t + 1 for n, t in snapshot.tensors.items()}, masks)
+    pruner, first = lp.IterativeMagnitudePruning(rounds=3, every_n_train_steps=9), First()
+    pruner.masks, pruner.round = start.masks, 2
+    net = Net(schedule=step_schedule, interval="step")
+    fitter(Begin(start, snapshot), pruner, first, max_steps=9, max_epochs=-1).fit(net)
+    assert pruner.round == 2
+    seen = first.seen
+    for name, tensor in start.tensors.items():
+        expected = torch.where(start.masks[name], tensor, 0.0) if name in masks else tensor
+        assert same(seen.tensors[name], expected), name
+    assert same(seen.schedulers, snapshot.schedulers)
+    assert seen.schedulers[0]["last_epoch"] == 4
+    assert same(seen.optimizers[0]["param_groups"], snapshot.optimizers[0]["param_groups"])
+    assert seen.optimizers[0]["param_groups"][0]["lr"] == 0.1 / 4
+    state = seen.optimizers[0]["state"]
+    if change == "weights":  # no history of other weights
+        assert state == {}
+    else:
+        names = [n for n, _ in net.named_parameters()]
+        for key, its in snapshot.optimizers[0]["state"].items():
+            momentum = its["momentum_buffer"]
+            if names[key] in masks:
+                momentum = torch.where(start.masks[names[key]], momentum, 0.0)
+            assert same(state[key]["momentum_buffer"], momentum)
+
+
+def config(folder, *overrides):
+    small = ["rounds=2", "steps_per_round=20", "evaluate_every=10", "progress=false", f"runs={folder}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", ["experiment=mnist1d", *small, *overrides])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    run(config(folder))
+    return folder
+
+
+def lines(folder):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read(folder / "records.jsonl")[0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_at_the_tickets_sizes_and_is_recorded_as_its_round(kind, runs):
+    at = [] if kind == "reinit" else ["controls_at=[2]"]
+    folder = run(config(runs, f"kind={kind}", *at))
+    ticket, found = lines(runs / "mnist1d" / "ticket-1"), lines(folder)
+    assert [r["round"] for r in found] == {"reinit": [0, 1, 2], "one_shot": [0, 2]}.get(kind, [2])
+    assert {r["kind"] for r in found} == {kind}
+    for r in found:
+        of = ticket[r["round"]]
+        assert (r["total"], r["seed"]) == (of["total"], of["seed"])
+        assert r["curve"]["step"] == [10, 20]
+        if kind == "small_dense":
+            assert r["alive"] == pytest.approx(of["alive"], rel=0.02)
+            assert set(r["layers"].values()) == {1.0}
+        else:
+            assert r["alive"] == of["alive"]
+            assert (r["layers"] == of["layers"]) == (kind != "shuffled_globally")
+        assert r["sparsity"] == (r["total"] - r["alive"]) / r["total"]
+    if kind == "one_shot":  # the dense network is the ticket's, trained the same, bit for bit
+        assert found[0]["metrics"] == ticket[0]["metrics"]
+        assert found[0]["curve"] == ticket[0]["curve"]
+    elif kind != "small_dense":
+        assert found[-1]["metrics"]["val_loss"] != ticket[2]["metrics"]["val_loss"]
+    assert not list(folder.glob("round-*"))
+
+
+def test_an_interrupted_control_goes_on_to_the_same_records(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "mnist1d" / "ticket-1", tmp_path / "mnist1d" / "ticket-1")
+    again = ["kind=shuffled", "steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1"]
+    straight = lines(run(config(tmp_path, *again)))
+    shutil.rmtree(tmp_path / "mnist1d" / "shuffled-1")
+
+    from experiments import records
+
+    evaluated, original = [], records.Records.on_validation_end
+
+    def crash(self, trainer, module):
+        original(self, trainer, module)
+        evaluated.append(trainer.global_step)
+        if len(evaluated) == 4:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(records.Records, "on_validation_end", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config(tmp_path, *again))
+    folder = tmp_path / "mnist1d" / "shuffled-1"
+    assert [r["round"] for r in lines(folder)] == [0]
+    assert (folder / "round-01" / "resume.ckpt").is_file()
+    monkeypatch.undo()
+    assert lines(run(config(tmp_path, *again))) == straight
+
+
+def test_a_control_without_a_finished_ticket_is_told_what_to_do(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="kind=ticket first"):
+        run(config(tmp_path, "kind=reinit"))
+    finished = f"ticket={runs}/mnist1d/ticket-1"
+    with pytest.raises(ValueError, match=r"has no rounds \[7\]; it has \[0, 1, 2\]"):
+        run(config(tmp_path, "kind=random", "controls_at=[1,7]", finished))
+    with pytest.raises(ValueError, match="it did not rewind, so"):
+        run(config(tmp_path, "kind=shuffled", "rewind=none", finished))
+
+
+def test_controls_can_be_extended_to_more_rounds(runs):
+    folder = run(config(runs, "kind=sign_only", "controls_at=[2]"))
+    first = lines(folder)
+    (folder / "DONE").unlink()
+    assert [r["round"] for r in lines(run(config(runs, "kind=sign_only")))] == [0, 1, 2]
+    assert lines(folder)[2] == first[0]
