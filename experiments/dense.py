@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,12 @@ from lightning_prune.evidence import asked
 from lightning_prune.masks import Masks
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
-LATER = (
-    "kind",
-    "after",
-    "name",
-    "runs",
-    "rounds",
-    "rate",
-    "output_rate",
-    "schedule",
-    "criterion",
-    "allocation",
-)
-LATER += ("granularity", "oneshot", "checkpoint_every_n_epochs", "logger", "progress", "claims", "figures")
-LATER += ("tables", "hydra")
-LATER += tuple(f"pruner.{k}" for k in ("schedule", "rounds", "criterion", "allocate", "granularity"))
+LATER = [
+    *("kind", "after", "ticket", "controls_at", "name", "runs", "progress", "logger", "oneshot", "hydra"),
+    *("claims", "figures", "tables", "checkpoint_every_n_epochs"),
+    *("rounds", "rate", "output_rate", "schedule", "criterion", "allocation", "granularity"),
+    *(f"pruner.{key}" for key in ("rounds", "schedule", "criterion", "allocate", "granularity")),
+]
 
 
 class DenseRound(Callback):
@@ -102,5 +94,6 @@ def dense_round(cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning
     if cfg.rewind and cfg.rewind.get("until"):
         return None  # its end depends on what would be pruned
     depends: dict[str, Any] = plain(cfg, without=LATER)
+    depends["versions"] = [version(name) for name in ("lightning-prune", "torch", "lightning")]
     depends["keeps the initial weights"] = "initial" in asked(pruner.criterion)
     return DenseRound(folder.parents[1] / ".dense" / f"{digest(depends)}.ckpt", cfg.steps_per_round)

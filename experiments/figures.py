@@ -317,11 +317,11 @@ def sizes(runs: Runs) -> Figure | None:
     """File size, compression ratio and theoretical speed-up against sparsity."""
     kinds, x = kinds_of(runs.records), Axis("sparsity (%)")
     charts = []
-    recorded = {"raw_bytes": "raw", "gzip_bytes": "gzip -6", "sparse_bytes": "sparse file"}
+    recorded = {"gzip_bytes": "gzip -6", "sparse_bytes": "sparse file"}
     for metric, label in recorded.items():
         rows = points(runs.records, kinds, _sparsity, lambda r, metric=metric: r["metrics"].get(metric))
         rows = rows or _measured(runs, metric)
-        if rows and metric != "raw_bytes":
+        if rows:
             charts.append(lines(rows, kinds, x, Axis(f"bytes, {label}", "~s"), f"file size, {label}"))
     rows = points(runs.records, kinds, _sparsity, lambda r: r["total"] / r["alive"] if r["alive"] else None)
     charts.append(lines(rows, kinds, x, Axis("weights / weights left", log=True), "compression ratio"))
@@ -343,6 +343,7 @@ def _measured(runs: Runs, metric: str) -> list[dict[str, Any]]:
             "censored": 0,
         }
         for m in runs.measured
+        if metric in m
     ]
 
 
@@ -425,7 +426,7 @@ def heat(
     sort: Any = None,
 ) -> alt.Chart:
     """A heat map: rows of x, y and `value`."""
-    scale = alt.Scale(scheme="viridis", **({"domain": list(domain)} if domain else {}))
+    scale = alt.Scale(scheme="viridis", **({"domain": list(domain), "type": "sqrt"} if domain else {}))
     return (
         alt.Chart(alt.Data(values=rows), title=title, height=min(HEIGHT, 40 + 22 * len({r[y] for r in rows})))
         .mark_rect()

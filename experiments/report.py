@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -72,7 +73,7 @@ def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
             row: dict[str, Cell] = {"kind": LABELS.get(kind, kind), "round": round, "seeds": len(its)}
             row["weights left"] = f"{fmean(r['alive'] / r['total'] for r in its):.2%}"
             for metric, label in metrics.items():
-                values = [r["metrics"][metric] for r in its if metric in r["metrics"]]
+                values = [v for r in its if isfinite(v := r["metrics"].get(metric, nan))]
                 low, mean, high = interval(values) if values else (0.0, 0.0, 0.0)
                 spread = f" [{shown(metric, low)}, {shown(metric, high)}]" if len(values) > 1 else ""
                 row[label] = shown(metric, mean) + spread if values else None
@@ -209,7 +210,8 @@ def report(folder: Path, out: Path, measured: bool = False) -> None:
     drawn = [figure for figure in own if figure is not None]
     names = {figure.name for figure in drawn}
     drawn += [figure for make in STANDARD if (figure := make(runs)) is not None and figure.name not in names]
-    verdicts = [claim.check(records) for claim in instantiate(config.claims, _convert_="all")]
+    sound = [{**r, "metrics": {k: v for k, v in r["metrics"].items() if isfinite(v)}} for r in records]
+    verdicts = [claim.check(sound) for claim in instantiate(config.claims, _convert_="all")]
     rows = flat(records)
 
     written = [path for figure in drawn for path in figure.write(out)]

@@ -87,8 +87,8 @@ def state_of(cfg: DictConfig) -> str:
         return "interrupted"
     if (folder / "DONE").read_text().strip() not in ("", digest(config)):
         raise ValueError(
-            f"{os.path.relpath(folder)}/DONE is that of another config or version. Delete it to go on with "
-            "the run from its last checkpoint, or delete the folder."
+            f"{os.path.relpath(folder)}/DONE is that of another config. Delete it to go on with the run "
+            "from its last checkpoint, or delete the folder."
         )
     return "finished"
 

@@ -138,7 +138,7 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: 
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ValueError(
             f"trainer.strategy={cfg.trainer.get('strategy')}: it would start this command anew for every "
-            "device. Allowed are strategies whose processes end with the run: ddp_spawn (trainer=ddp)."
+            "device. Allowed are strategies whose processes end with the run: ddp_fork (trainer=ddp)."
         )
     return trainer
 

@@ -268,7 +268,7 @@ def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
     assert "re-initialised" in text
     assert "random mask" in text
     assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(report.load(tmp_path / "out")) == 9
+    assert len(report.load(tmp_path / "out").records) == 9
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(SystemExit, match="no records"):
         report.report(tmp_path / "nothing", tmp_path / "out")

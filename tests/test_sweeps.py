@@ -333,5 +333,5 @@ def test_two_jobs_with_two_processes_each_finish_and_leave_none_behind(tmp_path)
 
 
 def test_a_strategy_that_starts_the_command_again_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"trainer\.strategy=ddp: .* Allowed are .* ddp_spawn"):
+    with pytest.raises(ValueError, match=r"trainer\.strategy=ddp: .* Allowed are .* ddp_fork"):
         run(config(tmp_path, "trainer=ddp", "trainer.strategy=ddp"))
