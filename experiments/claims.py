@@ -19,32 +19,34 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Difference:
-    """`of` minus `against` is at least this much, at each of the fractions of weights `left`.
+    """`of` minus `against` is at least, or at most, this much, at each of the fractions of weights `left`.
 
-    Values are paired by seed. A claim is held when the 95 % interval of the mean (Student's t) lies at or
-    above the bound less the tolerance, not held when it lies below, otherwise undecided; over several
-    fractions the worst of them counts.
+    Values are paired by seed. A claim is held when the 95 % interval of the mean (Student's t) lies on the
+    right side of the bound, up to the tolerance, not held when it lies on the other, otherwise undecided;
+    over several fractions the worst of them counts.
 
     Args:
         name: the claim in words.
         source: paper, and figure or table.
         metric: of the records.
         of: kind of run.
-        against: kind of run; None: nothing, the claim is about the value of `of` itself.
         left: fractions of weights left at which `of` is read.
-        at_least: the bound.
+        at_least: the bound, if it is a lower one.
+        against: kind of run; None: nothing, the claim is about the value of `of` itself.
         against_left: where `against` is read, if not at the same fractions.
-        tolerance: how far below the bound is as good as at the bound, 0 or more.
+        at_most: the bound, if it is an upper one.
+        tolerance: how far beyond the bound is as good as at the bound, 0 or more.
     """
 
     name: str
     source: str
     metric: str
     of: str
-    against: str | None
     left: Sequence[float]
-    at_least: float
+    at_least: float | None = None
+    against: str | None = None
     against_left: float | None = None
+    at_most: float | None = None
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,6 +54,10 @@ class Difference:
             raise ValueError(
                 f"left={self.left}, tolerance={self.tolerance}: a claim needs one fraction or more, and a "
                 "tolerance of 0 or more."
+            )
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(
+                f"at_least={self.at_least}, at_most={self.at_most}: a claim needs one of them, and not both."
             )
 
     def _compare(self, of: float, against: float) -> float:
@@ -66,7 +72,11 @@ class Difference:
 
     def check(self, records: Iterable[Record]) -> Verdict:
         """Hold the claim against records."""
-        records, bound = list(records), self.at_least - self.tolerance
+        records = list(records)
+        sign, bound = (1, self.at_least) if self.at_least is not None else (-1, self.at_most)
+        assert bound is not None
+        claimed = f"claimed {'>=' if sign > 0 else '<='} {bound:g}"
+        claimed += f" within {self.tolerance:g}" if self.tolerance else ""
         worst: tuple[float, str, str] | None = None
         for left in self.left:
             values = self._values(records, left)
@@ -74,20 +84,21 @@ class Difference:
                 return Verdict(self.name, self.source, "undecided", f"no records at {left:.1%} left")
             found = spread(values)
             low, high = found.interval
-            verdict = "held" if low >= bound else "not held" if high < bound else "undecided"
+            least, most = sorted(sign * (end - bound) + self.tolerance for end in (low, high))
+            verdict = "held" if least >= 0 else "not held" if most < 0 else "undecided"
             numbers = f"{found.mean:.4g} [{low:.4g}, {high:.4g}], {found.n} seeds"
-            numbers += f" from {found.lowest:.4g} to {found.highest:.4g}; claimed >= {self.at_least:g}"
-            numbers += f" within {self.tolerance:g}" if self.tolerance else ""
+            numbers += f" from {found.lowest:.4g} to {found.highest:.4g}; {claimed}"
             numbers += f" (at {left:.1%} left, the worst of {len(self.left)})" if len(self.left) > 1 else ""
-            if worst is None or found.mean < worst[0]:
-                worst = (found.mean, verdict, numbers)
+            margin = sign * (found.mean - bound)
+            if worst is None or margin < worst[0]:
+                worst = (margin, verdict, numbers)
         assert worst is not None
         return Verdict(self.name, self.source, worst[1], worst[2])
 
 
 @dataclass(frozen=True)
 class Ratio(Difference):
-    """`of` divided by `against` is at least this much; otherwise as `Difference`."""
+    """`of` divided by `against`; otherwise as `Difference`."""
 
     def _compare(self, of: float, against: float) -> float:
         return of / against

@@ -1,6 +1,6 @@
 """Data sets as tensors in memory, batches sliced from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,7 +76,40 @@ def mnist(root: str, download: bool = True, seed: int = 0) -> Splits:
     return Splits((x[5000:], y[5000:]), (x[:5000], y[:5000]), (test.data / 255, test.targets))
 
 
-def npz(path: str, validation: int = 1000, seed: int = 0) -> Splits:
+def cifar10(
+    root: str, download: bool = True, seed: int = 0, normalize: Callable[[Splits], Splits] | None = None
+) -> Splits:
+    """CIFAR-10 as in the lottery ticket papers: 45,000 / 5,000 (a random sample) / 10,000, pixels in [0, 1].
+
+    Args:
+        root: the folder that holds `cifar-10-batches-py`.
+        download: fetch the files into `root` where they are missing.
+        seed: draws the validation split.
+        normalize: applied to all of it, such as `per_channel`.
+
+    Raises:
+        FileNotFoundError: when the files are neither there nor to be had.
+    """
+    from torchvision.datasets import CIFAR10
+
+    try:
+        train, test = (CIFAR10(root, train=t, download=download) for t in (True, False))
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"data.root={root}: CIFAR-10 is not in {Path(root).resolve() / 'cifar-10-batches-py'} and could "
+            f"not be downloaded ({error}). Set data.root to a folder that holds it, or connect to the "
+            "internet."
+        ) from error
+    order = np.random.default_rng(seed).permutation(len(train.data))
+    x, y = train.data.transpose(0, 3, 1, 2)[order], np.asarray(train.targets)[order]
+    held_out = _pair(test.data.transpose(0, 3, 1, 2), np.asarray(test.targets))
+    splits = Splits(_pair(x[5000:], y[5000:]), _pair(x[:5000], y[:5000]), held_out)
+    return normalize(splits) if normalize else splits
+
+
+def npz(
+    path: str, validation: int = 1000, seed: int = 0, normalize: Callable[[Splits], Splits] | None = None
+) -> Splits:
     """Any file of arrays `x_train`, `y_train`, `x_test`, `y_test`, for instance a subset of CIFAR-10.
 
     Integer inputs are pixels and become [0, 1].
@@ -85,6 +118,7 @@ def npz(path: str, validation: int = 1000, seed: int = 0) -> Splits:
         path: the .npz file.
         validation: training examples set aside, drawn at random.
         seed: draws them.
+        normalize: applied to all of it, such as `per_channel`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"data.path={path}: there is no such file. Set data.path to an .npz file.")
@@ -93,16 +127,55 @@ def npz(path: str, validation: int = 1000, seed: int = 0) -> Splits:
         raise ValueError(f"data.path={path}: lacks the arrays {missing}; it has {sorted(arrays)}.")
     order = np.random.default_rng(seed).permutation(len(arrays["x_train"]))
     x, y = arrays["x_train"][order], arrays["y_train"][order]
-    return Splits(
+    splits = Splits(
         train=_pair(x[validation:], y[validation:]),
         val=_pair(x[:validation], y[:validation]),
         test=_pair(arrays["x_test"], arrays["y_test"]),
     )
+    return normalize(splits) if normalize else splits
 
 
 def _pair(x: np.ndarray, y: np.ndarray) -> Pair:
     inputs = torch.from_numpy(x / 255 if np.issubdtype(x.dtype, np.integer) else x).float()
     return inputs, torch.from_numpy(y).long()
+
+
+def per_channel(splits: Splits) -> Splits:
+    """Images with mean 0 and standard deviation 1 in each channel, over the training images."""
+    x = splits.train[0]
+    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
+    return Splits(*(((x - mean) / std, y) for x, y in (splits.train, splits.val, splits.test)))
+
+
+def per_image(splits: Splits) -> Splits:
+    """Images with mean 0 and standard deviation 1 each ("per-image standardization")."""
+
+    def standardized(x: Tensor) -> Tensor:
+        least = x[0].numel() ** -0.5  # an image of one colour has no deviation
+        std = x.std((1, 2, 3), correction=0, keepdim=True).clamp(min=least)
+        return (x - x.mean((1, 2, 3), keepdim=True)) / std
+
+    return Splits(*((standardized(x), y) for x, y in (splits.train, splits.val, splits.test)))
+
+
+def pad_crop_flip(x: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
+    """The standard augmentation of CIFAR, on a batch: zero-pad, crop at random, mirror half of the images.
+
+    Args:
+        x: images (N, C, H, W).
+        padding: on each side.
+        generator: of the draws; None: the global one, which the run's seed starts.
+
+    Reference: He et al. (2016), arXiv:1512.03385, Section 4.2.
+    """
+    n, channels, height, width = x.shape
+    top, left = (torch.randint(2 * padding + 1, (n, 1), generator=generator) for _ in range(2))
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    rows, across = top + torch.arange(height), torch.arange(width)
+    columns = left + torch.where(mirrored, across.flip(0), across)
+    padded = torch.nn.functional.pad(x, [padding] * 4)
+    at = torch.arange(n)[:, None, None, None], torch.arange(channels)[None, :, None, None]
+    return padded[(*at, rows[:, None, :, None], columns[:, None, None, :])]
 
 
 class Sliced(Dataset[Pair]):
@@ -129,10 +202,18 @@ class Batches(LightningDataModule):
         splits: the data.
         batch_size: training batch.
         eval_batch_size: validation and test batch.
+        augment: applied to the inputs of each training batch, such as `pad_crop_flip`.
     """
 
-    def __init__(self, splits: Splits, batch_size: int, eval_batch_size: int = 5000) -> None:
+    def __init__(
+        self,
+        splits: Splits,
+        batch_size: int,
+        eval_batch_size: int = 5000,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.augment = augment
         self.splits = splits
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -140,12 +221,18 @@ class Batches(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Pair]:
         data = Sliced(self.splits.train)
-        return DataLoader(data, self.batch_size, shuffle=True, collate_fn=_as_it_is)
+        return DataLoader(data, self.batch_size, shuffle=True, collate_fn=self._augmented)
+
+    def _augmented(self, batch: Any) -> Any:
+        return (self.augment(batch[0]), batch[1]) if self.augment else batch
 
     @override
     def val_dataloader(self) -> list[DataLoader[Pair]]:
-        pairs = (self.splits.val, self.splits.test)
-        return [DataLoader(Sliced(p), self.eval_batch_size, collate_fn=_as_it_is) for p in pairs]
+        return [self.in_order(self.splits.val), self.in_order(self.splits.test)]
+
+    def in_order(self, pair: Pair) -> DataLoader[Pair]:
+        """Large batches of a split, in its order."""
+        return DataLoader(Sliced(pair), self.eval_batch_size, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from experiments.records import described
@@ -69,12 +69,12 @@ def sweep(
 
 
 @torch.no_grad()
-def evaluate(task: Classification, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """Mean cross-entropy and accuracy."""
-    task.eval()
+    network.eval()
     loss = correct = n = 0.0
     for x, y in batches:
-        logits = task(x)
+        logits = network(x)
         loss += float(cross_entropy(logits, y, reduction="sum"))
         correct += float((logits.argmax(1) == y).sum())
         n += len(y)

@@ -240,7 +240,7 @@ def test_claims_are_held_not_held_or_undecided():
     rows += [record("reinit", s, 1, 0.2, acc=0.92 + 0.01 * (s - 2), step=1) for s in range(5)]
 
     def verdict(cls, bound, against="ticket", against_left=1.0, metric="acc", left=0.2):
-        claim = cls("c", "s", metric, "ticket", against, [left], bound, against_left=against_left)
+        claim = cls("c", "s", metric, "ticket", [left], bound, against, against_left)
         return claim.check(rows).verdict
 
     assert verdict(claims.Difference, 0.019) == "held"
@@ -256,7 +256,7 @@ def test_several_fractions_are_judged_by_the_worst():
     rows = [record("ticket", s, r, left, acc=0.9) for s in range(3) for r, left in ((1, 0.5), (2, 0.25))]
     rows += [record("reinit", s, 1, 0.5, acc=0.8) for s in range(3)]
     rows += [record("reinit", s, 2, 0.25, acc=0.95) for s in range(3)]
-    found = claims.Difference("c", "s", "acc", "ticket", "reinit", [0.5, 0.25], 0.0).check(rows)
+    found = claims.Difference("c", "s", "acc", "ticket", [0.5, 0.25], 0.0, "reinit").check(rows)
     assert found.verdict == "not held"
     assert "25.0% left" in found.numbers
 

@@ -1,0 +1,165 @@
+"""Linear mode connectivity: are two trainings from one state joined by a line of low error?
+
+From the state that a finished ticket rewound to, two copies of the network with the masks of one of its
+rounds are trained in different data orders, and the error is measured along the line between their weights.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from hydra.utils import instantiate, to_absolute_path
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from experiments.controls import Begin, each_round, finished, train_from
+from experiments.figures import PALETTE, save
+from experiments.oneshot import evaluate
+from experiments.records import Record, described, read
+from experiments.training import built
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+State = Mapping[str, Tensor]
+
+STABLE = 0.02  # the barrier below which two trainings count as joined
+MATCHING = 0.002  # how far below the dense network's accuracy a subnetwork still matches it
+
+
+def interpolated(a: State, b: State, alpha: float) -> dict[str, Tensor]:
+    """(1 - alpha) a + alpha b, of BatchNorm statistics too; what is not floating point is that of `a`.
+
+    >>> interpolated({"w": torch.tensor([0.0, 4.0])}, {"w": torch.tensor([2.0, 0.0])}, alpha=0.25)
+    {'w': tensor([0.5000, 3.0000])}
+    """
+    return {n: torch.lerp(t, b[n], alpha) if t.is_floating_point() else t.clone() for n, t in a.items()}
+
+
+def path(
+    network: nn.Module,
+    a: State,
+    b: State,
+    splits: Mapping[str, Loader],
+    points: int = 30,
+    reestimate: Loader | None = None,
+) -> dict[str, list[float]]:
+    """The error along the line from `a` to `b`, at evenly spaced points, both ends among them.
+
+    Args:
+        network: any with these state dicts; it is changed.
+        a: state dict of one end.
+        b: of the other.
+        splits: {name: batches} of the data that the error is measured on.
+        points: 2 or more.
+        reestimate: batches from which BatchNorm statistics are estimated anew at each point, which lowers
+            barriers; None: they are interpolated as the weights are.
+
+    Returns:
+        `alpha`, and `<name>_error`, a fraction, for each of the splits.
+
+    Reference: Frankle et al. (2020), arXiv:1912.05671, Section 2.
+    """
+    if points < 2:
+        raise ValueError(f"points={points}: allowed are whole numbers from 2 on.")
+    alphas = [i / (points - 1) for i in range(points)]
+    errors: dict[str, list[float]] = {f"{name}_error": [] for name in splits}
+    for alpha in alphas:
+        network.load_state_dict(interpolated(a, b, alpha))
+        if reestimate is not None:
+            update_bn(reestimate, network)
+        for name, batches in splits.items():
+            errors[f"{name}_error"].append(1 - evaluate(network, batches)[1])
+    return {"alpha": alphas, **errors}
+
+
+def barrier(errors: Sequence[float]) -> float:
+    """How far the error rises on the way above the mean of the errors at the ends ("instability").
+
+    >>> barrier([0.25, 1.0, 0.75])
+    0.5
+    """
+    return max(errors) - (errors[0] + errors[-1]) / 2
+
+
+def train(cfg: DictConfig, folder: Path, points: int = 30, reestimate: bool = False) -> None:
+    """Train two copies at each of the ticket's rounds `cfg.controls_at` and record the path between them.
+
+    Metrics of a round: for `train` and `test` the `_error`, mean of the two copies, and the `_barrier`;
+    `stable`, whether the barrier on the test set is below 2 points; `matching`, whether the copies are at
+    most 0.2 points less accurate than the ticket's dense round at its end. The errors along the path are the
+    record's `path`.
+    """
+    ticket = finished(cfg)
+    records, _ = read(Path(to_absolute_path(cfg.ticket)) / "records.jsonl")
+    dense = next(r["metrics"]["test_acc"] for r in records if r["round"] == 0)
+
+    def train_one(round: int, folder: Path) -> list[Record]:
+        start = ticket.start(round)
+        ends: list[State] = []
+        seconds = 0.0
+        for copy in (1, 2):
+            own = folder / f"copy-{copy}"
+            own.mkdir(exist_ok=True)
+            end = own / "end.pt"
+            if not end.is_file():
+                task = built(cfg)
+                order = 1000 * copy + cfg.seed
+                train_from(cfg, own, task, round, ticket.steps, Begin(start, ticket.snapshot), order)
+                torch.save(task.state_dict(), temporary := end.with_suffix(".tmp"))
+                temporary.replace(end)
+            ends.append(torch.load(end, weights_only=True))
+            seconds += read(own / "records.jsonl")[0][0]["seconds"]
+        batches = instantiate(cfg.batches)
+        train_set, test_set = (
+            list(batches.in_order(pair)) for pair in (batches.splits.train, batches.splits.test)
+        )
+        splits = {"train": train_set, "test": test_set}
+        anew = train_set if reestimate else None
+        found = path(built(cfg), ends[0], ends[1], splits, points, anew)
+        metrics: dict[str, Any] = {}
+        for name in ("train", "test"):
+            errors = found[f"{name}_error"]
+            metrics[f"{name}_error"] = (errors[0] + errors[-1]) / 2
+            metrics[f"{name}_barrier"] = barrier(errors)
+        metrics["stable"] = metrics["test_barrier"] < STABLE
+        metrics["matching"] = 1 - metrics["test_error"] >= dense - MATCHING
+        record = {"kind": cfg.kind, "seed": cfg.seed, **described(round, start.masks), "metrics": metrics}
+        shown = {name: [float(f"{v:.6g}") for v in values] for name, values in found.items()}
+        return [{**record, "path": shown, "seconds": seconds}]
+
+    each_round(cfg, folder, ticket, train_one)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The error along the paths: one panel a split, one line a round, the mean over seeds in its range."""
+
+    name: str = "paths"
+
+    def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path:
+        """Draw and write the figure."""
+        fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+        rounds = sorted({r["round"] for r in records if "path" in r})
+        for axis, split in zip(axes, ("train", "test"), strict=True):
+            for round, colour in zip(rounds, PALETTE, strict=False):
+                its = [r for r in records if r["round"] == round and "path" in r]
+                left = fmean(r["alive"] / r["total"] for r in its)
+                columns = list(zip(*(r["path"][f"{split}_error"] for r in its), strict=True))
+                alpha = its[0]["path"]["alpha"]
+                label = "dense" if left == 1 else f"{left:.1%} of the weights"
+                axis.plot(alpha, [fmean(c) for c in columns], marker=".", color=colour, label=label)
+                low, high = [min(c) for c in columns], [max(c) for c in columns]
+                axis.fill_between(alpha, low, high, alpha=0.15, color=colour, linewidth=0)
+            axis.set_title(f"{split} error on the line between two trainings", fontsize=10)
+            axis.set_xlabel("interpolation")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(frameon=False, fontsize=9)
+        return save(fig, out / f"{self.name}.png", title)
