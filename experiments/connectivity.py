@@ -136,7 +136,7 @@ def train(cfg: DictConfig, folder: Path, points: int = 30, reestimate: bool = Fa
 
 @dataclass(frozen=True)
 class Paths:
-    """The error along the paths: a chart a split, a line a round, the mean over seeds with its 95 % interval."""
+    """The error along the paths: a chart a split, a line a round, mean over seeds and its interval."""
 
     name: str = "paths"
 
