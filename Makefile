@@ -22,6 +22,7 @@ bench: .venv/ready  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.experiment
 	$(RUN) experiments.benchmarks.size
 	$(RUN) experiments.benchmarks.inference
+	$(RUN) experiments.benchmarks.channels
 
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from experiments.statistics import masks_of
 from experiments.training import built, fit
 from lightning_prune.criteria import Random
 from lightning_prune.masks import Masks, Scores, alive
-from lightning_prune.pruning import Criterion, groups, next_masks, prunable
+from lightning_prune.pruning import Criterion, groups, next_masks
 from lightning_prune.rewind import Snapshot
 
 Prune = Callable[[Criterion, Mapping[str, Tensor]], Masks]
@@ -363,12 +363,16 @@ def _only(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
 
 def small_dense(cfg: DictConfig, folder: Path) -> None:
     """Train, for each of the rounds, a dense network with about as many weights as the ticket had left."""
-    ticket = finished(cfg)
+    ticket, pruner = finished(cfg), instantiate(cfg.pruner)
+
+    def count(network: nn.Module) -> int:
+        weights = pruner.prunable(nn.ModuleDict({"net": network})).values()  # named as in the task
+        return sum(w.numel() for w in weights)
 
     def train_one(round: int, folder: Path) -> list[dict[str, Any]]:
         masks = ticket.start(round).masks
         total = sum(mask.numel() for mask in masks.values())
-        small = OmegaConf.merge(cfg, {"model": narrowed(cfg.model, alive(masks))})
+        small = OmegaConf.merge(cfg, {"model": narrowed(cfg.model, alive(masks), count)})
         assert isinstance(small, DictConfig)
         train_from(small, folder, built(small), round, cfg.steps_per_round)
         records, _ = read(folder / "records.jsonl")
@@ -380,12 +384,13 @@ def small_dense(cfg: DictConfig, folder: Path) -> None:
 WIDTHS = ("hidden", "width", "widths")
 
 
-def narrowed(model: DictConfig, weights: int) -> dict[str, Any]:
-    """The config of a network with its widths scaled so that its prunable weights are nearest to a number.
+def narrowed(model: DictConfig, weights: int, count: Callable[[nn.Module], int]) -> dict[str, Any]:
+    """The widths of a network, scaled so that the number of its weights is nearest to a given one.
 
     Args:
         model: the config of a network; its entries named in `WIDTHS`, numbers or lists, are scaled.
         weights: how many it is to have.
+        count: counts them.
 
     Raises:
         ValueError: when the config has no such entry.
@@ -410,7 +415,7 @@ def narrowed(model: DictConfig, weights: int) -> dict[str, Any]:
     def size(by: float) -> int:
         with torch.device("meta"):
             network = instantiate({**model, **scaled(by)})
-        return sum(p.numel() for p in prunable(network).values())
+        return count(network)
 
     low, high = 0.0, 1.0
     for _ in range(30):

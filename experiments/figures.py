@@ -283,6 +283,40 @@ class BySparsity:
         return Figure(self.name, "Against sparsity", caption, charts) if charts else None
 
 
+@dataclass(frozen=True)
+class Against:
+    """A metric against others, one line a kind of run, a chart for each of the others.
+
+    Args:
+        name: of the file.
+        metric: on the vertical axis.
+        label: of it.
+        panels: {metric on the horizontal axis: its label}.
+    """
+
+    name: str
+    metric: str
+    label: str
+    panels: dict[str, str]
+
+    def __call__(self, runs: Runs) -> Figure | None:
+        """Draw it."""
+        kinds = kinds_of(runs.records)
+        charts: list[Any] = []
+        for metric, label in self.panels.items():
+            its = [r for r in runs.records if metric in r["metrics"]]
+            rows = points(
+                its, kinds, lambda r, m=metric: r["metrics"][m], lambda r: r["metrics"].get(self.metric)
+            )
+            x = Axis(label, "~s" if metric == "multiply_adds" else "")
+            if rows:
+                charts.append(
+                    lines(rows, kinds, x, axis_of(self.metric, self.label), f"{self.label} against {label}")
+                )
+        caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
+        return Figure(self.name, self.label, caption, charts) if charts else None
+
+
 def _left(record: Record) -> float:
     return 100 * record["alive"] / record["total"]
 

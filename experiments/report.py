@@ -55,7 +55,9 @@ def shown(metric: str, value: float) -> str:
     """
     if metric.endswith("_bytes"):
         return f"{value / 1e6:.3f} MB"
-    return f"{value:.2%}" if "_acc" in metric else f"{value:.3f}"
+    if "_acc" in metric:
+        return f"{value:.2%}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
 def markdown(rows: list[list[str]]) -> str:

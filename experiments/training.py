@@ -70,6 +70,7 @@ def fit(
         steps: of the optimizer, in all.
         order: seed of the data order (and of dropout); None: that of the run.
     """
+    hush()
     checkpoint = folder / "resume.ckpt"
     callbacks = [
         *callbacks,
@@ -117,6 +118,7 @@ class Cost:
 
 def trial(cfg: DictConfig) -> Cost:
     """Train until the first evaluation, to see what it costs."""
+    hush()
     torch.set_num_threads(cfg.threads)
     task, timer = built(cfg), Timer()
     steps = min(cfg.evaluate_every, cfg.steps_per_round)
@@ -132,7 +134,6 @@ def _callbacks(cfg: DictConfig) -> list[Any]:
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
-    _hush()
     given: dict[str, Any] = {"callbacks": callbacks, "plugins": [Checkpoints()], "max_steps": steps}
     trainer: Trainer = instantiate(cfg.trainer, **given, **options)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
@@ -143,7 +144,7 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: 
     return trainer
 
 
-def _hush() -> None:
+def hush() -> None:
     """Silence what Lightning advises and these experiments do on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (

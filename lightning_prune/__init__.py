@@ -13,7 +13,7 @@ says from where to go on.*
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot
 - `channels`: which channels are coupled; the plan that removes some
-- `filters`: which of them stay; their scores, and targets on the size
+- `filters`: which of them stay; their scores, targets on the size; `prune_channels` for any module
 - `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
 - `rng`: the state of the random number generators
 - `storage`: sparse files; `save_sparse` and `load_sparse`
@@ -23,6 +23,7 @@ says from where to go on.*
 
 from lightning_prune import allocation, channels, criteria, filters, granularity, schedules
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
+from lightning_prune.filters import prune_channels
 from lightning_prune.holding import hold
 from lightning_prune.inference import accelerate, summarize
 from lightning_prune.pruning import prune
@@ -45,6 +46,7 @@ __all__ = [
     "load_pruned",
     "load_sparse",
     "prune",
+    "prune_channels",
     "save_sparse",
     "schedules",
     "summarize",

@@ -8,18 +8,18 @@ channel, or one of every group of a grouped convolution. Sparsity, allocation an
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_prune import rng
+from lightning_prune import rng, surgery
 from lightning_prune.masks import Masks
 from lightning_prune.pruning import matching
 from lightning_prune.surgery import Plan, Site, cut
@@ -70,7 +70,7 @@ def discover(
 
     Args:
         model: any module; it is not changed, nor are the random number generators.
-        example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        example: an input: a tensor, its shape as a list, a tuple of arguments or a dict of keyword arguments.
         include: fnmatch patterns over weight names; only channels that one of these makes.
         exclude: fnmatch patterns over weight names; no channels that one of these makes.
 
@@ -84,8 +84,11 @@ def discover(
     generators = rng.capture()
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(_device(model), enabled=False):
-            copy, example = _synthetic(model, example)
+            copy, example = _synthetic(model, as_input(example))
             found, reasons = _coupled(copy, _trace(copy, example))
+            heads = _heads(copy)
+            found |= heads
+            reasons = {name: reason for name, reason in reasons.items() if name not in heads}
             found = _chosen(found, include, exclude)
             copy.requires_grad_(False)
             good = {name: group for name, group in found.items() if name not in reasons}
@@ -147,6 +150,13 @@ def _synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
     return copy, tree_map(lambda t: full(t) if isinstance(t, Tensor) else t, example)
 
 
+def as_input(example: Any) -> Any:
+    """An example input; numbers in [0, 1) of a shape, where that is given as a list."""
+    if not isinstance(example, list) or not all(isinstance(size, int) for size in example):
+        return example
+    return torch.rand(example, generator=torch.Generator().manual_seed(0))
+
+
 def run(model: nn.Module, example: Any, training: bool = False) -> Any:
     """Run the model; in training its branches are those of training, its layers still those of evaluation."""
     for module in model.modules():
@@ -199,8 +209,9 @@ def _coupled(model: nn.Module, graph: Any) -> tuple[Groups, dict[str, str]]:
         return i
 
     def join(i: int, j: int) -> None:
-        i, j = sorted((find(i), find(j)))
-        parent[j] = i
+        if i != j:
+            i, j = sorted((find(i), find(j)))
+            parent[j] = i
 
     # torch-pruning walks once for each group and forgets where two channels of a group meet; one walk over
     # all of them is linear, and joins what meets into one unit
@@ -245,22 +256,22 @@ def _coupled(model: nn.Module, graph: Any) -> tuple[Groups, dict[str, str]]:
             kinds[site] = f"{node.type}.{tensor_name}.{dim}"
             making |= {site} if made else set()
             scaling |= {site} if _is_scale(node.module, tensor) else set()
-            aligned: dict[int, int] = {}
+            its, aligned = places[site], dict[int, int]()
+            end = tensor.shape[dim] * (1 if made else max(1, _groups(node.module, dim)))
             for i, element in seen.items():
-                if not 0 <= i < tensor.shape[dim] * (1 if made else max(1, _groups(node.module, dim))):
+                if not 0 <= i < end:
                     reason = f"tracing lost them on the way to {parameter(site)}"
                     continue
                 place = i if made else i % tensor.shape[dim]
-                join(places[site].setdefault(place, element), element)
+                join(its.setdefault(place, element), element)
                 join(aligned.setdefault(i % period, element), element)  # as many of every group
         if reason:
             why.update((element, reason) for element in seen.values())
-    groups = _grouped(find, roots, names, places, making, scaling, kinds)
-    refused = {
-        names[id(roots[find(element)].weight)]: reason for element, reason in why.items() if reason == HEAD
-    }
-    others = {names[id(roots[find(element)].weight)]: reason for element, reason in why.items()}
-    return groups, others | refused
+    unit = [find(element) for element in range(len(parent))]
+    owner = [names[id(root.weight)] for root in roots]
+    groups = _grouped(unit, owner, places, making, scaling, kinds)
+    reasons = {owner[unit[element]]: reason for element, reason in why.items()}
+    return groups, reasons | {owner[unit[element]]: HEAD for element, reason in why.items() if reason == HEAD}
 
 
 def _index(idx: int, root: int) -> Any:
@@ -323,9 +334,8 @@ def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, in
 
 
 def _grouped(
-    find: Callable[[int], int],
-    roots: list[Any],
-    names: Mapping[int, str],
+    unit_of: Sequence[int],
+    owner: Sequence[str],
     places: Mapping[Site, Mapping[int, int]],
     making: set[Site],
     scaling: set[Site],
@@ -335,8 +345,8 @@ def _grouped(
     sites: dict[str, dict[Site, tuple[list[int], list[int]]]] = defaultdict(dict)
     for site, at in places.items():
         for index, element in sorted(at.items()):
-            unit = find(element)
-            name = names[id(roots[unit].weight)]
+            unit = unit_of[element]
+            name = owner[unit]
             indices, its = sites[name].setdefault(site, ([], []))
             indices.append(index)
             its.append(units[name].setdefault(unit, len(units[name])))
@@ -348,6 +358,22 @@ def _grouped(
         scales = tuple(site for site in its if site in scaling)
         structure = tuple(sorted(kinds[site] for site in its))
         found[name] = Channels(name, len(units[name]), tensors, tuple(filters), scales, structure)
+    return found
+
+
+def _heads(model: nn.Module) -> Groups:
+    """Attention heads, which go as a whole, where the module says how many it has."""
+    found: Groups = {}
+    for name, module in model.named_modules():
+        if (its := surgery.attention(module)) is not None:
+            qkv, proj = (f"{name}.{layer}".lstrip(".") for layer in ("qkv", "proj"))
+            wide = torch.arange(its.proj.in_features)
+            head = wide // its.head_dim
+            of_all = torch.arange(3 * len(wide)), head.repeat(3)  # queries, keys, values
+            made: list[Site] = [(qkv, n, 0) for n, _ in its.qkv.named_parameters()]
+            sites = {**dict.fromkeys(made, of_all), (proj, "weight", 1): (wide, head)}
+            weight = f"{qkv}.weight"
+            found[weight] = Channels(weight, its.num_heads, sites, (made[0],), (), ("heads",))
     return found
 
 
@@ -469,22 +495,3 @@ def parameters(groups: Groups, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a removal of channels touches, by name, in the model's order."""
     touched = {parameter(site) for group in groups.values() for site in group.sites}
     return {name: p for name, p in model.named_parameters() if name in touched}
-
-
-def pack_groups(groups: Groups) -> list[Any]:
-    """The groups in plain containers and tensors, for a checkpoint."""
-    return [
-        [g.name, g.units, [[list(s), i.int(), u.int()] for s, (i, u) in g.sites.items()], *map(list, rest)]
-        for g in groups.values()
-        for rest in [(map(list, g.filters), map(list, g.scales), g.structure)]
-    ]
-
-
-def unpack_groups(packed: Sequence[Any]) -> Groups:
-    """The groups that `pack_groups` stored."""
-    found: Groups = {}
-    for name, units, sites, filters, scales, structure in packed:
-        tensors = {cast(Site, tuple(site)): (i.long(), u.long()) for site, i, u in sites}
-        of = lambda sites: tuple(cast(Site, tuple(site)) for site in sites)  # noqa: E731
-        found[name] = Channels(name, units, tensors, of(filters), of(scales), tuple(structure))
-    return found

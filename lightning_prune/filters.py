@@ -15,12 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.allocation import Allocation, AtLeast, alive_per_tensor, apportion, global_rank
-from lightning_prune.channels import Channels, Groups, out_dimension, parameter, plan, run
-from lightning_prune.evidence import asked
+from lightning_prune.allocation import Allocation, AtLeast, alive_per_tensor, apportion, global_rank, uniform
+from lightning_prune.channels import (
+    Channels,
+    Groups,
+    as_input,
+    discover,
+    out_dimension,
+    parameter,
+    parameters,
+    plan,
+    run,
+)
+from lightning_prune.criteria import magnitude
+from lightning_prune.evidence import asked, undisturbed
 from lightning_prune.masks import DEAD, Keep, Masks, Scores, keep_top
 from lightning_prune.pruning import Criterion, Sparsity, next_masks, score_weights
-from lightning_prune.surgery import Site
+from lightning_prune.surgery import Site, cut
 
 
 def unit_scores(
@@ -224,14 +235,56 @@ def uses(model: nn.Module, example: Any) -> dict[str, float]:
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     handles = [layer.register_forward_hook(count) for layer in layers]
     device = next(model.parameters()).device
-    here = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, example)
-    modes = [(module, module.training) for module in model.modules()]
+    here = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, as_input(example))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(model):
             run(model, here)
     finally:
-        for module, training in modes:
-            module.training = training
         for handle in handles:
             handle.remove()
     return found
+
+
+def prune_channels(
+    model: nn.Module,
+    sparsity: float,
+    example_input: Any,
+    criterion: Criterion = magnitude,
+    allocate: Allocation = uniform,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    round_to: int = 1,
+    at_least: int = 1,
+) -> Masks:
+    """Cut channels out of any module once, in place, without training. Returns which units are alive.
+
+    >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> _ = prune_channels(model, 0.5, example_input=[1, 2])
+    >>> model
+    Sequential(
+      (0): Linear(in_features=2, out_features=4, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=4, out_features=1, bias=True)
+    )
+
+    Args:
+        model: any module; parameters keep their identity and their names.
+        sparsity: fraction of the channels to remove, in [0, 1).
+        example_input: see `lightning_prune.channels.discover`; so are `include` and `exclude`.
+        criterion: which channels, of the weights alone; see `StructuredChannelPruning`.
+        allocate: how many where.
+        include: fnmatch patterns over weight names.
+        exclude: fnmatch patterns over weight names.
+        round_to: the channels left in each layer are rounded up to a multiple of this.
+        at_least: units left in each layer.
+
+    Raises:
+        ValueError: when the model has no channels that can go, or an argument is not one of these. The model
+            is then as it was.
+    """
+    groups = discover(model, example_input, include, exclude)
+    scores = unit_scores(groups, criterion, parameters(groups, model))
+    dense = {name: torch.ones(group.units, dtype=torch.bool) for name, group in groups.items()}
+    units = next_units(groups, scores, dense, [(list(groups), sparsity)], allocate, round_to, at_least)
+    cut(model, plan(groups, units))
+    return units

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -158,6 +158,13 @@ class Summary:
     def theoretical_speed_up(self) -> float:
         """Multiply-adds over those that remain: what zeros are worth to hardware that skips all of them."""
         return self.total.multiply_adds / max(1, self.total.effective_multiply_adds)
+
+    def against(self, before: "Summary") -> str:
+        """A table of the whole network before and after: a cut, say."""
+        rows = replace(before.total, layer="before"), replace(self.total, layer="after")
+        smaller = before.total.parameters / self.total.parameters
+        faster = before.total.latency_us / self.total.latency_us
+        return _table(f"{smaller:.2f}x smaller, {faster:.2f}x as fast ({self.where})", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers, with both ratios."""

@@ -174,8 +174,22 @@ def _prepare(
                 n: (new[id(t)][1] if id(t) in new else t).shape for n, t in own.items() if t is not None
             }
             attributes.append((module, _attributes(module, shapes)))
+        if (its := attention(module)) is not None and id(its.proj.weight) in new:
+            width = new[id(its.proj.weight)][1].shape[1]
+            attributes.append((module, {"num_heads": width // its.head_dim, "attn_dim": width}))
     tensors = [(t, data, grads.get(key)) for key, (t, data) in new.items()]
     return _Prepared(tensors, attributes)
+
+
+def attention(module: Any) -> Any:
+    """The module, if it is an attention that makes queries, keys and values at once, as timm's; else None."""
+    layers = [getattr(module, name, None) for name in ("qkv", "proj")]
+    sizes = [getattr(module, name, None) for name in ("num_heads", "head_dim")]
+    if not all(isinstance(it, nn.Linear) for it in layers) or not all(isinstance(it, int) for it in sizes):
+        return None
+    width = module.num_heads * module.head_dim
+    fits = (module.qkv.out_features, module.proj.in_features) == (3 * width, width)
+    return module if fits else None
 
 
 def _attributes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, Any]:

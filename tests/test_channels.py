@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import allocation, channels, criteria, filters
+from lightning_prune import allocation, channels, criteria, filters, load_pruned, prune_channels
 from lightning_prune.surgery import cut
 from tests.networks import same
 
@@ -275,6 +275,57 @@ def test_what_cannot_be_traced_is_refused_with_a_reason():
         channels.discover(nn.Linear(3, 4), torch.randn(2, 3))
 
 
+class Attention(nn.Module):
+    """What timm's attention has: queries, keys and values at once, and how many heads there are."""
+
+    def __init__(self, dim=12, heads=4):
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, 3, 3 * heads
+        self.qkv, self.proj = nn.Linear(dim, 9 * heads), nn.Linear(3 * heads, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def attending(attention):
+    return nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), attention, nn.LayerNorm(12), nn.Linear(12, 3))
+
+
+def test_attention_heads_go_as_a_whole(tmp_path):
+    model, x = randomized(attending(Attention())), torch.randn(2, 7, 5)
+    with pytest.warns(UserWarning, match="LayerNorm takes its mean over them"):
+        groups = channels.discover(model, x)
+    assert {name: g.units for name, g in groups.items()} == {"2.qkv.weight": 4}
+    rows = model[2].qkv.weight.detach().view(3, 4, 3, 12)
+    removed = channels.plan(groups, {"2.qkv.weight": torch.tensor([True, False, True, True])})
+    twin = masked(model, removed)
+    cut(model, removed)
+    assert relative(model, twin, x) < 1e-5
+    assert torch.equal(model[2].qkv.weight.view(3, 3, 3, 12), rows[:, [0, 2, 3]])
+    assert (model[2].num_heads, model[2].attn_dim, model[2].proj.in_features) == (3, 9, 9)
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    loaded = load_pruned(attending(Attention()), tmp_path / "small.pt").eval()
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_the_heads_of_multihead_attention_stay_with_a_reason():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 4, batch_first=True)
+            self.inner = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12))
+
+        def forward(self, x):
+            return self.inner(self.attention(x, x, x, need_weights=False)[0])
+
+    model, x = randomized(attending(Own())), torch.randn(2, 7, 5)
+    with pytest.warns(UserWarning, match="MultiheadAttention is not supported"):
+        groups = channels.discover(model, x)
+    assert list(groups) == ["2.inner.0.weight"]
+
+
 # ------------------------------------------------------------------------------------------- scores and units
 
 
@@ -322,6 +373,19 @@ def test_the_budget_is_met_exactly(allocate):
         assert all(m.any() for m in masks.values())
 
 
+def test_channels_of_any_module_are_cut_once():
+    model, x = randomized(Residual()), torch.randn(IMAGE)
+    twin, weight = deepcopy(model), model.plain[0][0].weight
+    alive = prune_channels(model, 0.5, x, allocate=allocation.global_rank)
+    cut(twin, channels.plan(channels.discover(twin, x), alive))
+    assert same(model.state_dict(), twin.state_dict())
+    assert model.plain[0][0].weight is weight
+    total = sum(mask.numel() for mask in alive.values())
+    assert sum(int(mask.sum()) for mask in alive.values()) == total / 2
+    with pytest.raises(ValueError, match=r"taylor asks for `model`"):
+        prune_channels(Residual(), 0.5, list(IMAGE), criteria.taylor)
+
+
 def test_widths_are_rounded_up_and_never_fall_below_the_minimum():
     groups = channels.discover(Residual(), torch.randn(IMAGE))
     left = {n: int(m.sum()) * groups[n].per_unit for n, m in units(groups, 0.5, round_to=8).items()}
@@ -350,13 +414,3 @@ def test_cutting_twice_equals_cutting_once():
     here = channels.after(groups, first)
     cut(twice, channels.plan(here, {n: m[first[n]] for n, m in second.items()}))
     assert same(once.state_dict(), twice.state_dict())
-
-
-def test_groups_survive_plain_containers():
-    groups = channels.discover(Residual(), torch.randn(IMAGE))
-    back = channels.unpack_groups(channels.pack_groups(groups))
-    masks = alive(groups)
-    assert same(channels.plan(groups, masks), channels.plan(back, masks))
-    assert [(g.name, g.units, g.filters, g.scales, g.structure) for g in groups.values()] == [
-        (g.name, g.units, g.filters, g.scales, g.structure) for g in back.values()
-    ]

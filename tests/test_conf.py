@@ -14,7 +14,10 @@ import lightning_prune as lp
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
-OTHERS = ["minilm_oneshot"]  # run something else than a training, so they have no controls
+OTHERS = [
+    "channels_resnet20",
+    "minilm_oneshot",
+]  # run something else than a training, so they have no controls
 
 
 def composed(*overrides):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 from torch import nn
@@ -17,6 +18,7 @@ from experiments.records import read
 from experiments.run import run
 from experiments.statistics import masks_of
 from lightning_prune.masks import alive
+from lightning_prune.pruning import prunable
 from lightning_prune.rewind import Snapshot
 from tests.networks import Net, fitter, same
 from tests.test_experiments import ROOT
@@ -207,10 +209,14 @@ def test_one_shot_masks_are_those_of_the_dense_networks_trained_weights(start):
         assert dense[name][mask].abs().min() > dense[name][~mask].abs().max()
 
 
+def count(network):
+    return sum(p.numel() for p in prunable(network).values())
+
+
 @pytest.mark.parametrize("weights", [5_000, 20_000, 40_000, 80_000, 180_000, 266_200])
 def test_a_small_dense_network_has_the_nearest_number_of_weights(weights):
     model = OmegaConf.create({"_target_": "experiments.models.LeNet", "hidden": [300, 100]})
-    first, second = controls.narrowed(model, weights)["hidden"]
+    first, second = controls.narrowed(model, weights, count)["hidden"]
     scales = [(i + 0.3) / 9000 for i in range(9001)]  # never half way between two whole widths
     both = {(max(1, round(300 * by)), max(1, round(100 * by))) for by in scales}
     assert (first, second) in both
@@ -218,7 +224,7 @@ def test_a_small_dense_network_has_the_nearest_number_of_weights(weights):
     assert abs(784 * first + first * second + 10 * second - weights) == nearest
     assert weights != 266_200 or (first, second) == (300, 100)
     with pytest.raises(ValueError, match="none of hidden"):
-        controls.narrowed(OmegaConf.create({"_target_": "x"}), 10)
+        controls.narrowed(OmegaConf.create({"_target_": "x"}), 10, count)
 
 
 # -------------------------------------------------------------------------------------------- their training
@@ -323,6 +329,15 @@ def test_every_kind_trains_at_the_tickets_sizes_and_is_recorded_as_its_round(kin
     assert not list(folder.glob("round-*"))
 
 
+def test_a_small_dense_network_may_be_convolutional():
+    for name, share in (("resnet20", 0.2), ("vgg16", 0.05), ("conv4", 0.1)):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            model = compose("config", [f"model={name}"]).model
+        full = count(instantiate(model))
+        narrow = count(instantiate({**model, **controls.narrowed(model, int(share * full), count)}))
+        assert narrow == pytest.approx(share * full, rel=0.15)
+
+
 def test_an_interrupted_control_goes_on_to_the_same_records(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "mnist1d" / "ticket-1", tmp_path / "mnist1d" / "ticket-1")
     again = ["kind=shuffled", "steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1"]
@@ -365,3 +380,14 @@ def test_controls_can_be_extended_to_more_rounds(runs):
     (folder / "DONE").unlink()
     assert [r["round"] for r in lines(run(config(runs, "kind=sign_only")))] == [0, 1, 2]
     assert lines(folder)[2] == first[0]
+
+
+def test_each_kind_and_seed_draws_from_a_generator_of_its_own(tmp_path):
+    draws = {
+        (kind, seed): torch.rand(
+            1, generator=controls.generator_of(config(tmp_path, f"kind={kind}", f"seed={seed}"))
+        )
+        for kind in ("shuffled", "random")
+        for seed in (1, 2)
+    }
+    assert len({float(draw) for draw in draws.values()}) == 4

@@ -21,6 +21,8 @@ from lightning_prune.pruning import groups, next_masks, prunable
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # where continuous integration keeps the data sets
 
+PARTS = {"train": 36, "test": 20}
+
 # Weights left after n rounds, in percent: Frankle & Carbin (2019), LeNet, 20 % and 10 % (output) a round.
 LADDER = [100, 80.04, 64.06, 51.28, 41.05, 32.87, 26.32, 21.07, 16.88, 13.52, 10.83, 8.68, 6.95, 5.57, 4.47]
 LADDER += [3.58, 2.87, 2.31, 1.85, 1.49, 1.19]
@@ -205,6 +207,34 @@ def test_missing_data_names_the_path_and_what_to_do(tmp_path):
         data.npz(str(tmp_path / "half.npz"))
 
 
+def test_channels_are_cut_and_the_rest_trained_and_measured_once(tmp_path):
+    draw = np.random.default_rng(0)
+    arrays = {f"x_{part}": draw.integers(0, 256, (n, 3, 32, 32), np.uint8) for part, n in PARTS.items()}
+    np.savez(tmp_path / "tiny.npz", **arrays, **{f"y_{part}": np.arange(n) % 10 for part, n in PARTS.items()})
+    short = ["batch_size=16", "model.width=4", "steps_per_round=2", "retraining_steps=1"]
+    data = [f"data.path={tmp_path}/tiny.npz", "data.validation=4"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["experiment=channels_resnet20", f"runs={tmp_path}", *short, *data])
+    cfg.methods["L1 filters"].levels = [0, 0.5]
+    folder = run(cfg)
+    written = (folder / "records.jsonl").read_text()
+    dense, half, control, peer = lines(folder)
+    assert [r["kind"] for r in (half, control, peer)] == ["L1 filters", "random filters", "torch-pruning, L1"]
+    assert dense["alive"] == dense["total"]
+    for r in (half, control, peer):  # the same widths, whoever chose
+        assert (r["round"], r["sparsity"], r["alive"]) == (1, 0.5, half["alive"])
+        assert r["metrics"]["multiply_adds"] < 0.3 * dense["metrics"]["multiply_adds"]
+    (folder / "DONE").unlink()
+    records.write(folder / "records.jsonl", records.read(folder / "records.jsonl")[0][:2])
+    run(cfg)
+    assert (folder / "records.jsonl").read_text().splitlines()[:2] == written.splitlines()[:2]
+    timed = ("cpu_ms", "speed_up")
+    again = [{k: v for k, v in r["metrics"].items() if k not in timed} for r in lines(folder)[2:]]
+    assert again == [{k: v for k, v in r["metrics"].items() if k not in timed} for r in (control, peer)]
+    report.report(folder.parent, tmp_path / "out")
+    assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_batches_are_every_example_once_in_a_new_order():
     x = torch.arange(103).float()[:, None]
     loader = data.Batches(data.Splits(*[(x, x[:, 0].long())] * 3), 10)
@@ -250,6 +280,40 @@ def test_claims_are_held_not_held_or_undecided():
     assert verdict(claims.Difference, 0.0, against="nobody") == "undecided"
     assert claims.Ladder("l", "s", [1.0, 0.2]).check(rows).verdict == "held"
     assert claims.Ladder("l", "s", [1.0, 0.21]).check(rows).verdict == "not held"
+
+
+def test_a_claim_may_be_from_above_within_a_tolerance_and_about_one_kind_alone():
+    rows = [record("ticket", s, 1, 0.2, error=0.030 + 0.001 * s) for s in range(5)]  # 0.032 +- 0.002
+
+    def verdict(**bound):
+        return claims.Difference("c", "s", "error", "ticket", [0.2], **bound).check(rows).verdict
+
+    assert verdict(at_most=0.035) == "held"
+    assert verdict(at_most=0.032) == "undecided"
+    assert verdict(at_most=0.029) == "not held"
+    assert verdict(at_most=0.029, tolerance=0.003) == "undecided"
+    assert verdict(at_most=0.029, tolerance=0.006) == "held"
+    assert verdict(at_least=0.029) == "held"
+    assert verdict(at_least=0.035) == "not held"
+    assert verdict(at_least=0.035, tolerance=0.006) == "held"
+    numbers = (
+        claims.Difference("c", "s", "error", "ticket", [0.2], at_most=0.05, tolerance=0.01)
+        .check(rows)
+        .numbers
+    )
+    assert numbers == "0.032 [0.03004, 0.03396], 5 seeds from 0.03 to 0.034; claimed <= 0.05 within 0.01"
+    for wrong in ({}, {"at_least": 1, "at_most": 2}, {"at_least": 1, "tolerance": -1}):
+        with pytest.raises(ValueError, match=r"a claim needs|tolerance of 0 or more"):
+            verdict(**wrong)
+
+
+def test_of_several_fractions_from_above_the_worst_is_the_highest():
+    rows = [
+        record("ticket", s, r, left, e=e) for s in range(3) for r, left, e in ((1, 0.5, 0.1), (2, 0.25, 0.3))
+    ]
+    found = claims.Difference("c", "s", "e", "ticket", [0.5, 0.25], at_most=0.2).check(rows)
+    assert found.verdict == "not held"
+    assert "25.0% left" in found.numbers
 
 
 def test_several_fractions_are_judged_by_the_worst():

@@ -5,9 +5,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_prune as lp
 from lightning_prune import allocation, channels, criteria, filters
 from lightning_prune.surgery import cut
+from tests.networks import fitter
 from tests.test_channels import masked
 
 # name -> (size of the input, parameters lost at sparsity 0.3 at least)
@@ -100,6 +105,39 @@ def test_a_cut_architecture_computes_what_the_masked_one_did(name):
     assert 1 - sum(p.numel() for p in model.parameters()) / before >= lost
     if "googlenet" not in name:  # its auxiliary heads want larger images
         model.train()(x)
+
+
+def test_a_resnet18_becomes_smaller_with_one_callback():
+    """How much faster is measured by `experiments.benchmarks.channels`."""
+
+    class Task(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, _ = build("torchvision resnet18", 32)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+    task, x = Task().train(), torch.randn(4, 3, 32, 32)
+    before = lp.summarize(task.net.eval(), x)
+    loader = DataLoader(TensorDataset(x, torch.arange(4)), batch_size=4)
+    fitter(lp.StructuredChannelPruning(lp.schedules.OneShot(0.5)), epochs=2).fit(task.train(), loader)
+    after = lp.summarize(task.net.eval(), x)
+    assert after.total.parameters < 0.3 * before.total.parameters
+    assert after.total.multiply_adds < 0.3 * before.total.multiply_adds
+    assert after.total.sparse_size < 0.3 * before.total.sparse_size
+    said = after.against(before)
+    assert f"{before.total.parameters / after.total.parameters:.2f}x smaller" in said
+    assert [line.split()[1] for line in said.splitlines() if "parameters" not in line and "│" in line] == [
+        "before",
+        "after",
+    ]
 
 
 @pytest.mark.parametrize("name", table(REFUSED))

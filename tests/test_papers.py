@@ -203,3 +203,28 @@ def test_a_study_of_rates_has_a_folder_for_each_and_halves_the_output_layers(tmp
     rates = {pattern: its.rate for pattern, its in instantiate(cfg.pruner).schedule.items()}
     assert rates == {"*out.weight": 0.2, "*": 0.4}
     assert instantiate(cfg.pruner).max_sparsity == 0.99
+
+
+def test_lenets_studies_run_from_the_tickets_of_its_experiments(images, tmp_path):
+    tiny = [f"runs={tmp_path}", "data=npz", f"data.path={images}", "data.validation=12", "batch_size=6"]
+    tiny += ["steps_per_round=4", "evaluate_every=2", "progress=false", "checkpoint_every_n_epochs=99"]
+    tiny += ["+model.inputs=3072"]
+
+    def found(*overrides):
+        return read(run(composed(*overrides, *tiny)) / "records.jsonl")[0]
+
+    ticket = found("experiment=lenet_mnist", "rounds=2")
+    one_shot = found("experiment=lenet_mnist_one_shot", "kind=one_shot", "rounds=2")
+    assert [(r["round"], r["alive"]) for r in one_shot] == [(r["round"], r["alive"]) for r in ticket]
+    assert one_shot[0]["metrics"] == ticket[0]["metrics"]
+
+    rates = found("experiment=lenet_mnist_rates", "kind=rate", "rate=0.8")
+    kept = [r["layers"]["net.fc1.weight"] for r in rates]
+    assert kept == pytest.approx([0.2**round for round in range(len(rates))], rel=0.01)
+    assert [r["layers"]["net.out.weight"] for r in rates][:2] == [1.0, 0.6]
+    left = [r["alive"] / r["total"] for r in rates]
+    assert left[-1] >= 0.01 > left[-1] * 0.21  # a further round would leave fewer than 1 %
+
+    found("experiment=lenet_mnist_controls", "rounds=2")
+    pairs = found("experiment=lmc_lenet", "rounds=2", "controls_at=[0,2]")
+    assert [(r["round"], len(r["path"]["alpha"])) for r in pairs] == [(0, 30), (2, 30)]

@@ -1,6 +1,10 @@
 """StructuredChannelPruning: channels really go away, and resumption, rewinding and precision still work."""
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import jsonargparse
 import pytest
@@ -114,33 +118,45 @@ def test_a_cut_checkpoint_loads_anywhere_and_trains_on(remove, tmp_path):
 
 @pytest.mark.parametrize("to_step", [0, 2])
 @pytest.mark.parametrize("remove", WAYS)
-def test_a_structured_ticket_starts_from_the_early_weights(remove, to_step):
-    model = Net()
+def test_a_structured_ticket_is_the_early_state_without_its_channels_bit_for_bit(remove, to_step):
+    """Weights, buffers, momentum and learning rate, in every round."""
     pruner, rewind = gradual(remove=remove), lp.LotteryTicketRewind(to_step)
     early, found = {}, []
 
-    class Look(Callback):
+    class Early(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == to_step and not early:
-                early.update(deepcopy(pl_module.state_dict()))
-
-        def on_prune(self, trainer, pl_module, masks):
-            pass
+                early.update(state(trainer))
 
     class After(Callback):  # of a round's first batch start
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if pruner.round and not batch_idx:
-                found.append((deepcopy(pl_module.state_dict()), deepcopy(pruner.channels)))
+                found.append((state(trainer), deepcopy(pruner.channels)))
 
-    fitter(Look(), pruner, rewind, After(), epochs=3).fit(model)
+    fitter(Early(), pruner, rewind, After(), epochs=3).fit(Net(schedule=step_lr))
     assert len(found) == 2
     for now, units in found:
-        rows, columns = units["body.weight"], units["stem.weight"]
-        want, got = early["body.weight"], now["body.weight"]
-        if remove == "each_round":
-            assert torch.equal(got, want[rows][:, columns])
-        else:
-            assert torch.equal(got, want * rows[:, None] * columns[None])
+        out = {"stem": units["stem.weight"], "norm": units["stem.weight"], "body": units["body.weight"]}
+        into = {"body": units["stem.weight"], "head": units["body.weight"]}
+
+        def ticket(name, t, out=out, into=into):
+            layer, _, tensor = name.partition(".")
+            cut = [(0, out.get(layer))] if t.dim() else []
+            cut += [(1, into.get(layer))] if t.dim() == 2 else []
+            for dim, alive in cut:
+                if alive is not None and remove == "each_round":
+                    t = t[alive] if dim == 0 else t[:, alive]
+                elif alive is not None and tensor in ("weight", "bias"):
+                    t = torch.where(alive[:, None] if dim == 0 and t.dim() == 2 else alive, t, 0.0)
+            return t
+
+        for kind in ("params", "buffers"):
+            assert same(now[kind], {name: ticket(name, t) for name, t in early[kind].items()})
+        assert now["schedulers"] == early["schedulers"]
+        before, after = early["optimizers"][0]["state"], now["optimizers"][0]["state"]
+        for i, name in enumerate(early["params"]):
+            momentum = before[i]["momentum_buffer"] if to_step else None
+            assert momentum is None or same(after[i]["momentum_buffer"], ticket(name, momentum))
 
 
 @pytest.mark.parametrize("remove", WAYS)
@@ -291,6 +307,26 @@ def test_bad_input_is_refused():
     trainer = fitter(strategy="ddp")
     with pytest.raises(ValueError, match=r"remove='each_round': the strategy is DDPStrategy"):
         gradual(remove="each_round").setup(trainer, Net(), "fit")
+
+
+def test_two_processes_cut_the_same_channels(tmp_path):
+    """DDP over gloo, real processes: Lightning starts the script a second time."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ddp_channels", str(tmp_path), "ddp"]
+    subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, timeout=600)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["world"] == 2
+    assert same(first, second)
+    assert first["state"]["body.weight"].shape == (8, 8)
+    torch.testing.assert_close(*first["outputs"], rtol=1e-5, atol=1e-6)
+    assert same(lp.load_pruned(Net(), tmp_path / "small.ckpt").state_dict(), first["state"])
+
+
+def test_processes_that_hand_their_weights_back_are_refused():
+    trainer = fitter(strategy="ddp_fork", devices=2)
+    with pytest.raises(ValueError, match=r"Allowed is strategy='ddp'"):
+        gradual().setup(trainer, Net(), "fit")
 
 
 def test_the_head_keeps_its_classes():

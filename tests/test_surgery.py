@@ -1,6 +1,10 @@
 """A plan is carried out all or nothing, on everything that has the channels, and nothing else notices."""
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +72,25 @@ def test_a_cut_training_goes_on_as_the_masked_one_does(name):
     mine, theirs = steps(model, optimizer, 10), steps(twin, its, 10)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=0)
     assert relative(model.eval(), twin.eval(), torch.randn(IMAGE, dtype=torch.float64)) < 1e-6
+
+
+@pytest.mark.skipif(not hasattr(optim, "Muon"), reason="this torch has no Muon")
+def test_the_momentum_of_muon_is_cut_along():
+    model, x = (
+        nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)),
+        torch.ones(4, 6),
+    )
+    optimizer = optim.Muon(model.parameters(), lr=0.01)
+    model(x).square().sum().backward()
+    optimizer.step()
+    before = [optimizer.state[layer.weight]["momentum_buffer"].clone() for layer in (model[0], model[2])]
+    groups = channels.discover(model, x)
+    stay = torch.arange(8) % 3 > 0
+    cut(model, channels.plan(groups, {"0.weight": stay}), [optimizer])
+    after = [optimizer.state[layer.weight]["momentum_buffer"] for layer in (model[0], model[2])]
+    assert same(after, [before[0][stay], before[1][:, stay]])
+    model(x).square().sum().backward()
+    optimizer.step()
 
 
 def test_everything_that_can_stay_the_same_stays_the_same():
@@ -185,6 +208,24 @@ def test_load_pruned_is_bit_exact_and_refuses_other_models(tmp_path):
     with pytest.raises(ValueError, match=r"head.weight is .* in the checkpoint"):
         load_pruned(small, tmp_path / "b.pt")
     assert same(small.state_dict(), before)
+
+
+def test_load_pruned_does_not_need_torch_pruning(tmp_path):
+    model, _, groups, masks = trained()
+    cut(model, channels.plan(groups, masks))
+    torch.save({"fresh": Net().state_dict(), "cut": model.state_dict()}, tmp_path / "state.pt")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "small.ckpt")
+    code = """
+import sys
+sys.modules["torch_pruning"] = None  # importing it fails
+import torch
+from tests.test_surgery import Net, load_pruned, same
+stored = torch.load("state.pt", weights_only=True)
+(model := Net()).load_state_dict(stored["fresh"])
+assert same(load_pruned(model, "small.ckpt").state_dict(), stored["cut"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=600)
 
 
 def test_a_cut_network_exports_to_onnxruntime(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import override
@@ -141,6 +142,11 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
                 "shapes of the parameters that a cut would change. Allowed are a single device, and with "
                 "remove='end' DDP."
             )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "strategy: forked and spawned processes hand their weights back to the full-size model they "
+                "came from. Allowed is strategy='ddp', in a script."
+            )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [
             its.register_load_state_dict_pre_hook(_take_shapes)
@@ -174,10 +180,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._restore_generators(trainer)
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        if isinstance(self.example_input, Tensor):
-            return self.example_input
         if self.example_input is not None:
-            return torch.rand(list(self.example_input), generator=torch.Generator().manual_seed(0))
+            return channels.as_input(self.example_input)
         if pl_module.example_input_array is not None:
             return pl_module.example_input_array
         trainer.fit_loop.setup_data()
@@ -281,13 +285,14 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"groups": channels.pack_groups(self._groups), "channels": pack(self.channels)}
+        plain = {name: vars(group) for name, group in self._groups.items()}
+        own = {"groups": plain, "channels": pack(self.channels)}
         return {**super().state_dict(), "masks": {}, **own, "left": pack(self._left)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._groups = channels.unpack_groups(state_dict["groups"])
+        self._groups = {name: channels.Channels(**its) for name, its in state_dict["groups"].items()}
         self.channels = unpack(state_dict["channels"])
         self._left = unpack(state_dict["left"])
 
