@@ -52,7 +52,7 @@ class Figure:
     name: str
     title: str
     caption: str
-    charts: Sequence[alt.Chart | alt.LayerChart]
+    charts: Sequence[Any]  # of Altair
     columns: int = 3
     width: int | str = "container"  # of a chart on the page
 
@@ -178,11 +178,12 @@ def lines(
     *,
     hollow: bool = False,
     dense: float | None = None,
-) -> alt.LayerChart:
+) -> Any:
     """One line a kind in the band of its interval; hollow points: censored in some seed."""
     base = alt.Chart(alt.Data(values=rows))
     where = {"x": alt.X("x:Q", **x.options())}
-    shown = alt.Y("y:Q", **y.options() | ({"title": None} if y.title == title else {}))
+    untitled: dict[str, Any] = {**y.options(), "title": None}
+    shown = alt.Y("y:Q", **untitled if y.title == title else y.options())
     tips = [
         alt.Tooltip("kind:N"),
         alt.Tooltip("round:Q"),
@@ -203,7 +204,7 @@ def lines(
     tone, layers = colour(kinds), list[Any]()
     if any("low" in row for row in rows):
         band = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.15)
-        low = alt.Y("low:Q", **y.options() | {"title": None})
+        low = alt.Y("low:Q", **untitled)
         layers.append(band.encode(**where, y=low, y2="high:Q", color=tone))
     layers.append(base.mark_line(strokeWidth=1.8, clip=True).encode(**where, y=shown, color=tone))
     for open_ in {hollow and row["censored"] > 0 for row in rows}:
@@ -419,7 +420,7 @@ def _tradeoff(runs: Runs, kinds: Sequence[str], metric: str) -> list[dict[str, A
     return rows
 
 
-def _front(rows: list[dict[str, Any]], kinds: Sequence[str], label: str, form: str) -> alt.LayerChart:
+def _front(rows: list[dict[str, Any]], kinds: Sequence[str], label: str, form: str) -> Any:
     base = alt.Chart(alt.Data(values=rows))
     x = alt.X(
         "cost:Q",
@@ -460,7 +461,8 @@ def heat(
     sort: Any = None,
 ) -> alt.Chart:
     """A heat map: rows of x, y and `value`."""
-    scale = alt.Scale(scheme="viridis", **({"domain": list(domain), "type": "sqrt"} if domain else {}))
+    options: dict[str, Any] = {"domain": list(domain), "type": "sqrt"} if domain else {}
+    scale = alt.Scale(scheme="viridis", **options)
     return (
         alt.Chart(alt.Data(values=rows), title=title, height=min(HEIGHT, 40 + 22 * len({r[y] for r in rows})))
         .mark_rect()
@@ -606,7 +608,7 @@ class FirstLayer:
         return Figure(self.name, "First layer", caption, charts, len(self.neurons) + 1, 130)
 
 
-def image(values: Sequence[float], shape: tuple[int, int], title: str, scheme: str) -> alt.Chart:
+def image(values: Sequence[float], shape: tuple[int, int], title: str, scheme: Any) -> alt.Chart:
     """A picture of numbers, row by row."""
     data = alt.Data(values=[{"v": [float(f"{v:.3g}") for v in values]}])
     chart = (

@@ -44,7 +44,8 @@ def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
             task.load_state_dict(initial)
             for name, mask in masks.items():
                 task.get_parameter(name).data *= mask
-            cost, fast = lp.summarize(task.net, example), lp.accelerate(task.net, example).acceleration
+            cost = lp.summarize(task.net, example)
+            fast: Any = lp.accelerate(task.net, example).acceleration
             row = {"kind": kind, **{k: described(record["round"], masks)[k] for k in ("round", "sparsity")}}
             row |= {
                 f"{form}_bytes": getattr(cost.total, f"{form}_size") for form in ("raw", "gzip", "sparse")

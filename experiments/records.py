@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -184,7 +184,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return records, broken
 
 
-def _is_record(record: Any) -> bool:
+def _is_record(record: Any) -> TypeGuard[Record]:
     if not isinstance(record, dict):
         return False
     types = {"round": int, "kind": str, "metrics": dict, "alive": int, "total": int}

@@ -33,7 +33,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     batches, task = instantiate(cfg.batches), built(cfg)
     pruner, *others = _callbacks(cfg)
     dense = dense_round(cfg, folder, pruner)
-    callbacks = [pruner, *others, *([dense] if dense else []), Final(folder / "final.ckpt")]
+    callbacks: list[Callback] = [pruner, *others, *([dense] if dense else []), Final(folder / "final.ckpt")]
     with dense.shared(folder, folder / "resume.ckpt") if dense else nullcontext():
         fit(cfg, folder, task, batches, callbacks, (cfg.rounds + 1) * cfg.steps_per_round)
     if cfg.oneshot:
