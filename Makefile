@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench docs lint clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/ready  ## a lottery ticket on MNIST-1D, with its controls: table, records and figure
@@ -24,6 +24,9 @@ bench: .venv/ready  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.inference
 	$(RUN) experiments.benchmarks.channels
 
+docs: .venv/ready  ## the documentation, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,7 +36,7 @@ lint: .venv/ready  ## style and types
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed; set PYTHON=...')"
 	$(PYTHON) -m venv .venv
 	$(RUN) pip install --quiet --upgrade pip
-	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[experiments,vision,dev]"
+	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[experiments,vision,dev,docs]"
 	touch $@
 
 clean:

@@ -60,28 +60,6 @@ class ResidualMLP(nn.Module):
         return self.out(h + torch.relu(self.fc2(h)))
 
 
-class DeepFFN(nn.Module):
-    """A deep feed-forward network with ReLU, and optionally layer norm before each activation."""
-
-    def __init__(
-        self,
-        inputs: int = 784,
-        hidden: Sequence[int] = (1000, 500, 200, 100),
-        classes: int = 10,
-        layer_norm: bool = False,
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in zip((inputs, *hidden[:-1]), hidden, strict=True):
-            norm = [nn.LayerNorm(after)] if layer_norm else []
-            layers += [nn.Linear(before, after), *norm, nn.ReLU()]
-        self.hidden = nn.Sequential(*layers)
-        self.out = nn.Linear(hidden[-1], classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hidden(x.flatten(1)))
-
-
 class Conv(nn.Module):
     """Conv-2, -4 or -6 for 32x32 images: pairs of 3x3 convolutions with max-pooling, three linear layers.
 

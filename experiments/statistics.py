@@ -9,7 +9,7 @@ from scipy.stats import t
 from torch import Tensor
 
 from experiments.records import Record
-from lightning_prune.masks import Masks
+from lightning_prune.masks import Masks, jaccard
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,6 @@ def paired_by_round(
         if {of, against} <= kinds.keys()
     }
     return {round: (left[round], spread(values)) for round, values in pairs.items() if values}
-
-
-def jaccard(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Weights alive in both masks over weights alive in either; 1 when nothing is alive in either.
-
-    >>> from torch import tensor
-    >>> jaccard({"w": tensor([True, True, False])}, {"w": tensor([False, True, True])})
-    0.3333333333333333
-
-    Raises:
-        ValueError: when the masks are of different tensors.
-    """
-    if [(n, m.shape) for n, m in a.items()] != [(n, m.shape) for n, m in b.items()]:
-        raise ValueError(f"masks of different tensors: {list(a)} and {list(b)}.")
-    both = sum(int((a[name] & b[name]).count_nonzero()) for name in a)
-    either = sum(int((a[name] | b[name]).count_nonzero()) for name in a)
-    return both / either if either else 1.0
 
 
 def masks_of(survived: Mapping[str, Tensor], round: int) -> Masks:

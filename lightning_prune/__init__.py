@@ -18,15 +18,18 @@ says from where to go on.*
 - `rng`: the state of the random number generators
 - `storage`: sparse files; `save_sparse` and `load_sparse`
 - `inference`: what zeros are worth; `accelerate` and `summarize`
+- `metrics`: what masks say, as torchmetrics
+- `models`: the feed-forward network of pruning studies
+- `tables`: rows as text
 - `callbacks`: when
 """
 
-from lightning_prune import allocation, channels, criteria, filters, granularity, schedules
+from lightning_prune import allocation, channels, criteria, filters, granularity, metrics, models, schedules
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
 from lightning_prune.filters import prune_channels
 from lightning_prune.holding import hold
 from lightning_prune.inference import accelerate, summarize
-from lightning_prune.pruning import prune
+from lightning_prune.pruning import prune, targets
 from lightning_prune.storage import load_sparse, save_sparse
 from lightning_prune.surgery import load_pruned
 
@@ -45,9 +48,12 @@ __all__ = [
     "hold",
     "load_pruned",
     "load_sparse",
+    "metrics",
+    "models",
     "prune",
     "prune_channels",
     "save_sparse",
     "schedules",
     "summarize",
+    "targets",
 ]

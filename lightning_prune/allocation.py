@@ -147,12 +147,17 @@ class PerLayer:
         object.__setattr__(self, "densities", dict(self.densities))
         for pattern, density in self.densities.items():
             if not 0 < density <= 1:
-                raise ValueError(f"densities: {pattern!r} has {density}; allowed is above 0 up to 1.")
+                raise ValueError(
+                    f"densities: {pattern!r} has {density}; allowed is above 0 up to 1, such as 0.5."
+                )
 
     def __call__(self, scores: Scores, total: int, *, params: Mapping[str, Tensor]) -> Keep:
         for pattern in self.densities:
             if not any(fnmatchcase(name, pattern) for name in params):
-                raise ValueError(f"densities: the pattern {pattern!r} matches none of {', '.join(params)}.")
+                raise ValueError(
+                    f"densities: the pattern {pattern!r} matches no weight. They are: "
+                    f"{', '.join(params)}. Name one of them."
+                )
         shares = {name: s.numel() * Fraction(self._density(name)) for name, s in scores.items()}
         return apportion(total, shares, alive_per_tensor(scores))
 
@@ -160,7 +165,10 @@ class PerLayer:
         for pattern, density in self.densities.items():
             if fnmatchcase(name, pattern):
                 return density
-        raise ValueError(f"densities: no pattern matches {name}. Add the pattern '*' as the last one.")
+        raise ValueError(
+            f"densities: no pattern matches {name}; every weight needs one. Add the pattern '*' as "
+            "the last one."
+        )
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class AtLeast:
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or self.n < 0:
-            raise ValueError(f"n={self.n!r}: allowed are whole numbers from 0 on.")
+            raise ValueError(f"n={self.n!r}: allowed are whole numbers from 0 on, such as 1.")
 
     def __call__(
         self,
@@ -226,7 +234,9 @@ def apportion(total: int, shares: Mapping[str, float | Fraction], caps: Mapping[
     {'a': 2, 'b': 1, 'c': 4}
     """
     if total > sum(caps.values()):
-        raise ValueError(f"total={total}: only {sum(caps.values())} weights are alive.")
+        raise ValueError(
+            f"total={total}: allowed is 0 to {sum(caps.values())}, what is alive. Ask for fewer."
+        )
     # In exact arithmetic: the rounding errors of floats would break ties.
     exact: dict[str, Fraction] = {}
     free = {name: Fraction(share) for name, share in shares.items()}

@@ -126,7 +126,7 @@ def _check_traceable(model: nn.Module) -> None:
         else:
             continue
         raise ValueError(
-            f"module {name!r} {what}; channels can be removed from plain weights only. Remove it first, or "
+            f"module {name!r} {what}; allowed are plain weights. Remove it first, or "
             "run the model once where it is lazy."
         )
 
@@ -171,7 +171,7 @@ def _trace(model: nn.Module, example: Any) -> Any:
         import torch_pruning
     except ImportError as error:
         raise ImportError(
-            "StructuredChannelPruning finds coupled channels with torch-pruning, which is not installed: "
+            "StructuredChannelPruning needs torch-pruning to find coupled channels, and it is not installed: "
             "pip install 'lightning-prune[channels]'."
         ) from error
     failures: list[str] = []
@@ -190,7 +190,8 @@ def _trace(model: nn.Module, example: Any) -> Any:
             failures.append(f"{type(error).__name__}: {error}")
     raise ValueError(
         f"{type(model).__name__} is refused: its channels cannot be traced ({failures[-1]}). Allowed are "
-        "models whose forward runs on the example input, made of layers that torch-pruning knows."
+        "models whose forward runs on the example input, made of layers that torch-pruning knows. Use "
+        "IterativeMagnitudePruning instead."
     )
 
 

@@ -62,7 +62,7 @@ class Ln:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < float("inf"):
-            raise ValueError(f"n={self.n}: allowed are finite numbers above 0.")
+            raise ValueError(f"n={self.n}: allowed are finite numbers above 0, such as 2.")
 
     def __call__(self, params: Params) -> Scores:
         return {name: w.abs() ** self.n for name, w in params.items()}
@@ -236,7 +236,9 @@ class GraSP:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: allowed are finite numbers above 0.")
+            raise ValueError(
+                f"temperature={self.temperature}: allowed are finite numbers above 0, such as 200."
+            )
 
     def __call__(self, params: Params, model: nn.Module, batches: list[Any], loss: Loss) -> Scores:
         seen: list[bool] = []
@@ -250,7 +252,8 @@ class GraSP:
             g = mean_gradients(params, model, loss, batches)
             if not seen:
                 raise ValueError(
-                    f"logits={self.logits!r}: the loss does not call this module, so its output cannot be "
+                    f"logits={self.logits!r}: the loss does not call this module, and its output is "
+                    "needed, to be "
                     "divided by the temperature. Name the submodule that gives the logits."
                 )
             scores = {name: torch.zeros_like(w) for name, w in params.items()}
@@ -286,7 +289,7 @@ def wanda(
     {'weight': tensor([[5., 2.]])}
 
     Raises:
-        ValueError: when a layer is not called.
+        ValueError: when a layer is not called with one input: attention reads its weights, for instance.
 
     Reference: Sun et al. (2024), arXiv:2306.11695, Equation 1.
     """
@@ -297,7 +300,7 @@ def wanda(
 
         def accumulate(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             for p in layer.parameters(recurse=False):
-                if name := names.get(id(p)):
+                if len(args) == 1 and (name := names.get(id(p))):
                     # A layer is linear in its weight, so this gradient of its output on x^2 is the sum, for
                     # each weight, of the squares of all that it is multiplied with: strides, padding, groups
                     # and all.
@@ -316,7 +319,8 @@ def wanda(
                 handle.remove()
     if missed := [name for name in params if name not in called]:
         raise ValueError(
-            f"wanda: the layers of {', '.join(missed)} are not called by the model; exclude them."
+            f"wanda: the layers of {', '.join(missed)} are not called with an input of their own, as is "
+            "needed. Exclude these weights."
         )
     return {name: w.abs() * squares[name].sqrt() for name, w in params.items()}
 
@@ -358,7 +362,7 @@ class SynFlow:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds!r}: allowed are whole numbers from 1 on.")
+            raise ValueError(f"rounds={self.rounds!r}: allowed are whole numbers from 1 on, such as 100.")
 
     def __call__(
         self,
@@ -395,7 +399,8 @@ class SynFlow:
             example = inputs(batches[0])
         if not isinstance(example, Tensor):
             raise ValueError(
-                "input_shape=None: allowed where the model has example_input_array, or with batches."
+                "input_shape=None: allowed where the model has example_input_array, or with batches. Give "
+                "input_shape, without the batch dimension."
             )
         return tuple(example.shape[1:])
 

@@ -59,7 +59,9 @@ def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
     for name, needed in wanted.items():
         if needed and evidence.get(name) is None:
             its = getattr(function, "__name__", repr(function))
-            raise ValueError(f"{its} asks for `{name}`, and there is none here. {EVIDENCE[name]}")
+            raise ValueError(
+                f"{its} asks for `{name}`, and there is none here. {EVIDENCE[name]} Give it, or use another."
+            )
     return function(*args, **{name: evidence[name] for name in wanted if evidence.get(name) is not None})
 
 
@@ -97,7 +99,8 @@ def gradients(params: Mapping[str, Any], model: nn.Module, loss: Loss, batch: An
         value = loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ValueError(
-                f"loss: it gave {value!r}; a scalar tensor that depends on the weights is needed."
+                f"loss: it gave {value!r}; a scalar tensor that depends on the weights is needed. Return it "
+                "before `.item()` or `.detach()`."
             )
         found = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
     return dict(zip(live, found, strict=True))
@@ -112,7 +115,9 @@ def mean_gradients(
         for name, g in gradients(params, model, loss, batch).items():
             total[name] = total[name] + g if name in total else g
     if not total:
-        raise ValueError("batches: there are none; at least one is needed for gradients.")
+        raise ValueError(
+            "batches: there are none; at least one is needed for gradients. Give data that is not empty."
+        )
     return {name: g / len(batches) for name, g in total.items()}
 
 

@@ -76,7 +76,8 @@ def batch_norm_scale(params: Mapping[str, Tensor], channels: Groups) -> Scores:
     """
     if bare := [name for name, group in channels.items() if not group.scales]:
         raise ValueError(
-            f"batch_norm_scale: {', '.join(bare)} pass no batch normalization with a scale; exclude them."
+            f"batch_norm_scale: {', '.join(bare)} pass no batch normalization with a scale, as is "
+            "needed; exclude them."
         )
     scales = {name: p.abs()[:, None] for name, p in params.items() if p.dim() == 1}
     return {name: _mean(group, group.scales, scales) for name, group in channels.items()}
@@ -203,7 +204,7 @@ class Removed:
         if (most := removed(1.0, self.multiply_adds)) < target:
             raise ValueError(
                 f"fraction: {target} is to be removed in round {round}, and without all removable channels "
-                f"but one in each layer {most:.4f} would be; allowed is less than that."
+                f"but one in each layer {most:.4f} would be; allowed is less than that. Lower the schedule."
             )
         low, high = 0.0, 1.0
         for _ in range(30):  # halves of halves: exact to far less than a channel

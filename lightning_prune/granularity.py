@@ -58,7 +58,9 @@ class NM:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n < self.m):
-            raise ValueError(f"n={self.n}, m={self.m}: allowed are whole numbers with 1 <= n < m.")
+            raise ValueError(
+                f"n={self.n}, m={self.m}: allowed are whole numbers with 1 <= n < m, such as 2 and 4."
+            )
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         rows = scores.movedim(_dim(self.dim, scores), -1)
@@ -100,7 +102,9 @@ class Block:
     def __post_init__(self) -> None:
         for name in ("rows", "columns"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are whole numbers from 1 on.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: allowed are whole numbers from 1 on, such as 4."
+                )
         _check_norm(self.n)
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -165,7 +169,7 @@ class Filter:
 
     def __post_init__(self) -> None:
         if not isinstance(self.dim, int):
-            raise ValueError(f"dim={self.dim!r}: allowed are whole numbers.")
+            raise ValueError(f"dim={self.dim!r}: allowed are whole numbers, such as 0.")
         _check_norm(self.n)
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -188,10 +192,13 @@ def _norm(scores: Tensor, dims: tuple[int, ...], n: float) -> Tensor:
 
 def _check_norm(n: float) -> None:
     if not n > 0:
-        raise ValueError(f"n={n}: allowed are numbers above 0, infinity included.")
+        raise ValueError(f"n={n}: allowed are numbers above 0, infinity included, such as 1.")
 
 
 def _dim(dim: int, scores: Tensor) -> int:
     if not -scores.dim() <= dim < scores.dim():
-        raise ValueError(f"dim={dim}: the weight has {scores.dim()} dimensions; exclude it, or change dim.")
+        raise ValueError(
+            f"dim={dim}: allowed are {-scores.dim()} to {scores.dim() - 1}, the dimensions of the "
+            "weight; exclude it, or change dim."
+        )
     return dim % scores.dim()

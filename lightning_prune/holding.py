@@ -128,14 +128,18 @@ def check_fit(masks: Masks, params: Mapping[str, Tensor]) -> None:
     for name in sorted(set(masks) ^ set(params)):
         here, there = ("masks", "model") if name in masks else ("model", "masks")
         raise ValueError(
-            f"masks: {name} is in the {here}, not in the {there}; both must name the same weights."
+            f"masks: {name} is in the {here}, not in the {there}; both must name the same weights. "
+            "Use masks of this model."
         )
     for name, p in params.items():
         mask: Any = masks[name]
         if not isinstance(mask, Tensor) or mask.shape != p.shape or mask.dtype != torch.bool:
             tensor = isinstance(mask, Tensor)
             given = f"{mask.dtype} {tuple(mask.shape)}" if tensor else f"a {type(mask).__name__}"
-            raise ValueError(f"masks: {name} is {given}; allowed is torch.bool of shape {tuple(p.shape)}.")
+            raise ValueError(
+                f"masks: {name} is {given}; allowed is torch.bool of shape {tuple(p.shape)}. Use "
+                "masks of this model."
+            )
 
 
 def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer], masks: Masks) -> Hold:
@@ -168,7 +172,10 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
     parameters = dict(model.named_parameters())
     unknown = [name for name in masks if name not in parameters]
     if unknown:
-        raise ValueError(f"masks: {', '.join(unknown)} not among the parameters of {type(model).__name__}.")
+        raise ValueError(
+            f"masks: {', '.join(unknown)} not in the model; allowed are parameters of "
+            f"{type(model).__name__}. Use its masks."
+        )
     optimizers = [optimizer] if isinstance(optimizer, optim.Optimizer) else list(optimizer)
     # A plain loop may clip at any place between backward and step, so gradients are always masked here.
     return Hold({name: parameters[name] for name in masks}, masks, optimizers, gradients=True)

@@ -5,7 +5,6 @@ Nothing here claims a speed-up: every time is measured on this machine, on the i
 
 import copy
 import gzip
-import io
 import logging
 import platform
 import re
@@ -13,7 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from lightning_prune.storage import save_sparse
+from lightning_prune.tables import table
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Acceleration:
     @override
     def __str__(self) -> str:
         forms = "dense: these forms are " if self.speed_up == 1 else "these forms are "
-        return _table(f"{forms}{self.measured:.2f}x as fast end to end ({self.where})", self.layers)
+        return table(f"{forms}{self.measured:.2f}x as fast end to end ({self.where})", self.layers)
 
 
 def accelerate(model: nn.Module, example_input: Example) -> nn.Module:
@@ -164,7 +164,7 @@ class Summary:
         rows = replace(before.total, layer="before"), replace(self.total, layer="after")
         smaller = before.total.parameters / self.total.parameters
         faster = before.total.latency_us / self.total.latency_us
-        return _table(f"{smaller:.2f}x smaller, {faster:.2f}x as fast ({self.where})", rows)
+        return table(f"{smaller:.2f}x smaller, {faster:.2f}x as fast ({self.where})", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers, with both ratios."""
@@ -174,7 +174,7 @@ class Summary:
     @override
     def __str__(self) -> str:
         ratios = f"compression {self.compression_ratio:.2f}x, theoretical {self.theoretical_speed_up:.2f}x"
-        return _table(f"{ratios} ({self.where})", (*self.layers, self.total))
+        return table(f"{ratios} ({self.where})", (*self.layers, self.total))
 
 
 def summarize(model: nn.Module, example_input: Example) -> Summary:
@@ -287,7 +287,10 @@ class _Packed(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
-            raise RuntimeError("an accelerated copy does not train: train the model it was made from.")
+            raise RuntimeError(
+                "training=True: an accelerated copy is allowed to infer only. Train the model it was "
+                "made from."
+            )
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         state = [(p.data_ptr(), p._version) for p in parameters]
         if self._product is None or self._product[0] != state:
@@ -482,32 +485,6 @@ def _where(model: nn.Module, example: Example) -> str:
     name = cpu[1] if cpu else platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else name
     return f"batch {batch}, {torch.get_num_threads()} threads, {str(weight.dtype)[6:]}, {name}"
-
-
-def _table(title: str, rows: Sequence[Choice | LayerCost]) -> str:
-    try:
-        from rich.console import Console
-        from rich.table import Column, Table
-    except ModuleNotFoundError as error:
-        message = (
-            "rich is needed to print tables: pip install 'lightning-prune[report]'; to_dict() does without"
-        )
-        raise ModuleNotFoundError(message) from error
-    names = [field.name.replace("_", " ") for row in rows[:1] for field in fields(row)]
-    table = Table(*(Column(name, justify="right") for name in names), title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(_cell, asdict(row).values()))
-    console = Console(width=160, file=(text := io.StringIO()))
-    console.print(table)
-    return text.getvalue()
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, tuple):
-        return " x ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _refuse_training(model: nn.Module, function: str) -> None:

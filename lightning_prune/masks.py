@@ -140,6 +140,36 @@ def alive(masks: Mapping[str, Tensor]) -> int:
     return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
+def overlap(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many weights are alive in both, and how many in either.
+
+    >>> a, b = torch.tensor([True, True, False]), torch.tensor([False, True, True])
+    >>> overlap({"w": a}, {"w": b}), jaccard({"w": a}, {"w": b})
+    ((1, 3), 0.3333333333333333)
+
+    Raises:
+        ValueError: when the two are not masks of the same weights.
+    """
+    if (these := _shapes(masks)) != (those := _shapes(others)):
+        name = next(n for n in {**these, **those} if these.get(n) != those.get(n))
+        raise ValueError(
+            f"masks: {name} has the shape {these.get(name)} in one and {those.get(name)} in the other; "
+            "allowed are two masks of the same weights. Compare runs of the same network."
+        )
+    pairs = [(mask.bool(), others[name].to(mask.device).bool()) for name, mask in masks.items()]
+    return sum(int((a & b).sum()) for a, b in pairs), sum(int((a | b).sum()) for a, b in pairs)
+
+
+def jaccard(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    """The Jaccard index of two masks: alive in both over alive in either; 1 where nothing is alive."""
+    both, either = overlap(masks, others)
+    return both / either if either else 1.0
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
 def bits(mask: Tensor, like: Tensor) -> Tensor:
     """The mask as integers as wide as the elements of `like`: all ones where alive, all zeros where dead."""
     return mask.to(device=like.device, dtype=_integer(like.dtype)).neg_()

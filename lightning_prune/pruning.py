@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
@@ -16,6 +18,7 @@ from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradien
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.masks import DEAD, Masks, Scores, bits, count_above, keep_top, zero_dead_
 from lightning_prune.schedules import Schedule
+from lightning_prune.tables import table
 
 Criterion = Callable[..., Scores]
 Groups = list[tuple[list[str], Schedule]]
@@ -29,25 +32,50 @@ LAYERS = (
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "MultiheadAttention",  # whose input projections are weights of its own
+    "Conv1D",  # a linear layer of transformers' GPT-2, its weight (inputs, outputs)
 )
 
 
-def prunable(
+@dataclass(frozen=True)
+class Target:
+    """A row of `Targets`: a parameter, whether it may be pruned, and if not, why not."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    prunable: bool
+    why_not: str
+
+
+class Targets(tuple[Target, ...]):
+    """What of a model would be pruned. `print` it for a table."""
+
+    @override
+    def __str__(self) -> str:
+        sizes = [(math.prod(target.shape), target.prunable) for target in self]
+        title = (
+            f"{sum(n for n, yes in sizes if yes):,} of {sum(n for n, _ in sizes):,} parameters are prunable"
+        )
+        return table(title, self)
+
+
+def targets(
     model: nn.Module,
     layers: Sequence[str] = LAYERS,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-) -> dict[str, nn.Parameter]:
-    """The weights of `model` that may be pruned, by name, each once: never a bias, a norm or an embedding.
+) -> Targets:
+    """Which parameters would be pruned, and why the others would not: `print(targets(model))` is a dry run.
 
-    A weight is prunable if it has two dimensions or more and every module that owns it is of one of the types
-    `layers` (a class name, or that of a base class): a head tied to an embedding is left alone.
+    >>> [(t.parameter, t.why_not) for t in targets(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))][1:3]
+    [('0.bias', 'no weight matrix'), ('1.weight', 'BatchNorm1d is not among layers')]
 
-    >>> list(prunable(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))))
-    ['0.weight']
+    A parameter is prunable if it is a weight of two dimensions or more, and every module that owns it is of
+    one of the types `layers` (a class name, or that of a base class): a head tied to an embedding is left
+    alone.
 
     Args:
-        model: any module. Names are those of its `named_parameters()`.
+        model: any module, on the meta device too. Names are those of its `named_parameters()`.
         layers: class names of layers.
         include: fnmatch patterns over names; only what one of them matches. None: everything.
         exclude: fnmatch patterns over names; nothing that one of them matches.
@@ -57,26 +85,48 @@ def prunable(
     """
     if isinstance(layers, str):
         raise ValueError(f"layers={layers!r}: a list of class names is needed; write [{layers!r}].")
-    owners: dict[int, list[bool]] = {}
-    for module in model.modules():
-        matches = any(cls.__name__ in layers for cls in type(module).__mro__)
+    why_not: dict[int, list[str]] = {}  # a parameter's, from each of its owners
+    for path, module in model.named_modules():
+        kind, types = type(module).__name__, {cls.__name__ for cls in type(module).__mro__}
         for name, p in module.named_parameters(recurse=False):
-            owners.setdefault(id(p), []).append(matches and "weight" in name and p.dim() > 1)
-    found = {name: p for name, p in model.named_parameters() if all(owners[id(p)])}
-    if not found:
+            why = "" if "weight" in name and p.dim() > 1 else "no weight matrix"
+            why = why if types & {*layers} else f"{kind} is not among layers"
+            tied = f"tied to {path}: " if why and id(p) in why_not else ""
+            why_not.setdefault(id(p), []).append(tied + why)
+    found = {name: next(filter(None, why_not[id(p)]), "") for name, p in model.named_parameters()}
+    candidates = [name for name, why in found.items() if not why]
+    if not candidates:
         raise ValueError(
             f"{type(model).__name__} has nothing to prune: no weight belongs to a layer of the types "
             f"layers={tuple(layers)}. Name its layer types in `layers`."
         )
-    candidates = list(found)
-    kept = set(matching(candidates, "include", include)) if include is not None else set(found)
-    kept -= set(matching(candidates, "exclude", exclude or []))
-    if not kept:
+    included = candidates if include is None else matching(candidates, "include", include)
+    excluded = matching(candidates, "exclude", exclude or [])
+    if not set(included) - set(excluded):
         raise ValueError(
             f"include={_shown(include)}, exclude={_shown(exclude)} leave nothing to prune. "
-            f"Prunable weights: {', '.join(candidates)}."
+            f"Prunable weights, of which one is needed: {', '.join(candidates)}. Change the patterns."
         )
-    return {name: p for name, p in found.items() if name in kept}
+    for name in candidates:
+        found[name] = "excluded" if name in excluded else "" if name in included else "not included"
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Targets(Target(name, shapes[name], not why, why) for name, why in found.items())
+
+
+def prunable(
+    model: nn.Module,
+    layers: Sequence[str] = LAYERS,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> dict[str, nn.Parameter]:
+    """The weights of `model` that may be pruned, by name, each once: what `targets` says yes to.
+
+    >>> list(prunable(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))))
+    ['0.weight']
+    """
+    parameters = dict(model.named_parameters())
+    rows = targets(model, layers, include, exclude)
+    return {row.parameter: parameters[row.parameter] for row in rows if row.prunable}
 
 
 def matching(names: Sequence[str], argument: str, patterns: Sequence[str]) -> list[str]:
@@ -91,7 +141,7 @@ def matching(names: Sequence[str], argument: str, patterns: Sequence[str]) -> li
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"{argument}: the pattern {pattern!r} matches no prunable weight. "
-                f"They are: {', '.join(names)}."
+                f"They are: {', '.join(names)}. Name some of these."
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -120,7 +170,7 @@ def groups(names: Sequence[str], schedule: Schedule | Mapping[str, Schedule]) ->
         result.append((mine, its))
     if left:
         raise ValueError(
-            f"schedule: no pattern matches {', '.join(left)}. "
+            f"schedule: no pattern matches {', '.join(left)}; every weight needs one. "
             "Add the pattern '*' as the last one, or exclude them."
         )
     return result
@@ -133,7 +183,7 @@ def budget(sparsity: float, n: int) -> int:
         ValueError: when the sparsity is not in [0, 1].
     """
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity}: allowed is 0 (dense) to 1.")
+        raise ValueError(f"sparsity={sparsity}: allowed is 0 (dense) to 1, such as 0.5.")
     return round((1 - sparsity) * n)
 
 
@@ -202,12 +252,14 @@ def next_masks(
         keep = allocate(group, total, params=weights, masks=masks)
         if sum(keep.values()) != total:
             raise ValueError(
-                f"allocate: {allocate.of} gave {sum(keep.values())} survivors where {total} were asked for."
+                f"allocate: {allocate.of} gave {sum(keep.values())} survivors; allowed are the "
+                f"{total} that were asked for. Make its counts add up."
             )
         for name in names:
             if keep[name] > candidates[name]:
                 raise ValueError(
-                    f"allocate: {allocate.of} gave {name} {keep[name]} survivors, more than it has alive."
+                    f"allocate: {allocate.of} gave {name} {keep[name]} survivors; allowed are "
+                    f"{candidates[name]}, what it has alive. Cap its counts."
                 )
             best = keep_top(units[name], keep[name], near=getattr(keep, "near", None))
             new[name] = expand[name](best) & masks[name]
@@ -224,13 +276,15 @@ def score_weights(criterion: Criterion, weights: dict[str, Tensor], evidence: di
             if name not in initial or initial[name].shape != w.shape:
                 given = tuple(initial[name].shape) if name in initial else "none"
                 raise ValueError(
-                    f"initial: {name} of shape {tuple(w.shape)} is needed, and {given} is given."
+                    f"initial: {name} of shape {tuple(w.shape)} is needed, and {given} is given. "
+                    "Give the weights of this model at initialization."
                 )
     scores = call(criterion, weights, **evidence)
     for name, w in weights.items():
         if name not in scores or scores[name].shape != w.shape or not scores[name].is_floating_point():
             raise ValueError(
-                f"criterion: {criterion} must give floating point scores of {name}'s shape {tuple(w.shape)}."
+                f"criterion: {criterion} must give floating point scores of {name}'s shape {tuple(w.shape)}. "
+                "Return one score for each weight."
             )
     return {name: scores[name].detach() for name in weights}
 
@@ -247,7 +301,7 @@ def _check_finite(tensors: Mapping[str, Tensor], what: str, dead: int = 0) -> No
         if not finite:
             raise ValueError(
                 f"{what} {name} holds NaN or infinity; allowed are finite numbers. "
-                "Did the training diverge? Nothing was pruned."
+                "Nothing was pruned. Look where the training diverged."
             )
 
 

@@ -89,7 +89,8 @@ class Snapshot:
         ):
             if there != here:
                 raise ValueError(
-                    f"{what}: the snapshot has others than this training: {_difference(there, here)}"
+                    f"{what}: {_difference(there, here)} Allowed is the training that the snapshot was "
+                    "taken of. Take another snapshot."
                 )
         for module, tensors in zip((model, *averages), (self.tensors, *self.averages), strict=True):
             for name, tensor in _tensors(module).items():
@@ -183,10 +184,10 @@ class EarlyBird:
 
     def __post_init__(self) -> None:
         if not 0 < self.distance <= 1:
-            raise ValueError(f"distance={self.distance}: allowed is above 0 and at most 1.")
+            raise ValueError(f"distance={self.distance}: allowed is above 0 and at most 1, such as 0.1.")
         for name, value, lowest in (("masks", self.masks, 2), ("every_n_train_steps", self._steps, 1)):
             if not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on, such as 5.")
 
     @property
     def _steps(self) -> int:

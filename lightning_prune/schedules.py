@@ -178,7 +178,9 @@ class OneCycle:
     def __post_init__(self) -> None:
         _check_ramp(self)
         if not 0 < self.a < math.inf or not math.isfinite(self.b):
-            raise ValueError(f"a={self.a}, b={self.b}: allowed are finite numbers, a above 0.")
+            raise ValueError(
+                f"a={self.a}, b={self.b}: allowed are finite numbers, a above 0, such as 14 and 5."
+            )
 
     def __call__(self, round: int) -> float:
         if round <= self.start:
@@ -206,10 +208,13 @@ class Explicit:
         object.__setattr__(self, "sparsities", tuple(self.sparsities))
         if not self.sparsities or not all(0 <= s < 1 for s in self.sparsities):
             raise ValueError(
-                f"sparsities={self.sparsities}: allowed are one or more, each from 0 to below 1."
+                f"sparsities={self.sparsities}: allowed are one or more, each from 0 to below 1, such as 0.5."
             )
         if list(self.sparsities) != sorted(self.sparsities):
-            raise ValueError(f"sparsities={self.sparsities}: masks only shrink, so they may not fall.")
+            raise ValueError(
+                f"sparsities={self.sparsities}: allowed are some that do not fall, as masks only "
+                "shrink. Sort them."
+            )
 
     def __call__(self, round: int) -> float:
         return self.sparsities[min(round, len(self.sparsities) - 1)]
@@ -247,7 +252,7 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.theta):
-            raise ValueError(f"theta={self.theta}: allowed are finite numbers.")
+            raise ValueError(f"theta={self.theta}: allowed are finite numbers, such as 0.05.")
 
     def __call__(self, round: int, scores: Scores) -> float:
         if not round:
@@ -276,7 +281,7 @@ class Bucket:
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta={self.beta}: allowed are finite numbers above 0.")
+            raise ValueError(f"beta={self.beta}: allowed are finite numbers above 0, such as 5.")
 
     def __call__(self, round: int, scores: Scores) -> float:
         if not round:
@@ -293,7 +298,9 @@ def _size(scores: Scores) -> int:
 
 def _check_whole(name: str, value: int, lowest: int) -> None:
     if not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
+        raise ValueError(
+            f"{name}={value!r}: allowed are whole numbers from {lowest} on, such as {lowest + 1}."
+        )
 
 
 def _check_ramp(ramp: Linear | Cubic | OneCycle) -> None:
@@ -301,7 +308,8 @@ def _check_ramp(ramp: Linear | Cubic | OneCycle) -> None:
     _check_whole("start", ramp.start, 0)
     if not 0 <= ramp.initial <= ramp.sparsity < 1:
         raise ValueError(
-            f"initial={ramp.initial}, sparsity={ramp.sparsity}: allowed is 0 <= initial <= sparsity < 1."
+            f"initial={ramp.initial}, sparsity={ramp.sparsity}: allowed is 0 <= initial <= sparsity < 1, "
+            "such as 0 and 0.9."
         )
 
 

@@ -97,14 +97,16 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
     """
     safetensors, zstd = libraries()
     if not Path(path).is_file():
-        raise FileNotFoundError(f"load_sparse: there is no file {str(path)!r}.")
+        raise FileNotFoundError(
+            f"load_sparse: there is no file {str(path)!r}. Allowed is one that save_sparse wrote; name it."
+        )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return _read(file, zstd)
     except (safetensors.SafetensorError, _Unreadable) as error:
         raise ValueError(
             f"load_sparse: {str(path)!r} cannot be read: {error}. "
-            "Allowed are whole files that save_sparse wrote."
+            "Allowed are whole files that save_sparse wrote. Save it again."
         ) from error
 
 
@@ -126,7 +128,7 @@ def libraries() -> tuple[Any, Any]:
 
 def _check(name: object, tensor: object) -> None:
     if not isinstance(name, str):
-        raise ValueError(f"save_sparse: the key {name!r}: allowed are strings.")
+        raise ValueError(f"save_sparse: the key {name!r}: allowed are strings. Give a state_dict.")
     given = type(tensor).__name__
     if isinstance(tensor, Tensor):
         if tensor.dtype in _DTYPES.values() and tensor.layout == torch.strided and not tensor.is_meta:
@@ -134,7 +136,8 @@ def _check(name: object, tensor: object) -> None:
         given = f"{tensor.layout} tensor of {tensor.dtype} on {tensor.device}"
     allowed = ", ".join(_DTYPES)
     raise ValueError(
-        f"save_sparse: {name!r} is a {given}: allowed are dense tensors with values, of {allowed}."
+        f"save_sparse: {name!r} is a {given}: allowed are dense tensors with values, of {allowed}. "
+        "Remove or convert it."
     )
 
 

@@ -93,7 +93,7 @@ def check_optimizers(optimizers: Iterable[optim.Optimizer]) -> None:
             raise ValueError(
                 f"{type(optimizer).__name__} keeps state that is not of its weights' shapes, so channels "
                 "cannot be cut from it. Allowed are SGD, RMSprop, the Adam family, Muon and others that keep "
-                "one value for each weight."
+                "one value for each weight. Use one of these, or cut before the optimizer is made."
             )
 
 
@@ -107,17 +107,19 @@ def _kept(model: nn.Module, plan: Plan) -> dict[int, tuple[Tensor, Kept]]:
         except (AttributeError, IndexError):
             raise ValueError(
                 f"plan: {type(model).__name__} has no tensor {name} with dimension {dim} in its module "
-                f"{module!r}. Make the plan for this model."
+                f"{module!r}; allowed are those it has. Make the plan for this model."
             ) from None
         stays = torch.ones(size, dtype=torch.bool)
         if len(gone) and not 0 <= int(gone.min()) <= int(gone.max()) < size:
             raise ValueError(
                 f"plan: indices {gone.tolist()} of {module}.{name}, dimension {dim}, of size {size}; allowed "
-                f"are 0 to {size - 1}. Was this plan carried out already?"
+                f"are 0 to {size - 1}. Make another plan if this was carried out."
             )
         stays[gone] = False
         if not stays.any():
-            raise ValueError(f"plan: nothing would be left of {module}.{name}; keep a channel at least.")
+            raise ValueError(
+                f"plan: nothing would be left of {module}.{name}; one channel at least is needed. Keep one."
+            )
         found.setdefault(id(tensor), (tensor, {}))[1][dim] = stays.nonzero().flatten()
     return found
 
@@ -158,7 +160,7 @@ def _cut_state(state: Mapping[str, Any], shape: torch.Size, kept: Kept, optimize
         elif isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() > 1):
             raise ValueError(
                 f"{optimizer} keeps {name!r} of another shape than its weight's {tuple(shape)}, which "
-                "cannot be cut with it. Allowed are optimizers that keep one value for each weight."
+                "cannot be cut with it. Allowed are optimizers that keep one value for each weight; use one."
             )
     return new
 
@@ -267,7 +269,7 @@ def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         if there.dim() != tensor.dim() or any(a > b for a, b in zip(there.shape, tensor.shape, strict=True)):
             raise ValueError(
                 f"{name} is {tuple(there.shape)} in the checkpoint and {tuple(tensor.shape)} in "
-                f"{type(model).__name__}; allowed is what a cut leaves of it. Build the full-size model that "
+                f"{type(model).__name__}; allowed is what a cut leaves of it. Use the full-size model that "
                 "was pruned."
             )
         fresh = torch.empty_like(tensor.new_empty(there.shape), memory_format=_memory_format(tensor))
@@ -296,7 +298,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
         where = "file" if different[0] in state else "model"
         raise ValueError(
             f"path={str(path)!r}: {different[0]} is only in the {where}, as are {len(different) - 1} other "
-            f"names in one of the two; allowed is a checkpoint of {type(model).__name__}."
+            f"names in one of the two; allowed is a checkpoint of {type(model).__name__}. Load one."
         )
     reshape(model, state)
     model.load_state_dict(state)

@@ -60,7 +60,7 @@ def test_a_layer_with_fewer_alive_keeps_those_and_the_others_share_the_rest():
 
 
 def test_more_than_are_alive_cannot_be_split():
-    with pytest.raises(ValueError, match="total=4: only 3 weights are alive"):
+    with pytest.raises(ValueError, match="total=4: allowed is 0 to 3"):
         apportion(4, {"a": 1, "b": 1}, {"a": 1, "b": 2})
 
 

@@ -1,5 +1,6 @@
 """Pruning: what is prunable, exact budgets, and the same masks as the peers."""
 
+import sys
 from copy import deepcopy
 
 import pytest
@@ -39,9 +40,11 @@ def test_prunable_are_the_weights_of_linear_and_convolution_layers_only():
             "layer_norm": nn.LayerNorm([2, 3]),  # two dimensions, and still a norm
             "embedding": nn.Embedding(5, 2),
             "lstm": nn.LSTM(2, 2),
+            "attention": nn.MultiheadAttention(2, 1),
         }
     )
-    assert list(prunable(model)) == ["linear.weight", "conv.weight", "up.weight"]
+    attention = ["attention.in_proj_weight", "attention.out_proj.weight"]
+    assert list(prunable(model)) == ["linear.weight", "conv.weight", "up.weight", *attention]
     assert list(prunable(model, layers=["Embedding"])) == ["embedding.weight"]
     assert list(prunable(model, layers=["LSTM"])) == ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
 
@@ -52,6 +55,49 @@ def test_a_subclass_of_a_layer_is_a_layer():
 
 def test_a_weight_tied_to_an_embedding_is_left_alone():
     assert list(prunable(Tied())) == ["inner.weight"]
+
+
+def test_a_dry_run_says_of_every_parameter_whether_and_why_not(monkeypatch):
+    model = Tied()
+    model.other, model.norm = nn.Linear(4, 4), nn.LayerNorm([2, 4])
+    rows = lp.targets(model, include=["inner.*"])
+    assert [(t.parameter, t.shape) for t in rows] == [
+        (n, tuple(p.shape)) for n, p in model.named_parameters()
+    ]
+    why = {t.parameter: t.why_not for t in rows}
+    assert why == {
+        "embed.weight": "Embedding is not among layers",
+        "inner.weight": "",
+        "inner.bias": "no weight matrix",
+        "other.weight": "not included",
+        "other.bias": "no weight matrix",
+        "norm.weight": "LayerNorm is not among layers",
+        "norm.bias": "LayerNorm is not among layers",
+    }
+    assert all(t.prunable == (not t.why_not) for t in rows)
+    assert {t.parameter for t in lp.targets(model, exclude=["other*"]) if t.why_not == "excluded"} == {
+        "other.weight"
+    }
+    drawn = str(rows)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    plain = str(rows)
+    assert drawn != plain
+    for text in (drawn, plain):
+        assert text.startswith("16 of ")
+        for t in rows:
+            line = next(line for line in text.splitlines() if t.parameter in line)
+            assert t.why_not in line
+            assert " x ".join(map(str, t.shape)) in line
+
+
+def test_a_head_that_comes_before_its_embedding_is_told_why():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.inner, self.embed = nn.Linear(4, 9), nn.Linear(4, 4), nn.Embedding(9, 4)
+            self.head.weight = self.embed.weight
+
+    assert lp.targets(Backwards())[0].why_not == "tied to embed: Embedding is not among layers"
 
 
 def test_a_shared_weight_is_counted_once():
@@ -230,11 +276,15 @@ def test_a_criterion_of_the_wrong_form_is_refused():
 def test_an_allocation_that_does_not_add_up_is_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     before = deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"allocate: .* gave 4 survivors where 9 were asked for"):
+    with pytest.raises(
+        ValueError, match=r"allocate: .* gave 4 survivors; allowed are the 9 that were asked for"
+    ):
         lp.prune(model, 0.5, allocate=lambda scores, total: dict.fromkeys(scores, 2))
     masks = {"a": torch.eye(3, dtype=torch.bool), "b": torch.ones(3, 3, dtype=torch.bool)}
     params = {"a": torch.eye(3), "b": torch.ones(3, 3)}
-    with pytest.raises(ValueError, match=r"allocate: .* gave a 5 survivors, more than it has alive"):
+    with pytest.raises(
+        ValueError, match=r"allocate: .* gave a 5 survivors; allowed are 3, what it has alive"
+    ):
         next_masks(params, masks, [("ab", 0.5)], allocate=lambda scores, total: {"a": 5, "b": 4})
     assert same(model.state_dict(), before)
 

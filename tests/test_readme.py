@@ -1,23 +1,39 @@
-"""Every code block of the README runs, in order, on a small network."""
+"""Every code block of README and documentation runs, in order, on a small network; every command exists."""
 
+import fnmatch
+import importlib.util
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from hydra import compose, initialize_config_dir
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
+from experiments import records
+from experiments.run import run
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+README = (ROOT / "README.md").read_text()
 QUIET = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+def blocks(page, language):
+    """The code blocks of a page; one that is a file of the repository (`--8<--`) is run by its own test."""
+    found = re.findall(rf"```{language}[^\n]*\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [block for block in found if "--8<--" not in block]
 
 
 class Net(LightningModule):
@@ -38,15 +54,14 @@ class Net(LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
-def test_the_code_blocks_run(capsys, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 7
+@pytest.fixture
+def names(monkeypatch):
+    """What the blocks of a page take for granted, and a Trainer that says nothing."""
     data = TensorDataset(torch.randn(32, 8), torch.randint(0, 3, (32,)))
     loader, net = DataLoader(data, 8), Net()
-    here = {
+    original = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, **given: original(self, **QUIET, **given))
+    return {
         "model": Net(),
         "train_loader": loader,
         "val_loader": loader,
@@ -55,46 +70,127 @@ def test_the_code_blocks_run(capsys, monkeypatch):
         "batches": list(loader),
         "example_input": torch.randn(32, 8),
         "loss_function": nn.functional.cross_entropy,
+        "lp": lp,
+        "pruner": lp.IterativeMagnitudePruning(rounds=1),
+        "Trainer": Trainer,
     }
-    original = Trainer.__init__
-    monkeypatch.setattr(Trainer, "__init__", lambda self, **given: original(self, **QUIET, **given))
-    for block in blocks:
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_blocks_run(page, names, capsys):
+    its = blocks(page, "python")
+    assert its
+    five_lines = "# 59%" in "".join(its)
+    for block in its:
         if "load_sparse" in block:
-            here["model"] = Net()  # an earlier block has cut the other
-        exec(block, here)
-        if "exclude" in block:
-            Trainer(max_epochs=3, callbacks=[here["pruner"]]).fit(Net(), loader, loader)
-            assert set(here["pruner"].masks) == {"body.weight", "head.weight"}
+            names["model"] = Net()  # an earlier block has cut the other
+        exec(block, names)
+        if 'exclude=["*stem*"]' in block:
+            Trainer(max_epochs=3, callbacks=[names["pruner"]]).fit(Net(), *[names["train_loader"]] * 2)
+            assert set(names["pruner"].masks) == {"body.weight", "head.weight"}
         if "lp.hold" in block:
-            assert all(
-                (p == 0).sum() >= (~here["masks"][n]).sum()
-                for n, p in net.named_parameters()
-                if n in here["masks"]
-            )
-            assert int(sum(m.sum() for m in here["masks"].values())) == round(
-                0.5 * (8 * 16 + 16 * 16 + 16 * 3)
-            )
-    assert "59% of the weights are exactly 0" in capsys.readouterr().out
+            net, masks = names["net"], names["masks"]
+            assert all(not bool(p[~masks[n]].any()) for n, p in net.named_parameters() if n in masks)
+            assert sum(int(m.sum()) for m in masks.values()) == round(0.5 * (8 * 16 + 16 * 16 + 16 * 3))
+        if "two_steps" in block:
+            Trainer(max_epochs=3, callbacks=[names["pruner"]]).fit(Net(), *[names["train_loader"]] * 2)
+            assert names["pruner"].sparsity == 0.75
+    assert ("59% of the weights are exactly 0" in capsys.readouterr().out) == five_lines
+
+
+def test_what_one_adds_is_under_ten_lines():
+    section = README.split("## Adding your own")[1]
+    its = re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL)
+    assert len(its) == 3  # a criterion, a schedule, an experiment
+    assert all(block.count("\n") < 10 for block in its)
+
+
+def test_the_experiment_that_the_readme_adds_runs(tmp_path):
+    (block,) = blocks("README.md", "yaml")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(block)
+    small = ["rounds=1", "steps_per_round=20", "evaluate_every=10", "progress=false", f"runs={tmp_path}/runs"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["experiment=mine", *small, f"hydra.searchpath=[file://{tmp_path}]"])
+    lines = records.read(run(cfg) / "records.jsonl")[0]
+    assert [line["sparsity"] for line in lines] == [0.0, pytest.approx(0.2)]
+    assert yaml.safe_load(block)["name"] == "mine"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+def test_the_commands_exist(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    for line in "".join(blocks(page, "bash")).splitlines():
+        command = line.split("#")[0].split()
+        if command[0] == "make":
+            assert command[1] in targets
+        elif command[:2] == ["pip", "install"]:
+            assert set(re.findall(r"\w+", command[2])) <= extras
+        else:
+            assert command[:2] == ["python", "-m"]
+            assert importlib.util.find_spec(command[2]), line
+            overrides = [word.split(",")[0] for word in command[3:] if "=" in word]
+            if command[2] == "experiments.run":
+                with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+                    compose("config", overrides)
+
+
+def test_links_and_pictures_of_the_readme_are_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
 
 
 def test_the_experiments_it_names_exist():
-    conf = Path(__file__).parents[1] / "conf" / "experiment"
+    """By name, or several by a pattern such as `conv*_cifar10`."""
+    experiments = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
     table = re.search(r"\| experiment \|.*?\n\n", README, re.DOTALL)
     assert table
-    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table[0].split("\n") if line)))
-    assert named == {p.stem for p in conf.glob("*.yaml")}
+    named = re.findall(r"`([\w*]+)`", "".join(line.split("|")[1] for line in table[0].split("\n") if line))
+    assert not [name for name in named if not fnmatch.filter(experiments, name)]
+    assert {e for name in named for e in fnmatch.filter(experiments, name)} == experiments
 
 
-def test_every_method_has_a_row():
-    rows = set(
-        re.findall(r"^\| (?:criterion|schedule|allocation|granularity) \| `(\w+)", README, re.MULTILINE)
-    )
+def test_every_method_has_a_place():
+    table = re.search(r"\| axis \|.*?\n\n", README, re.DOTALL)
+    assert table
+    rows = set(re.findall(r"`(\w+)`", table[0]))
     methods = set()
-    for module in (lp.criteria, lp.schedules, lp.allocation, lp.granularity):
+    for module in (lp.criteria, lp.schedules, lp.allocation, lp.granularity, lp.metrics):
         its = {
             n
             for n, o in vars(module).items()
             if callable(o) and getattr(o, "__module__", "") == module.__name__
         }
         methods |= {n for n in its if not n.startswith("_")}
-    assert rows == methods - {"apportion", "alive_per_tensor"}
+    assert methods - {"apportion", "alive_per_tensor"} <= rows
+
+
+@pytest.mark.filterwarnings("ignore")  # what a reader would see, too
+@pytest.mark.parametrize("name", ["one_shot", "feed_forward"])
+def test_the_tutorials_run(name, monkeypatch, tmp_path):
+    for scale in ("EPOCHS", "STEPS"):
+        monkeypatch.setenv(scale, "2")
+    script = ROOT / "docs" / "tutorials" / f"{name}.py"
+    runpy.run_path(str(script), run_name="__main__")
+    pictures = set(re.findall(r"!\[.*?\]\((.+?)\)", script.read_text()))
+    assert pictures == {path.name for path in tmp_path.glob("*.png")}
+    for picture in pictures:
+        assert (script.parent / picture).is_file(), f"run {script.name} where it lies"
+
+
+def test_the_documentation_has_a_page_for_every_module():
+    sys.path.insert(0, str(ROOT / "docs"))
+    hooks = pytest.importorskip("hooks")
+    sys.path.pop(0)
+    assert {"lightning_prune", "lightning_prune.masks", "lightning_prune.callbacks.pruning"} <= {
+        *hooks.modules()
+    }
+    page = hooks.page("# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1\n")
+    assert page == "# Title\n\ntext\n\n\n```python\nx = 1\n```\n\n"
+    text = hooks.methods()
+    assert "[`snip`][lightning_prune.criteria.snip] | Connection sensitivity" in text
+    assert "arXiv:1810.02340" in text

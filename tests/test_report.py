@@ -288,6 +288,7 @@ def test_the_page_works_in_a_browser_without_a_network(reported, browser):
     said, asked = [], []
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
     page = context.new_page()
+    page.set_default_timeout(180_000)  # other work may be going on
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))

@@ -9,7 +9,6 @@ import torch
 from experiments.statistics import (
     by_seed,
     interval,
-    jaccard,
     masks_of,
     overlap_of_rounds,
     overlap_of_seeds,
@@ -17,6 +16,7 @@ from experiments.statistics import (
     paired_by_round,
     spread,
 )
+from lightning_prune.masks import jaccard
 
 
 def record(kind, seed, round, left, **metrics):
@@ -80,7 +80,7 @@ def test_jaccard_counts_weights_as_sets_do():
     assert jaccard(a, a) == 1.0
     assert jaccard(a, {n: ~m for n, m in a.items()}) == 0.0
     assert jaccard({"w": torch.zeros(3, dtype=torch.bool)}, {"w": torch.zeros(3, dtype=torch.bool)}) == 1.0
-    with pytest.raises(ValueError, match="different tensors"):
+    with pytest.raises(ValueError, match="two masks of the same weights"):
         jaccard(a, {"a": a["a"]})
 
 

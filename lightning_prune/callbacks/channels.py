@@ -89,9 +89,9 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
         for name, value in (("round_to", round_to), ("at_least", at_least)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1 on.")
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1 on, such as 1.")
         if not 0 <= slimming < float("inf"):
-            raise ValueError(f"slimming={slimming}: allowed are finite numbers from 0 on.")
+            raise ValueError(f"slimming={slimming}: allowed are finite numbers from 0 on, such as 1e-4.")
         super().__init__(
             schedule=OneShot(0.3) if schedule is None else schedule,
             rounds=rounds,
@@ -145,7 +145,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError(
                 "strategy: forked and spawned processes hand their weights back to the full-size model they "
-                "came from. Allowed is strategy='ddp', in a script."
+                "came from. Allowed is strategy='ddp', in a script; use that."
             )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [

@@ -32,7 +32,7 @@ def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
         raise ValueError(
             f"criterion: {criterion} asks for {', '.join(sorted(its))}, from training_step; that of "
             f"{type(pl_module).__name__} steps its optimizers itself (automatic_optimization=False). Allowed "
-            "here are criteria of the weights alone."
+            "here are criteria of the weights alone. Use one of them."
         )
 
 
@@ -85,7 +85,7 @@ def _step(trainer: Trainer, pl_module: LightningModule) -> Loss:
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"training_step of {type(pl_module).__name__} gave {value!r} as loss; "
-                "the criterion needs a tensor."
+                "the criterion needs a tensor. Return the loss."
             )
         return value
 
@@ -125,7 +125,8 @@ def _twin(loader: Any) -> Any:
     except TypeError as error:
         raise ValueError(
             f"criterion: it reads training batches, and a {type(loader).__name__} cannot be copied to draw "
-            f"them on the side ({error}). Allowed is a DataLoader, or an iterable that copy.deepcopy copies."
+            f"them on the side ({error}). Allowed is a DataLoader, or an iterable that copy.deepcopy "
+            "copies. Use one."
         ) from error
     if isinstance(twin, DataLoader):  # worker processes for a batch or two cost more than they give
         twin.num_workers, twin.timeout = 0, 0

@@ -101,9 +101,11 @@ class IterativeMagnitudePruning(Callback):
             ("score_batches", score_batches, 1),
         ):
             if not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on.")
+                raise ValueError(
+                    f"{name}={value!r}: allowed are whole numbers from {lowest} on, such as {lowest + 1}."
+                )
         if not 0 < max_sparsity <= 1:
-            raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1.")
+            raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1, such as 0.95.")
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
         for its in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
             _check_schedule(its, rounds)
@@ -160,7 +162,10 @@ class IterativeMagnitudePruning(Callback):
         if self.every_n_train_steps is not None:
             return self.every_n_train_steps
         if self._trainer is None:
-            raise RuntimeError("steps_per_round is known during a fit, from `configure_optimizers` on.")
+            raise RuntimeError(
+                "steps_per_round is known during a fit, from `configure_optimizers` on, and there is none. "
+                "Ask there, or give every_n_train_steps."
+            )
         self._trainer.fit_loop.setup_data()
         batches = self._trainer.num_training_batches
         if batches == float("inf"):
@@ -191,7 +196,8 @@ class IterativeMagnitudePruning(Callback):
             if shared := sorted(set(self._params) & set(other.prunable(pl_module))):
                 raise ValueError(
                     f"two pruning callbacks hold the same weights: {', '.join(shared)}. Divide them with "
-                    "include= and exclude=, or use one callback with a schedule per pattern."
+                    "include= and exclude=, or use one callback with a schedule per pattern; each "
+                    "weight goes to one."
                 )
         masks = self.masks or self._first_masks()
         check_fit(masks, self._params)
@@ -369,8 +375,8 @@ class IterativeMagnitudePruning(Callback):
         for metric, lowest in self.stop_below.items():
             if metric not in metrics:
                 raise ValueError(
-                    f"stop_below: no metric {metric!r} was logged in this round. "
-                    f"Logged are: {', '.join(trainer.callback_metrics) or 'none'}."
+                    f"stop_below: no metric {metric!r} was logged in this round; allowed is what was. "
+                    f"Logged are: {', '.join(trainer.callback_metrics) or 'none'}. Name one of these."
                 )
             if (value := metrics[metric]) < lowest:
                 return f"{metric} is {value:.4g}, below {lowest}."
@@ -464,7 +470,7 @@ def load_masks(path: str | Path) -> Masks:
     """
     error = ValueError(
         f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file in "
-        'which torch.save put {parameter name: bool tensor}; or "zeros".'
+        'which torch.save put {parameter name: bool tensor}; or "zeros". Name one of these.'
     )
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -497,7 +503,8 @@ def _check_schedule(schedule: Schedule, rounds: int) -> None:
     if not callable(schedule):
         raise ValueError(
             f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
-            "From a Hydra config set `_convert_: all` beside the callback's `_target_`."
+            "Give one of lightning_prune.schedules; from a Hydra config set `_convert_: all` beside "
+            "the callback's `_target_`."
         )
     if asked(schedule):
         return  # it reads the scores, and there are none yet
@@ -507,12 +514,12 @@ def _check_schedule(schedule: Schedule, rounds: int) -> None:
         if not 0 <= sparsity < 1:
             raise ValueError(
                 f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
-                "allowed is from 0 up to, and not including, 1."
+                "allowed is from 0 up to, and not including, 1. Change the schedule, or rounds."
             )
         if sparsity < reached:
             raise ValueError(
                 f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
-                "masks only shrink, so it may not fall."
+                "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
             )
         reached = sparsity
 

@@ -54,9 +54,11 @@ class LotteryTicketRewind(Callback):
     ) -> None:
         for name, value in (("to_step", to_step), ("to_epoch", 0 if to_epoch is None else to_epoch)):
             if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 0 on.")
+                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 0 on, such as 0.")
         if to_step and to_epoch is not None:
-            raise ValueError(f"to_step={to_step}, to_epoch={to_epoch}: only one of them can be given.")
+            raise ValueError(
+                f"to_step={to_step}, to_epoch={to_epoch}: only one of them is allowed. Leave one out."
+            )
         self.to_step = to_step
         self.to_epoch = to_epoch
         self.policy = policy
@@ -81,17 +83,20 @@ class LotteryTicketRewind(Callback):
             self._check_step(pruner.every_n_train_steps)
         elif (self.to_epoch or 0) >= pruner.every_n_epochs:
             raise ValueError(
-                f"to_epoch={self.to_epoch}: allowed is 0 to {pruner.every_n_epochs - 1}, within a round."
+                f"to_epoch={self.to_epoch}: allowed is 0 to {pruner.every_n_epochs - 1}, within a round. "
+                "Lower it."
             )
         elif self.shorten and self.to_step:
             raise ValueError(
-                f"shorten=True with to_step={self.to_step}: rounds are counted in epochs, so this cannot "
-                "shorten them. Give to_epoch, or the pruning callback every_n_train_steps."
+                f"shorten=True with to_step={self.to_step}: allowed is to_epoch, as rounds are counted in "
+                "epochs. Give to_epoch, or the pruning callback every_n_train_steps."
             )
 
     def _check_step(self, length: int | float) -> None:
         if self.to_step >= length:
-            raise ValueError(f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round.")
+            raise ValueError(
+                f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round. Lower it."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +147,7 @@ class LotteryTicketRewind(Callback):
             raise ValueError(
                 f"{name}={k}: training is at {name[3:]} {now} without a snapshot. "
                 "Allowed is a step still to come at which a batch begins (those of all optimizers count), or "
-                "a checkpoint of a run with this callback."
+                "a checkpoint of a run with this callback. Use one of these."
             )
         self.snapshot = Snapshot.take(*_parts(trainer, pl_module))
         self._behind = _pruner(trainer).clock(trainer)
@@ -189,7 +194,8 @@ class LotteryTicketRewind(Callback):
         if self.snapshot is None:
             raise ValueError(
                 f"to_step={self.to_step}, to_epoch={self.to_epoch}: the first round is over without having "
-                "come to it. Allowed is a step (those of all optimizers count) or epoch within that round."
+                "come to it. Allowed is a step (those of all optimizers count) or epoch within that round; "
+                "name one."
             )
         parts = _parts(trainer, pl_module)
         final = Snapshot.take(*parts) if "final" in asked(self.policy) else None
