@@ -315,7 +315,6 @@ def processes(world, folder, names=tuple(RUNS)):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.interrupted", "tests.ranks"])
     started = [context.Process(target=work, args=(rank, world, port, folder, names)) for rank in range(world)]
     for process in started:
         process.start()

@@ -111,7 +111,6 @@ def test_a_run_that_fails_again_and_again_ends_the_same(straight, tmp_path):
 
 def in_another_process(*args, target=run_to_file):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.interrupted", "tests.ranks"])
     process = context.Process(target=target, args=args)
     process.start()
     process.join(120)

@@ -19,7 +19,7 @@ from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.channels import Groups
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
-from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.pruning import Allocation, Criterion, groups
 from lightning_prune.schedules import OneShot, Schedule
 
@@ -124,19 +124,16 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
         self._hooks: list[Any] = []
 
+    _of = "channels"
+
     @property
     @override
-    def sparsity(self) -> float:
-        total = sum(mask.numel() for mask in self.channels.values())
-        return (total - alive(self.channels)) / total if total else 0.0
+    def _units(self) -> Masks:
+        return self.channels
 
     @override
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return channels.parameters(self._groups, model)
-
-    @override
-    def _describe(self) -> str:
-        return f"{alive(self.channels)} channels left ({100 * (1 - self.sparsity):.2f} %)"
 
     # ----------------------------------------------------------------------------------------- the fit starts
 

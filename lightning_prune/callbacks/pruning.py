@@ -57,7 +57,8 @@ class IterativeMagnitudePruning(Callback):
     whose file name has `{round...}`, such as "{round:.0f}-{sparsity:.3f}": it keeps the best of each round.
 
     Logged as `round`, `sparsity` and, with the loggers, `round_step`, the optimizer steps since the round
-    began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
+    began, and `density/<name>` of each tensor as a round or an epoch begins. After each pruning
+    `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
 
     Args:
         schedule: round (and scores) -> sparsity in [0, 1), by default `Geometric(0.2)`; or a dict {pattern
@@ -173,9 +174,9 @@ class IterativeMagnitudePruning(Callback):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the prunable weights that is dead, 0 before the first fit."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return (total - alive(self.masks)) / total if total else 0.0
+        """Fraction of what may be pruned that is dead, 0 before the first fit."""
+        total = sum(mask.numel() for mask in self._units.values())
+        return (total - alive(self._units)) / total if total else 0.0
 
     @property
     def steps_per_round(self) -> int | float:
@@ -328,12 +329,14 @@ class IterativeMagnitudePruning(Callback):
         if trainer.barebones:
             return
         if self._announce or (trainer.global_step + 1) % _log_interval(trainer) == 0:
-            self._announce = False
             # Not by `log`: what is logged on a step costs Lightning time on every step after it.
             values = {"round": float(self.round), "sparsity": self.sparsity}
             trainer.progress_bar_metrics.update(values)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             values["round_step"] = float(trainer.global_step - self._began)
+            if self._announce and trainer.loggers:
+                values |= {f"density/{name}": alive({name: m}) / m.numel() for name, m in self.masks.items()}
+            self._announce = False
             trainer.logged_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             for logger in trainer.loggers:
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
@@ -345,6 +348,13 @@ class IterativeMagnitudePruning(Callback):
             if reason := self._below(trainer):
                 self.stop(trainer, reason)
             self._prune(trainer, pl_module, self.round + 1)
+
+    _of = "weights"
+
+    @property
+    def _units(self) -> Masks:
+        """What sparsity counts, which are `_of` its kind."""
+        return self.masks
 
     def _names(self) -> list[str]:
         """Of what the schedule counts."""
@@ -380,7 +390,7 @@ class IterativeMagnitudePruning(Callback):
         if (left := alive(masks)) < max(1, budget(self.max_sparsity, total)):
             sparsity = f"the next sparsity, {1 - left / total:.4f},"
             self.stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
-        before = self.masks
+        before, candidates = self.masks, alive(self._units)
         self._carry_out(trainer, pl_module, masks)
         if round:  # no drift where the clock jumps over an end; and every round trains
             self.round_ends = max(self.round_ends + self._length, self.clock(trainer) + 1)
@@ -395,7 +405,11 @@ class IterativeMagnitudePruning(Callback):
         self._announce = True
         if self.verify:
             self._verify(trainer, pl_module, before)
-        log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
+        left = alive(self._units)
+        log.info(
+            f"round {self.round} of {self.rounds}: pruned {candidates - left}, "
+            f"{left} {self._of} left ({100 * (1 - self.sparsity):.2f} %)"
+        )
 
     def _verify(self, trainer: Trainer, pl_module: LightningModule, before: Masks) -> None:
         found = awake(self._params, self.masks, "Something wrote to them after the masks were put on.")
@@ -411,9 +425,6 @@ class IterativeMagnitudePruning(Callback):
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         self.masks = masks
-
-    def _describe(self) -> str:
-        return f"{alive(self.masks)} weights left ({100 * (1 - self.sparsity):.2f} %)"
 
     def stop(self, trainer: Trainer, reason: str) -> None:
         """End the fit with this round, before its next batch."""
