@@ -195,6 +195,8 @@ def test_an_arrays_file_is_a_data_set():
     assert splits.train[0].shape == (9500, 3, 32, 32)
     assert len(splits.val[1]) == 500
     assert splits.test[0].max() <= 1.0
+    few = data.npz(str(SHARED / "cifar10_12k.npz"), validation=100, examples=300)
+    assert [len(y) for _, y in (few.train, few.val, few.test)] == [200, 100, 300]
 
 
 def test_missing_data_names_the_path_and_what_to_do(tmp_path):
