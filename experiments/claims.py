@@ -23,7 +23,8 @@ class Difference:
 
     Values are paired by seed. A claim is held when the 95 % interval of the mean (Student's t) lies on the
     right side of the bound, up to the tolerance, not held when it lies on the other, otherwise undecided;
-    over several fractions the worst of them counts.
+    over several fractions it is held when it is at all of them, not held when it is not at one, and the
+    numbers are those of the worst.
 
     Args:
         name: the claim in words.
@@ -77,7 +78,8 @@ class Difference:
         assert bound is not None
         claimed = f"claimed {'>=' if sign > 0 else '<='} {bound:g}"
         claimed += f" within {self.tolerance:g}" if self.tolerance else ""
-        worst: tuple[float, str, str] | None = None
+        verdicts = ("not held", "undecided", "held")
+        found_at: list[tuple[int, float, str]] = []
         for left in self.left:
             values = self._values(records, left)
             if not values:
@@ -85,15 +87,13 @@ class Difference:
             found = spread(values)
             low, high = found.interval
             least, most = sorted(sign * (end - bound) + self.tolerance for end in (low, high))
-            verdict = "held" if least >= 0 else "not held" if most < 0 else "undecided"
+            verdict = 2 if least >= 0 else 0 if most < 0 else 1
             numbers = f"{found.mean:.4g} [{low:.4g}, {high:.4g}], {found.n} seeds"
             numbers += f" from {found.lowest:.4g} to {found.highest:.4g}; {claimed}"
             numbers += f" (at {left:.1%} left, the worst of {len(self.left)})" if len(self.left) > 1 else ""
-            margin = sign * (found.mean - bound)
-            if worst is None or margin < worst[0]:
-                worst = (margin, verdict, numbers)
-        assert worst is not None
-        return Verdict(self.name, self.source, worst[1], worst[2])
+            found_at.append((verdict, sign * (found.mean - bound), numbers))
+        verdict, _, numbers = min(found_at)
+        return Verdict(self.name, self.source, verdicts[verdict], numbers)
 
 
 @dataclass(frozen=True)

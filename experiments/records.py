@@ -15,7 +15,19 @@ from lightning_prune import IterativeMagnitudePruning
 from lightning_prune.masks import Masks
 
 Record = dict[str, Any]
-KINDS = ("ticket", "reinit", "random")  # in this order, before all others
+# In this order, before all others.
+KINDS = (
+    "ticket",
+    "reinit",
+    "shuffled",
+    "random",
+    "shuffled_globally",
+    "inverted",
+    "one_shot",
+    "sign_only",
+    "signed_reinit",
+    "small_dense",
+)
 
 
 class Records(Callback):

@@ -12,11 +12,11 @@ from torch import nn
 
 import lightning_prune as lp
 from experiments import controls
-from experiments.controls import Begin, Start
 from experiments.models import LeNet
 from experiments.records import read
 from experiments.run import run
 from experiments.statistics import masks_of
+from experiments.tickets import Begin, Start
 from lightning_prune.masks import alive
 from lightning_prune.pruning import prunable
 from lightning_prune.rewind import Snapshot

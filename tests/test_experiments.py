@@ -316,6 +316,14 @@ def test_of_several_fractions_from_above_the_worst_is_the_highest():
     assert "25.0% left" in found.numbers
 
 
+def test_a_claim_about_several_fractions_is_undecided_when_it_is_at_one_of_them():
+    rows = [record("ticket", s, 1, 0.5, acc=0.1 + 0.001 * s) for s in range(3)]  # surely above 0.05
+    rows += [record("ticket", s, 2, 0.25, acc=0.3 + 0.3 * s) for s in range(3)]  # higher, and who knows
+    found = claims.Difference("c", "s", "acc", "ticket", [0.5, 0.25], 0.05).check(rows)
+    assert found.verdict == "undecided"
+    assert "25.0% left" in found.numbers
+
+
 def test_several_fractions_are_judged_by_the_worst():
     rows = [record("ticket", s, r, left, acc=0.9) for s in range(3) for r, left in ((1, 0.5), (2, 0.25))]
     rows += [record("reinit", s, 1, 0.5, acc=0.8) for s in range(3)]
