@@ -18,9 +18,9 @@ import vl_convert
 
 from experiments.records import Record, by_round, kinds_of
 from experiments.runs import Runs
-from experiments.statistics import interval, jaccard, masks_of, overlap_of_seeds
+from experiments.statistics import interval, masks_of, overlap_of_seeds
 from lightning_prune.callbacks.pruning import load_masks
-from lightning_prune.masks import Masks
+from lightning_prune.masks import Masks, jaccard
 
 LABELS = {
     "reinit": "re-initialised",
