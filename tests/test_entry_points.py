@@ -120,16 +120,14 @@ def test_what_is_built_installs_and_runs_in_a_clean_environment(kind, tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (built,) = (p for p in tmp_path.iterdir() if p.suffix in (".whl", ".gz"))
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = str(next((tmp_path / "venv").glob("*/python*")))
-    (site,) = (
-        (tmp_path / "venv").glob("lib/python*/site-packages")
-        if sys.platform != "win32"
-        else (tmp_path / "venv" / "Lib" / "site-packages",)
-    )
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = next(str(p) for p in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if p.exists())
+    site = next(venv.rglob("site-packages"))
     ours = Path(pytest.__file__).parents[1]
     (site / "lent.pth").write_text(f"{ours}\n")  # a plain path: the editable install of this one stays behind
-    install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q", str(built)]
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    install = [*pip, "install", "--ignore-installed", "--no-deps", "--no-build-isolation", "-q", str(built)]
     subprocess.run(install, check=True, capture_output=True, text=True)
     code = (
         "import sys\n"

@@ -139,9 +139,10 @@ def test_the_commands_exist(page):
                     compose("config", overrides)
 
 
-def test_links_and_pictures_of_the_readme_are_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "experiments/results/README.md"])
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_the_experiments_it_names_exist():
@@ -159,14 +160,14 @@ def test_every_method_has_a_place():
     assert table
     rows = set(re.findall(r"`(\w+)`", table[0]))
     methods = set()
-    for module in (lp.criteria, lp.schedules, lp.allocation, lp.granularity, lp.metrics):
+    for module in (lp.criteria, lp.schedules, lp.allocation, lp.granularity, lp.rewind, lp.metrics):
         its = {
             n
             for n, o in vars(module).items()
             if callable(o) and getattr(o, "__module__", "") == module.__name__
         }
         methods |= {n for n in its if not n.startswith("_")}
-    assert methods - {"apportion", "alive_per_tensor"} <= rows
+    assert methods - {"apportion", "alive_per_tensor", "Snapshot", "copied", "hamming"} <= rows
 
 
 @pytest.mark.filterwarnings("ignore")  # what a reader would see, too

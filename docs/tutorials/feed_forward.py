@@ -134,9 +134,8 @@ figure.savefig("feed_forward.png", dpi=110)
 #
 # ## Pictures of masks
 #
-# Rows are neurons of the first layer, columns the 40 places of the signal. Class-blind pruning decides
-# per weight, so whole places and neurons fade where the signal tells little; a random mask has no such
-# structure.
+# Rows are neurons of the first layer, columns the 40 places of the signal. Class-blind pruning decides per
+# weight: the last places of the signal, which tell little, fade. A random mask keeps all places alike.
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
