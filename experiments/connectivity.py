@@ -7,21 +7,20 @@ rounds are trained in different data orders, and the error is measured along the
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from hydra.utils import instantiate, to_absolute_path
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from experiments.controls import Begin, each_round, finished, train_from
-from experiments.figures import PALETTE, save
+from experiments.figures import Axis, Figure, axis_of, lines
 from experiments.oneshot import evaluate
 from experiments.records import Record, described, read
+from experiments.runs import Runs
+from experiments.statistics import interval
 from experiments.training import built
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -137,29 +136,30 @@ def train(cfg: DictConfig, folder: Path, points: int = 30, reestimate: bool = Fa
 
 @dataclass(frozen=True)
 class Paths:
-    """The error along the paths: one panel a split, one line a round, the mean over seeds in its range."""
+    """The error along the paths: a chart a split, a line a round, mean over seeds and its interval."""
 
     name: str = "paths"
 
-    def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path:
-        """Draw and write the figure."""
-        fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-        rounds = sorted({r["round"] for r in records if "path" in r})
-        for axis, split in zip(axes, ("train", "test"), strict=True):
-            for round, colour in zip(rounds, PALETTE, strict=False):
-                its = [r for r in records if r["round"] == round and "path" in r]
-                left = fmean(r["alive"] / r["total"] for r in its)
-                columns = list(zip(*(r["path"][f"{split}_error"] for r in its), strict=True))
-                alpha = its[0]["path"]["alpha"]
-                label = "dense" if left == 1 else f"{left:.1%} of the weights"
-                axis.plot(alpha, [fmean(c) for c in columns], marker=".", color=colour, label=label)
-                low, high = [min(c) for c in columns], [max(c) for c in columns]
-                axis.fill_between(alpha, low, high, alpha=0.15, color=colour, linewidth=0)
-            axis.set_title(f"{split} error on the line between two trainings", fontsize=10)
-            axis.set_xlabel("interpolation")
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].set_ylim(bottom=0)
-        axes[0].legend(frameon=False, fontsize=9)
-        return save(fig, out / f"{self.name}.png", title)
+    def __call__(self, runs: Runs) -> Figure | None:
+        """Draw it."""
+        found = [r for r in runs.records if "path" in r]
+        shown: dict[int, str] = {}
+        for r in sorted(found, key=lambda r: r["round"]):
+            shown[r["round"]] = f"{r['alive'] / r['total']:.1%} of the weights" if r["round"] else "dense"
+        charts: list[Any] = []
+        for split in ("train", "test"):
+            rows: list[dict[str, Any]] = []
+            for round, label in shown.items():
+                its = [r["path"] for r in found if r["round"] == round]
+                for alpha, *errors in zip(its[0]["alpha"], *(p[f"{split}_error"] for p in its), strict=True):
+                    low, mean, high = interval(errors)
+                    band = {"low": low, "high": high} if len(errors) > 1 else {}
+                    rows.append(
+                        {"kind": label, "round": round, "x": alpha, "y": mean, "seeds": len(its)} | band
+                    )
+            x, y = Axis("interpolation"), axis_of("_acc", "error")
+            charts.append(lines(rows, list(shown.values()), x, y, f"{split} error between two trainings"))
+        caption = (
+            "Error on the line between two trainings from the same state, mean over seeds and 95 % interval."
+        )
+        return Figure(self.name, "Linear mode connectivity", caption, charts, 2) if found else None

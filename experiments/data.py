@@ -108,7 +108,11 @@ def cifar10(
 
 
 def npz(
-    path: str, validation: int = 1000, seed: int = 0, normalize: Callable[[Splits], Splits] | None = None
+    path: str,
+    validation: int = 1000,
+    seed: int = 0,
+    normalize: Callable[[Splits], Splits] | None = None,
+    examples: int | None = None,
 ) -> Splits:
     """Any file of arrays `x_train`, `y_train`, `x_test`, `y_test`, for instance a subset of CIFAR-10.
 
@@ -119,18 +123,19 @@ def npz(
         validation: training examples set aside, drawn at random.
         seed: draws them.
         normalize: applied to all of it, such as `per_channel`.
+        examples: use only so many of the training and of the test examples; None: all.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"data.path={path}: there is no such file. Set data.path to an .npz file.")
     arrays = np.load(path)
     if missing := [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in arrays]:
         raise ValueError(f"data.path={path}: lacks the arrays {missing}; it has {sorted(arrays)}.")
-    order = np.random.default_rng(seed).permutation(len(arrays["x_train"]))
+    order = np.random.default_rng(seed).permutation(len(arrays["x_train"]))[:examples]
     x, y = arrays["x_train"][order], arrays["y_train"][order]
     splits = Splits(
         train=_pair(x[validation:], y[validation:]),
         val=_pair(x[:validation], y[:validation]),
-        test=_pair(arrays["x_test"], arrays["y_test"]),
+        test=_pair(arrays["x_test"][:examples], arrays["y_test"][:examples]),
     )
     return normalize(splits) if normalize else splits
 

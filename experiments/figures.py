@@ -1,61 +1,261 @@
-"""Figures of a folder of runs. An experiment's config lists its own; each writes one PNG."""
+"""Figures of a folder of runs: each is drawn once, for the page and for paper.
 
-from collections.abc import Sequence
+A figure is a function of the runs -> `Figure`, or None where the runs do not have what it shows. An
+experiment's config lists its own; `STANDARD` are the others that a report has.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib as mpl
+import altair as alt
 import torch
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter
+import vl_convert
 
 from experiments.records import Record, by_round, kinds_of
+from experiments.runs import Runs
+from experiments.statistics import interval, masks_of, overlap_of_seeds
 from lightning_prune.callbacks.pruning import load_masks
+from lightning_prune.masks import Masks, jaccard
 
-LABELS = {"ticket": "ticket", "reinit": "re-initialised", "random": "random mask"}
-COLOURS = {"ticket": "#0072b2", "reinit": "#d55e00", "random": "#009e73"}
-# Okabe & Ito's palette, safe for colour-blind readers
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+LABELS = {
+    "reinit": "re-initialised",
+    "random": "random mask",
+    "shuffled": "shuffled in layers",
+    "shuffled_globally": "shuffled globally",
+    "inverted": "inverted mask",
+    "one_shot": "one-shot mask",
+    "sign_only": "signs only",
+    "signed_reinit": "re-initialised, same signs",
+    "small_dense": "small dense",
+}
+# Okabe & Ito's palette, safe for colour-blind readers, without its yellow, which white paper swallows
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 PANELS = {
     "test_acc": "test accuracy at the end of the round",
     "test_acc_at_early_stop": "test accuracy at minimum validation loss",
-    "early_stop_step": "step of minimum validation loss (hollow: censored)",
+    "early_stop_step": "step of minimum validation loss",
 }
+HEIGHT, WIDTH = 240, 320
+SEEDS = 5  # as many of a kind are compared with each other
+KINDS = 6  # as many have charts of their own
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Charts that belong together, of which any page or paper can be made."""
+
+    name: str
+    title: str
+    caption: str
+    charts: Sequence[Any]  # of Altair
+    columns: int = 3
+    width: int | str = "container"  # of a chart on the page
+
+    def specs(self) -> list[dict[str, Any]]:
+        """The charts for a page, as Vega-Lite."""
+        return [finite(chart.properties(width=self.width).to_dict()) for chart in self.charts]
+
+    def write(self, out: Path) -> list[Path]:
+        """Write the figure as PNG and SVG."""
+        width = WIDTH if self.width == "container" else self.width
+        charts = [chart.properties(width=width) for chart in self.charts]
+        whole = alt.concat(*charts, columns=self.columns, title=self.title).resolve_scale(color="independent")
+        spec = finite(whole.configure(**CONFIG).to_dict())
+        png, svg = out / f"{self.name}.png", out / f"{self.name}.svg"
+        png.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+        svg.write_text(vl_convert.vegalite_to_svg(spec))
+        return [png, svg]
+
+
+CONFIG: dict[str, Any] = {
+    "axis": {"gridOpacity": 0.4, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"},
+    "legend": {"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 260},
+    "title": {"fontSize": 12, "fontWeight": "normal"},
+    "view": {"stroke": None},
+    "background": "white",
+}
+
+
+def finite(node: Any) -> Any:
+    """JSON without NaN and infinity, which become null: a run that diverged is no reason to break a page."""
+    if isinstance(node, dict):
+        return {k: finite(v) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [finite(v) for v in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+# ------------------------------------------------------------------------------------------------- lines
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is on an axis, and how."""
+
+    title: str
+    format: str = ""
+    log: bool = False
+    reverse: bool = False
+    values: Sequence[float] | None = None
+    limits: Sequence[float] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """For `alt.X` and `alt.Y`."""
+        scale: dict[str, Any] = {"zero": False, "reverse": self.reverse, "nice": self.limits is None}
+        if self.log:
+            scale = {"type": "log", "reverse": self.reverse, "nice": False}
+        if self.limits is not None:
+            scale |= {"domain": list(self.limits), "clamp": True}
+        axis: dict[str, Any] = {"values": list(self.values)} if self.values else {}
+        axis |= {"format": self.format or "~g"} if self.format or self.log else {}
+        return {"title": self.title, "scale": alt.Scale(**scale), "axis": alt.Axis(**axis)}
+
+
+def axis_of(metric: str, title: str, **options: Any) -> Axis:
+    """The axis of a metric: fractions of test examples in percent, bytes with their prefix."""
+    return Axis(title, "~%" if "_acc" in metric else "~s" if metric.endswith("_bytes") else "", **options)
+
+
+def left(records: Sequence[Record]) -> Axis:
+    """Weights left in percent, fewer to the right."""
+    least = 100 * min(r["alive"] / r["total"] for r in records)
+    ticks = [x for x in (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1) if x >= least * 0.9]
+    return Axis("weights left (%)", log=least > 0, reverse=True, values=ticks)
+
+
+def labels(kinds: Iterable[str]) -> list[str]:
+    """What kinds are called in figures."""
+    return [LABELS.get(kind, kind) for kind in kinds]
+
+
+def colour(kinds: Sequence[str], legend: bool = True) -> alt.Color:
+    """One colour a kind, the same in every figure that shows these kinds."""
+    names = labels(kinds)
+    scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
+    where = alt.Legend(title=None, orient="bottom", columns=3, symbolOpacity=1) if legend else None
+    return alt.Color("kind:N", scale=scale, legend=where)
+
+
+def points(
+    records: Sequence[Record],
+    kinds: Sequence[str],
+    x: Callable[[Record], float],
+    y: Callable[[Record], float | None],
+) -> list[dict[str, Any]]:
+    """For each kind and round the mean over seeds, with its 95 % interval where there are several."""
+    rows: list[dict[str, Any]] = []
+    for round, by_kind in sorted(by_round(list(records)).items()):
+        for kind in kinds:
+            its = [(r, value) for r in by_kind.get(kind, []) if (value := y(r)) is not None]
+            its = [(r, value) for r, value in its if math.isfinite(value)]
+            if not its:
+                continue
+            values = [value for _, value in its]
+            low, mean, high = interval(values)
+            row = {
+                "kind": LABELS.get(kind, kind),
+                "round": round,
+                "x": fmean(x(r) for r, _ in its),
+                "y": mean,
+            }
+            row |= {"low": low, "high": high} if len(values) > 1 else {}
+            late = sum(bool(r["metrics"].get("censored")) for r, _ in its)
+            rows.append({**row, "seeds": len(values), "censored": late})
+    return rows
+
+
+def lines(
+    rows: list[dict[str, Any]],
+    kinds: Sequence[str],
+    x: Axis,
+    y: Axis,
+    title: str,
+    *,
+    hollow: bool = False,
+    dense: float | None = None,
+) -> Any:
+    """One line a kind in the band of its interval; hollow points: censored in some seed."""
+    base = alt.Chart(alt.Data(values=rows))
+    where = {"x": alt.X("x:Q", **x.options())}
+    untitled: dict[str, Any] = {**y.options(), "title": None}
+    shown = alt.Y("y:Q", **untitled if y.title == title else y.options())
+    tips = [
+        alt.Tooltip("kind:N"),
+        alt.Tooltip("round:Q"),
+        alt.Tooltip("x:Q", title=x.title, format=".4~g"),
+        alt.Tooltip(
+            "y:Q",
+            title=y.title,
+            format=".2%" if y.format.endswith("%") else ".4~s" if y.format == "~s" else ".4~g",
+        ),
+    ]
+    if any("low" in row for row in rows):
+        form = ".2%" if y.format.endswith("%") else ".4~g"
+        tips += [
+            alt.Tooltip("low:Q", title="95 % from", format=form),
+            alt.Tooltip("high:Q", title="to", format=form),
+        ]
+    tips += [alt.Tooltip("seeds:Q")] + ([alt.Tooltip("censored:Q")] if hollow else [])
+    tone, layers = colour(kinds), list[Any]()
+    if any("low" in row for row in rows):
+        band = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.15)
+        low = alt.Y("low:Q", **untitled)
+        layers.append(band.encode(**where, y=low, y2="high:Q", color=tone))
+    layers.append(base.mark_line(strokeWidth=1.8, clip=True).encode(**where, y=shown, color=tone))
+    for open_ in {hollow and row["censored"] > 0 for row in rows}:
+        its = base.transform_filter(
+            f"{str(not hollow).lower()} || (datum.censored > 0) == {str(open_).lower()}"
+        )
+        layers.append(
+            its.mark_point(filled=not open_, size=32, opacity=1).encode(
+                **where, y=shown, color=tone, tooltip=tips
+            )
+        )
+    if dense is not None:
+        rule = alt.Chart(alt.Data(values=[{"y": dense, "what": "dense"}]))
+        mark = rule.mark_rule(strokeDash=[5, 4], color="#888", strokeWidth=1.5)
+        layers.insert(0, mark.encode(y="y:Q", tooltip=[alt.Tooltip("what:N", title="line"), tips[3]]))
+    return alt.layer(*layers, title=title, height=HEIGHT)
 
 
 @dataclass(frozen=True)
 class WeightsLeft:
-    """Accuracy and early-stop step against weights left: mean over seeds in a band of their range."""
+    """Accuracy and early-stop step against weights left, the dense network as a line."""
 
     name: str = "figure"
 
-    def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path:
-        """Draw and write the figure."""
-        fig, axes = plt.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4), layout="constrained")
-        dense = [r for r in records if r["round"] == 0 and r["kind"] == "ticket"]
-        for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
-            lines(axis, records, kinds_of(records), metric, lambda r: 100 * r["alive"] / r["total"])
-            if values := [r["metrics"][metric] for r in dense if metric in r["metrics"]]:
-                axis.axhline(fmean(values), color="0.4", linewidth=1, linestyle="--", label="dense")
-            axis.set_xscale("log")
-            axis.invert_xaxis()
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            least = 100 * min(r["alive"] / r["total"] for r in records)
-            axis.set_xticks([x for x in (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1) if x >= least * 0.9])
-            axis.minorticks_off()
-            axis.set_xlabel("weights left (%)")
-            axis.set_title(label, fontsize=10)
-        axes[0].legend(frameon=False, fontsize=9)
-        return save(fig, out / f"{self.name}.png", title)
+    def __call__(self, runs: Runs) -> Figure | None:
+        """Draw it."""
+        records, charts = runs.records, []
+        kinds = kinds_of(records)
+        for metric, label in PANELS.items():
+            rows = points(records, kinds, _left, lambda r, metric=metric: r["metrics"].get(metric))
+            dense = [r["y"] for r in rows if r["round"] == 0 and r["kind"] in labels(kinds[:1])]
+            if rows:
+                hollow = metric == "early_stop_step"
+                y = axis_of(metric, label)
+                charts.append(
+                    lines(
+                        rows, kinds, left(records), y, label, hollow=hollow, dense=dense[0] if dense else None
+                    )
+                )
+        if not charts:
+            return None
+        caption = (
+            "Mean over seeds in the band of its 95 % interval (Student's t), dashed: the dense network. "
+            "Hollow: in some seed the minimum is the round's last evaluation (censored)."
+        )
+        return Figure(self.name, "Accuracy and early stopping", caption, charts)
 
 
 @dataclass(frozen=True)
 class BySparsity:
-    """Metrics against sparsity, one line a kind of run, one panel a metric.
+    """Metrics against sparsity, one line a kind of run, one chart a metric.
 
     Args:
         name: of the file.
@@ -71,28 +271,22 @@ class BySparsity:
     log: Sequence[str] = ()
     limits: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
-    def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path:
-        """Draw and write the figure."""
-        kinds = list(self.kinds) if self.kinds is not None else kinds_of(records)
-        n = len(self.panels)
-        fig, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), layout="constrained", squeeze=False)
-        for axis, (metric, label) in zip(axes[0], self.panels.items(), strict=True):
-            lines(axis, records, kinds, metric, lambda r: 100 * r["sparsity"])
-            axis.set_xlabel("sparsity (%)")
-            axis.set_title(label, fontsize=10)
-            if metric in self.log:
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-                axis.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
-            if metric in self.limits:
-                axis.set_ylim(*self.limits[metric])
-        axes[0][0].legend(frameon=False, fontsize=9)
-        return save(fig, out / f"{self.name}.png", title)
+    def __call__(self, runs: Runs) -> Figure | None:
+        """Draw it."""
+        kinds = kinds_of(runs.records) if self.kinds is None else list(self.kinds)
+        charts = []
+        for metric, label in self.panels.items():
+            rows = points(runs.records, kinds, _sparsity, lambda r, metric=metric: r["metrics"].get(metric))
+            y = axis_of(metric, label, log=metric in self.log, limits=self.limits.get(metric))
+            if rows:
+                charts.append(lines(rows, kinds, Axis("sparsity (%)"), y, label))
+        caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
+        return Figure(self.name, "Against sparsity", caption, charts) if charts else None
 
 
 @dataclass(frozen=True)
 class Against:
-    """A metric against others, one line a kind of run, one panel for each of the others.
+    """A metric against others, one line a kind of run, a chart for each of the others.
 
     Args:
         name: of the file.
@@ -106,103 +300,387 @@ class Against:
     label: str
     panels: dict[str, str]
 
-    def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path:
-        """Draw and write the figure."""
-        n = len(self.panels)
-        fig, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), layout="constrained", squeeze=False)
-        for axis, (metric, label) in zip(axes[0], self.panels.items(), strict=True):
-            lines(axis, records, kinds_of(records), self.metric, lambda r, m=metric: r["metrics"][m])
-            if metric == "multiply_adds":
-                axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g} M"))
-            axis.set_xlabel(label)
-            axis.set_ylabel(self.label)
-        axes[0][0].legend(frameon=False, fontsize=9)
-        return save(fig, out / f"{self.name}.png", title)
+    def __call__(self, runs: Runs) -> Figure | None:
+        """Draw it."""
+        kinds = kinds_of(runs.records)
+        charts: list[Any] = []
+        for metric, label in self.panels.items():
+            its = [r for r in runs.records if metric in r["metrics"]]
+            rows = points(
+                its, kinds, lambda r, m=metric: r["metrics"][m], lambda r: r["metrics"].get(self.metric)
+            )
+            x = Axis(label, "~s" if metric == "multiply_adds" else "")
+            if rows:
+                charts.append(
+                    lines(rows, kinds, x, axis_of(self.metric, self.label), f"{self.label} against {label}")
+                )
+        caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
+        return Figure(self.name, self.label, caption, charts) if charts else None
+
+
+def _left(record: Record) -> float:
+    return 100 * record["alive"] / record["total"]
+
+
+def _sparsity(record: Record) -> float:
+    return 100 * record["sparsity"]
+
+
+def relative_loss(runs: Runs) -> Figure | None:
+    """The test loss as a multiple of the unpruned network's, against sparsity."""
+    dense = {(r["kind"], r["seed"]): r["metrics"].get("test_loss") for r in runs.records if r["round"] == 0}
+
+    def ratio(record: Record) -> float | None:
+        loss, reference = record["metrics"].get("test_loss"), dense.get((record["kind"], record["seed"]))
+        return record["metrics"].get(
+            "relative_loss", loss / reference if loss is not None and reference else None
+        )
+
+    kinds = kinds_of(runs.records)
+    rows = points(runs.records, kinds, _sparsity, ratio)
+    if not rows:
+        return None
+    y = Axis("test loss / that of round 0", log=max(r["y"] for r in rows) > 5 * min(r["y"] for r in rows) > 0)
+    chart = lines(rows, kinds, Axis("sparsity (%)"), y, "relative test loss", dense=1.0)
+    caption = (
+        "Test loss at the end of a round as a multiple of that of round 0: mean over seeds, 95 % interval."
+    )
+    return Figure("relative_loss", "Relative loss", caption, [chart])
+
+
+def sizes(runs: Runs) -> Figure | None:
+    """File size, compression ratio and theoretical speed-up against sparsity."""
+    kinds, x = kinds_of(runs.records), Axis("sparsity (%)")
+    charts = []
+    recorded = {"gzip_bytes": "gzip -6", "sparse_bytes": "sparse file"}
+    for metric, label in recorded.items():
+        rows = points(runs.records, kinds, _sparsity, lambda r, metric=metric: r["metrics"].get(metric))
+        rows = rows or _measured(runs, metric)
+        if rows:
+            charts.append(lines(rows, kinds, x, Axis(f"bytes, {label}", "~s"), f"file size, {label}"))
+    rows = points(runs.records, kinds, _sparsity, lambda r: r["total"] / r["alive"] if r["alive"] else None)
+    charts.append(lines(rows, kinds, x, Axis("weights / weights left", log=True), "compression ratio"))
+    if rows := _measured(runs, "theoretical_speed_up"):
+        y = Axis("multiply-adds / those left", log=True)
+        charts.append(lines(rows, kinds, x, y, "theoretical speed-up"))
+    note = " Sizes and multiply-adds are those of networks with each round's mask." if runs.measured else ""
+    return Figure("sizes", "Size and speed-up", f"Of the prunable weights.{note}", charts, 4)
+
+
+def _measured(runs: Runs, metric: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": LABELS.get(m["kind"], m["kind"]),
+            "round": m["round"],
+            "x": 100 * m["sparsity"],
+            "y": m[metric],
+            "seeds": 1,
+            "censored": 0,
+        }
+        for m in runs.measured
+        if metric in m
+    ]
+
+
+def pareto(runs: Runs) -> Figure | None:
+    """Accuracy against size and against measured latency."""
+    kinds = kinds_of(runs.records)
+    charts = []
+    for metric, label, form in (
+        ("sparse_bytes", "sparse file (bytes)", "~s"),
+        ("gzip_bytes", "file after gzip (bytes)", "~s"),
+        ("accelerated_us", "measured latency (µs)", "~g"),
+    ):
+        rows = _tradeoff(runs, kinds, metric)
+        if rows and (metric != "gzip_bytes" or not charts):
+            charts.append(_front(rows, kinds, label, form))
+    caption = (
+        "Each round of each kind; the line connects those that no other beats in both. Up and left is better."
+    )
+    return Figure("pareto", "Accuracy for size and latency", caption, charts, 2) if charts else None
+
+
+def _tradeoff(runs: Runs, kinds: Sequence[str], metric: str) -> list[dict[str, Any]]:
+    accuracy = {
+        (p["kind"], p["round"]): p
+        for p in points(runs.records, kinds, _sparsity, lambda r: r["metrics"].get("test_acc"))
+    }
+    costs = points(runs.records, kinds, _sparsity, lambda r: r["metrics"].get(metric))
+    if runs.measured and metric in runs.measured[0]:
+        costs = costs or _measured(runs, metric)
+    rows = [
+        {**accuracy[c["kind"], c["round"]], "cost": c["y"], "sparsity": c["x"]}
+        for c in costs
+        if (c["kind"], c["round"]) in accuracy
+    ]
+    best = -math.inf
+    for row in sorted(rows, key=lambda row: (row["cost"], -row["y"])):
+        row["front"] = row["y"] > best
+        best = max(best, row["y"])
+    return rows
+
+
+def _front(rows: list[dict[str, Any]], kinds: Sequence[str], label: str, form: str) -> Any:
+    base = alt.Chart(alt.Data(values=rows))
+    x = alt.X(
+        "cost:Q",
+        title=label,
+        scale=alt.Scale(type="log", nice=False),
+        axis=alt.Axis(format=form, tickCount=6),
+    )
+    y = alt.Y("y:Q", title="test accuracy", scale=alt.Scale(zero=False), axis=alt.Axis(format="~%"))
+    tips = [
+        alt.Tooltip("kind:N"),
+        alt.Tooltip("round:Q"),
+        alt.Tooltip("sparsity:Q", format=".2f", title="sparsity (%)"),
+    ]
+    tips += [
+        alt.Tooltip("cost:Q", title=label, format=".4~s"),
+        alt.Tooltip("y:Q", title="test accuracy", format=".2%"),
+    ]
+    line = base.transform_filter("datum.front").mark_line(
+        color="#888", strokeWidth=1.5, interpolate="step-after"
+    )
+    spots = base.mark_point(filled=True, size=40, opacity=0.9).encode(
+        x=x, y=y, color=colour(kinds), tooltip=tips
+    )
+    return alt.layer(line.encode(x=x, y=y), spots, title=f"accuracy against {label}", height=HEIGHT)
+
+
+# -------------------------------------------------------------------------------------------------- heat maps
+
+
+def heat(
+    rows: list[dict[str, Any]],
+    x: str,
+    y: str,
+    title: str,
+    value: str,
+    domain: Sequence[float] | None = None,
+    form: str = ".2%",
+    sort: Any = None,
+) -> alt.Chart:
+    """A heat map: rows of x, y and `value`."""
+    options: dict[str, Any] = {"domain": list(domain), "type": "sqrt"} if domain else {}
+    scale = alt.Scale(scheme="viridis", **options)
+    return (
+        alt.Chart(alt.Data(values=rows), title=title, height=min(HEIGHT, 40 + 22 * len({r[y] for r in rows})))
+        .mark_rect()
+        .encode(
+            x=alt.X(
+                f"{x}:O", title=x, sort=sort, axis=alt.Axis(labelAngle=0, labelOverlap=True, labelLimit=90)
+            ),
+            y=alt.Y(f"{y}:O", title=None if y == "layer" else y, sort=sort, axis=alt.Axis(labelLimit=140)),
+            color=alt.Color(
+                f"{value}:Q",
+                title=value,
+                scale=scale,
+                legend=alt.Legend(format=form, orient="bottom", gradientLength=160),
+            ),
+            tooltip=[
+                alt.Tooltip(f"{x}:N"),
+                alt.Tooltip(f"{y}:N"),
+                alt.Tooltip(f"{value}:Q", format=".3%" if form.endswith("%") else form),
+            ],
+        )
+    )
+
+
+def density(runs: Runs) -> Figure | None:
+    """How much is left of each layer in each round."""
+    charts = []
+    for kind in kinds_of(runs.records)[:KINDS]:
+        rows: list[dict[str, Any]] = []
+        order: list[str] = []
+        for round, by_kind in sorted(by_round(runs.records).items()):
+            its = [r["layers"] for r in by_kind.get(kind, []) if r.get("layers")]
+            for layer in its[0] if its else ():
+                values = [layers[layer] for layers in its if layer in layers]
+                rows.append({"round": round, "layer": layer, "density": fmean(values)})
+                order += [layer] if layer not in order else []
+        if rows:
+            charts.append(
+                heat(rows, "round", "layer", LABELS.get(kind, kind), "density", (0, 1), "%", sort=order)
+            )
+    caption = "The fraction of a layer's weights that is left, mean over seeds." + _some(runs)
+    return Figure("density", "Density by layer", caption, charts) if charts else None
+
+
+def _some(runs: Runs) -> str:
+    n = len(kinds_of(runs.records))
+    return f" The first {KINDS} of {n} kinds." if n > KINDS else ""
+
+
+def overlap(runs: Runs) -> Figure | None:
+    """How much masks of different seeds have in common."""
+    shared: list[dict[str, Any]] = []
+    chance: list[dict[str, Any]] = []
+    last: dict[str, Masks] = {}
+    charts: list[Any] = []
+    for kind in kinds_of(runs.records):
+        name = LABELS.get(kind, kind)
+        its = {run.seed: run.survived for run in runs.of(kind) if run.survived}
+        its = dict(list(its.items())[:SEEDS])
+        if len(its) < 2 or len(charts) == KINDS:
+            continue
+        records = {r["round"]: r for r in runs.of(kind)[0].records if r["round"]}
+        for round, (spread, by_chance) in overlap_of_seeds(list(its.values()), list(records)).items():
+            row = {"kind": name, "round": round, "x": _left(records[round]), "y": spread.mean, "censored": 0}
+            band = dict(zip(("low", "high"), spread.interval, strict=True)) if len(its) > 2 else {}
+            shared.append({**row, **band, "seeds": len(its)})
+            chance.append({"x": row["x"], "y": by_chance})
+        some = list(records)[:: -(-len(records) // 20)]
+        pairs = list(combinations([{r: masks_of(s, r) for r in some} for s in its.values()], 2))[:3]
+        between = [
+            {"round": r, "round of another seed": s, "overlap": fmean(jaccard(a[r], b[s]) for a, b in pairs)}
+            for r in some
+            for s in some
+        ]
+        charts.append(heat(between, "round", "round of another seed", name, "overlap", (0, 1), "%"))
+        last |= {f"{name} {seed}": masks_of(s, max(records)) for seed, s in its.items()}
+    if not shared:
+        return None
+    y = Axis("alive in both / in either", "%")
+    line = lines(shared, kinds_of(runs.records), left(runs.records), y, "overlap of two seeds' masks")
+    expected = alt.Chart(alt.Data(values=chance)).mark_point(shape="cross", color="#888", size=24)
+    tip = alt.Tooltip("y:Q", title="by chance", format=".2%")
+    charts.insert(0, line + expected.encode(x="x:Q", y="y:Q", tooltip=tip))
+    whole = [
+        {"mask": m, "other mask": n, "overlap": jaccard(a, b)}
+        for m, a in last.items()
+        for n, b in last.items()
+    ]
+    charts.append(
+        heat(whole, "mask", "other mask", "last round, every pair", "overlap", (0, 1), "%", list(last))
+    )
+    caption = (
+        "Jaccard overlap of the masks of different seeds: weights alive in both over weights alive in "
+        "either. Mean over pairs and 95 % interval; crosses: masks as dense in each layer, drawn at random. "
+        f"At most {SEEDS} seeds of a kind."
+    )
+    return Figure("overlap", "Mask overlap", caption, charts)
 
 
 @dataclass(frozen=True)
 class FirstLayer:
     """What a network over images keeps of its input: mask and weight magnitude of the first layer as images.
 
-    A row of pictures for some neurons, one for the mean over all neurons; of the last round of each kind's
-    first run.
+    Pictures for some neurons, and of the mean over all neurons; of the last round of each kind's first
+    finished run.
 
     Args:
-        kinds: which runs.
+        kinds: which runs; None: those in the folder, at most three.
         neurons: which rows of the weight.
         name: of the file.
-        shape: of an input.
+        shape: of an input; None: a square, where the number of inputs is one.
     """
 
-    kinds: Sequence[str]
+    kinds: Sequence[str] | None = None
     neurons: Sequence[int] = (0, 1, 2, 3)
     name: str = "first_layer"
-    shape: tuple[int, int] = (28, 28)
+    shape: tuple[int, int] | None = None
 
-    def __call__(self, folder: Path, records: list[Record], out: Path, title: str) -> Path | None:
-        """Draw and write the figure, where the checkpoints are at hand."""
-        runs = {kind: sorted(folder.glob(f"{kind}-*/final.ckpt")) for kind in self.kinds}
-        found = {kind: paths[0] for kind, paths in runs.items() if paths}
-        if not found:
-            return None
-        columns, rows = len(self.neurons) + 1, 2 * len(found)
-        size = (1.6 * columns + 0.6, 1.75 * rows)
-        fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
-        path = Path()
-        for place, (kind, path) in enumerate(found.items()):
+    def __call__(self, runs: Runs) -> Figure | None:
+        """Draw it, where the checkpoints are at hand."""
+        charts = []
+        for kind in self.kinds or kinds_of(runs.records)[:3]:
+            paths = [
+                run.folder / "final.ckpt" for run in runs.of(kind) if run.folder and run.state == "finished"
+            ]
+            path = next((path for path in paths if path.is_file()), None)
+            if path is None:
+                continue
             name, mask = next(iter(load_masks(path).items()))
             weight = torch.load(path, map_location="cpu", weights_only=True)["state_dict"][name].abs()
-            shown = ((mask.float(), "mask", "gray"), (weight, "|weight|", "viridis"))
-            for row, (tensor, label, cmap) in enumerate(shown):
-                pictures = [tensor[neuron] for neuron in self.neurons] + [tensor.mean(0)]
-                for column, picture in enumerate(pictures):
-                    axis = axes[2 * place + row][column]
-                    axis.imshow(picture.view(self.shape), cmap=cmap, vmin=0)
-                    axis.set_xticks([])
-                    axis.set_yticks([])
-                    if column == 0:
-                        axis.set_ylabel(f"{LABELS.get(kind, kind)}\n{label}", fontsize=8)
-                    if place == row == 0:
-                        mean = column == len(self.neurons)
-                        axis.set_title("mean" if mean else f"neuron {self.neurons[column]}", fontsize=9)
-        experiment, seed = title.split(":")[0], path.parent.name.rpartition("-")[2]
-        return save(
-            fig, out / f"{self.name}.png", f"{experiment}: first layer in the last round, seed {seed}"
+            side = math.isqrt(mask[0].numel())
+            shape = self.shape or (side, side)
+            if mask.dim() != 2 or math.prod(shape) != mask[0].numel():
+                return None
+            for tensor, what, scheme in ((mask.float(), "mask", "greys"), (weight, "|weight|", "viridis")):
+                pictures = {f"neuron {n}": tensor[n] for n in self.neurons} | {"mean": tensor.mean(0)}
+                for of, picture in pictures.items():
+                    charts.append(
+                        image(picture.tolist(), shape, f"{LABELS.get(kind, kind)}: {what}, {of}", scheme)
+                    )
+        if not charts:
+            return None
+        caption = "Mask and magnitude of the first layer's weights over the input, in the last round."
+        return Figure(self.name, "First layer", caption, charts, len(self.neurons) + 1, 130)
+
+
+def image(values: Sequence[float], shape: tuple[int, int], title: str, scheme: Any) -> alt.Chart:
+    """A picture of numbers, row by row."""
+    data = alt.Data(values=[{"v": [float(f"{v:.3g}") for v in values]}])
+    chart = (
+        alt.Chart(data, title=title, height=130).transform_flatten(["v"]).transform_window(i="row_number()")
+    )
+    chart = chart.transform_calculate(x=f"(datum.i - 1) % {shape[1]}", y=f"floor((datum.i - 1) / {shape[1]})")
+    return chart.mark_rect().encode(
+        x=alt.X("x:O", axis=None),
+        y=alt.Y("y:O", axis=None),
+        color=alt.Color("v:Q", scale=alt.Scale(scheme=scheme), legend=None),
+        tooltip=[alt.Tooltip("x:O"), alt.Tooltip("y:O"), alt.Tooltip("v:Q", title="value", format=".3~g")],
+    )
+
+
+def curves(runs: Runs) -> Figure | None:
+    """How training went in each round."""
+    charts = []
+    for kind in kinds_of(runs.records)[:KINDS]:
+        for metric, label in (("test_acc", "test accuracy"), ("val_loss", "validation loss")):
+            rows: list[dict[str, Any]] = []
+            for round, by_kind in sorted(by_round(runs.records).items()):
+                its = [r for r in by_kind.get(kind, []) if metric in r.get("curve", {})]
+                length = min((len(r["curve"][metric]) for r in its), default=0)
+                for i in range(0, length, max(1, length // 60)):
+                    value = fmean(r["curve"][metric][i] for r in its)
+                    row = {"step": its[0]["curve"]["step"][i], "y": float(f"{value:.4g}"), "round": round}
+                    rows.append({**row, "left": float(f"{_left(its[0]):.3g}")})
+            if rows:
+                charts.append(
+                    _curves(
+                        rows, label, f"{LABELS.get(kind, kind)}: {label}", "%" if "acc" in metric else "~g"
+                    )
+                )
+    caption = "Mean over seeds at each evaluation of a round, one line a round." + _some(runs)
+    return Figure("curves", "Training curves", caption, charts, 2) if charts else None
+
+
+def _curves(rows: list[dict[str, Any]], label: str, title: str, form: str) -> alt.Chart:
+    values = sorted(row["y"] for row in rows)
+    low, high = (
+        values[len(values) // 50],
+        values[-1 - len(values) // 50],
+    )  # the first steps would flatten the rest
+    domain = [low, high] if low < high else alt.Undefined
+    shade = alt.Color(
+        "left:Q",
+        title="weights left (%)",
+        scale=alt.Scale(scheme="viridis", type="log", reverse=True),
+        legend=alt.Legend(orient="bottom", format="~g", gradientLength=160),
+    )
+    tips = [alt.Tooltip("round:O"), alt.Tooltip("left:Q", title="weights left (%)"), alt.Tooltip("step:Q")]
+    return (
+        alt.Chart(alt.Data(values=rows), title=title, height=HEIGHT)
+        .mark_line(clip=True, strokeWidth=1.3)
+        .encode(
+            x=alt.X("step:Q", title="step of the round"),
+            y=alt.Y(
+                "y:Q", title=label, scale=alt.Scale(zero=False, domain=domain), axis=alt.Axis(format=form)
+            ),
+            color=shade,
+            detail="round:O",
+            tooltip=[*tips, alt.Tooltip("y:Q", title=label, format=".2%" if form == "%" else ".4~g")],
         )
+    )
 
 
-def lines(axis: Any, records: list[Record], kinds: Sequence[str], metric: str, x: Any) -> None:
-    """One line a kind: the mean of a metric over seeds, in a band of their range."""
-    for i, kind in enumerate(kinds):
-        rounds = [its[kind] for its in by_round(records).values() if kind in its]
-        rounds = [its for its in rounds if all(metric in r["metrics"] for r in its)]
-        rounds.sort(key=lambda its: fmean(x(r) for r in its))
-        at = [fmean(x(r) for r in its) for its in rounds]
-        values = [[r["metrics"][metric] for r in its] for its in rounds]
-        means = [fmean(v) for v in values]
-        own = all(k in COLOURS for k in kinds)
-        colour = COLOURS[kind] if own else PALETTE[i % len(PALETTE)]
-        style: dict[str, Any] = {"color": colour, "label": LABELS.get(kind, kind)}
-        axis.plot(at, means, marker="o", markersize=3.5, linewidth=1.5, **style)
-        low, high = [min(v) for v in values], [max(v) for v in values]
-        axis.fill_between(at, low, high, alpha=0.15, color=colour, linewidth=0)
-        if len(at) == 1:  # a band of no width
-            axis.vlines(at, low, high, color=colour, linewidth=1)
-        if metric == "early_stop_step":  # hollow: the minimum of some seed is at the last evaluation
-            late = [j for j, its in enumerate(rounds) if any(r["metrics"]["censored"] for r in its)]
-            hollow: dict[str, Any] = {"facecolors": "white", "edgecolors": colour, "zorder": 3}
-            axis.scatter([at[j] for j in late], [means[j] for j in late], s=16, **hollow)
-    if "_acc" in metric:
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    if metric.endswith("_bytes"):
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y / 1e6:g} MB"))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def save(fig: Any, path: Path, title: str) -> Path:
-    """Write a figure and let it go."""
-    fig.suptitle(title, fontsize=11)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-    return path
+STANDARD: tuple[Callable[[Runs], Figure | None], ...] = (
+    relative_loss,
+    sizes,
+    pareto,
+    density,
+    overlap,
+    FirstLayer(),
+    curves,
+)

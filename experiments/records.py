@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -62,6 +62,8 @@ class Records(Callback):
             self.survived = {name: m.to(torch.uint8) * pruner.round for name, m in pruner.masks.items()}
             self._round = described(pruner.round, pruner.masks)
         self._since = time.monotonic()
+        if not trainer.is_global_zero:
+            return
         # A run that was killed may have finished rounds after its last checkpoint: they are trained again.
         write(self.path, [r for r in read(self.path)[0] if r["round"] < self._round["round"]])
 
@@ -76,7 +78,7 @@ class Records(Callback):
 
     def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """The round is trained: write its line, and count who survived."""
-        self._finish()
+        self._finish(trainer)
         for name, mask in masks.items():
             self.survived[name] += mask
         self._round = described(pruner_of(trainer).round, masks)
@@ -84,16 +86,18 @@ class Records(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish()
-        temporary = self.path.with_name("survived.tmp")
-        torch.save(self.survived, temporary)
-        temporary.replace(self.path.with_name("survived.pt"))
+        self._finish(trainer)
+        if trainer.is_global_zero:
+            temporary = self.path.with_name("survived.tmp")
+            torch.save(self.survived, temporary)
+            temporary.replace(self.path.with_name("survived.pt"))
 
-    def _finish(self) -> None:
+    def _finish(self, trainer: Trainer) -> None:
         seconds = self._seconds + time.monotonic() - self._since
         record = {"kind": self.kind, "seed": self.seed, **self._round, "metrics": summary(self._evaluations)}
         record |= {"curve": curve(self._evaluations), "seconds": round(seconds, 3)}
-        write(self.path, [*read(self.path)[0], record])
+        if trainer.is_global_zero:
+            write(self.path, [*read(self.path)[0], record])
         self._evaluations, self._seconds, self._since = [], 0.0, time.monotonic()
 
     @override
@@ -173,20 +177,33 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file, and how many of its lines are no records."""
-    if not path.is_file():
-        return [], 0
+def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a file, and the numbers of its lines that are no records."""
     records: list[dict[str, Any]] = []
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    for line in lines:
+    broken: list[int] = []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and {"round", "kind", "metrics"} <= record.keys():
+        except (json.JSONDecodeError, RecursionError):
+            record = None
+        if _is_record(record):
             records.append(record)
-    return records, len(lines) - len(records)
+        else:
+            broken.append(number)
+    return records, broken
+
+
+def _is_record(record: Any) -> TypeGuard[Record]:
+    if not isinstance(record, dict):
+        return False
+    types = {"round": int, "kind": str, "metrics": dict, "alive": int, "total": int}
+    if not all(isinstance(record.get(key), its) for key, its in types.items()):
+        return False
+    numbers = all(isinstance(value, (int, float)) for value in record["metrics"].values())
+    return numbers and 0 <= record["alive"] <= record["total"] and record["total"] > 0
 
 
 def by_round(records: list[Record]) -> dict[int, dict[str, list[Record]]]:

@@ -1,31 +1,33 @@
-"""A folder of runs -> tables, claims and figures: `python -m experiments.report runs/mnist1d`."""
+"""A folder of runs -> one page, figures for papers, tables: `python -m experiments.report runs/mnist1d`."""
 
 import argparse
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import vl_convert
 from hydra.utils import instantiate
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from experiments.figures import LABELS, PANELS
-from experiments.records import Record, by_round, kinds_of, read, write
+from experiments.claims import Verdict
+from experiments.figures import CONFIG, LABELS, PANELS, STANDARD, Figure, finite
+from experiments.measure import measure
+from experiments.records import Record, by_round, kinds_of, write
+from experiments.runs import Run, Runs, load
+from experiments.statistics import interval
+from experiments.sweeps import plain
 
-
-def load(folder: Path) -> list[Record]:
-    """All records of the runs in a folder, or of the merged file in it."""
-    files = sorted(folder.glob("*/records.jsonl")) or [folder / "records.jsonl"]
-    records: list[Record] = []
-    for file in files:
-        found, broken = read(file)
-        records += found
-        if broken:
-            print(f"{file}: {broken} lines are no records and were skipped")
-    if not records:
-        raise SystemExit(f"{folder}: no records. Run an experiment first: python -m experiments.run")
-    return records
+Cell = str | int | float | None
 
 
 def table(records: list[Record], metric: str) -> list[list[str]]:
@@ -65,48 +67,214 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def report(folder: Path, out: Path) -> None:
-    """Write the merged records, the config, the figures and `report.md` to `out`, and print the table."""
-    records = load(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    file = next(iter(sorted(folder.glob("*/config.yaml"))), folder / "config.yaml")
-    config: Any = OmegaConf.load(file)
-    seeds = len({r["seed"] for r in records})
-    title = f"{config.name}: " + (f"{seeds} seeds, mean and range" if seeds > 1 else "1 seed")
-    figures = [figure(folder, records, out, title) for figure in instantiate(config.figures, _convert_="all")]
-    verdicts = [claim.check(records) for claim in instantiate(config.claims, _convert_="all")]
+def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
+    """A row for each kind and round: how many seeds, and the mean of each metric with its 95 % interval."""
+    rows: list[dict[str, Cell]] = []
+    for round, by_kind in sorted(by_round(runs.records).items()):
+        for kind, its in by_kind.items():
+            row: dict[str, Cell] = {"kind": LABELS.get(kind, kind), "round": round, "seeds": len(its)}
+            row["weights left"] = f"{fmean(r['alive'] / r['total'] for r in its):.2%}"
+            for metric, label in metrics.items():
+                values = [v for r in its if isfinite(v := r["metrics"].get(metric, nan))]
+                low, mean, high = interval(values) if values else (0.0, 0.0, 0.0)
+                spread = f" [{shown(metric, low)}, {shown(metric, high)}]" if len(values) > 1 else ""
+                row[label] = shown(metric, mean) + spread if values else None
+            rows.append(row)
+    return rows
 
-    text = [f"# {config.name}\n"]
-    tables = config.get("tables") or dict(list(PANELS.items())[:2])
-    for metric, label in tables.items():
+
+def listed(runs: Runs) -> list[dict[str, Cell]]:
+    """A row for each run."""
+    rows: list[dict[str, Cell]] = []
+    for run in runs.runs:
+        last = run.records[-1] if run.records else None
+        metrics = last["metrics"] if last else {}
+        accuracy = metrics.get("test_acc")
+        row: dict[str, Cell] = {"kind": run.kind, "seed": run.seed, "state": run.state}
+        row["rounds trained"] = len({r["round"] for r in run.records})
+        row["weights left"] = f"{last['alive'] / last['total']:.2%}" if last else None
+        row["test accuracy"] = None if accuracy is None else f"{accuracy:.2%}"
+        row["minutes"] = round(sum(r.get("seconds") or 0 for r in run.records) / 60, 1)
+        row["started"] = str(run.made.get("date", ""))[:16].replace("T", " ")
+        row["commit"] = str(run.made.get("commit", ""))[:10] + ("+" if run.made.get("changed") else "")
+        rows.append(row)
+    return rows
+
+
+def made(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The config that all runs have in common, and for each run what made it and where its config differs."""
+    configs = [plain(OmegaConf.create(run.config)) if run.config else {} for run in runs]
+    there = [config for config in configs if config]
+    same = {k: v for k, v in (there[0] if there else {}).items() if all(c.get(k, ...) == v for c in there)}
+    details = []
+    for run, config in zip(runs, configs, strict=True):
+        own = {k: v for k, v in config.items() if k not in same}
+        name = run.folder.name if run.folder else f"{run.kind}-{run.seed}"
+        details.append(
+            {"name": name, "state": run.state, "made": run.made, "config": own, "error": failure(run)}
+        )
+    return same, details
+
+
+def failure(run: Run) -> str | None:
+    """The last lines of what ended a failed run."""
+    path = run.folder / "FAILED" if run.folder else None
+    return "\n".join(path.read_text().splitlines()[-4:]) if path and path.is_file() else None
+
+
+def flat(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Records as rows of a table: metrics and densities as columns of their own, without the curves."""
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        row = {k: v for k, v in record.items() if k not in ("metrics", "layers", "curve")}
+        row |= record["metrics"] | {f"density {name}": d for name, d in record.get("layers", {}).items()}
+        rows.append(row)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Rows as a Parquet file, where pyarrow is installed."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        return False
+    parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)
+    return True
+
+
+def page(
+    runs: Runs, figures: Sequence[Figure], verdicts: Sequence[Verdict], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """The report as one HTML page that needs nothing beside it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    metrics = runs.config.get("tables") or PANELS
+    same, details = made(runs.runs)
+    states = {
+        state: sum(run.state == state for run in runs.runs)
+        for state in dict.fromkeys(r.state for r in runs.runs)
+    }
+    specs = {f"{figure.name}-{i}": spec for figure in figures for i, spec in enumerate(figure.specs())}
+    return environment.get_template("report.html").render(
+        runs=runs,
+        states=states,
+        seeds=len({run.seed for run in runs.runs}),
+        kinds=[LABELS.get(k, k) for k in kinds_of(runs.records)],
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        verdicts=[asdict(v) for v in verdicts],
+        figures=figures,
+        rounds=rounds(runs, metrics),
+        listed=listed(runs),
+        same=same,
+        details=details,
+        csv=_script(as_csv(rows)),
+        specs=_script(specs),
+        config=_script({k: v for k, v in CONFIG.items() if k != "background"}),
+        library=vl_convert.javascript_bundle(None).replace("</script", "<\\/script"),
+    )
+
+
+def _script(content: Any) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(finite(content), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+
+
+def report(folder: Path, out: Path, measured: bool = False) -> None:
+    """Write the page, the figures and the tables of a folder of runs to `out`, and print the main one.
+
+    Args:
+        folder: of runs.
+        out: gets `report.html`, `report.md`, the figures as PNG and SVG, `records.csv` and `records.parquet`,
+            the merged `records.jsonl` and the config.
+        measured: measure, on this machine, size and latency of networks with the masks of the rounds first.
+    """
+    runs = load(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    if measured:
+        runs.measured = measure(runs)
+    records, config = runs.records, runs.config
+    own = [figure(runs) for figure in instantiate(config.figures, _convert_="all")]
+    drawn = [figure for figure in own if figure is not None]
+    names = {figure.name for figure in drawn}
+    drawn += [figure for make in STANDARD if (figure := make(runs)) is not None and figure.name not in names]
+    sound = [{**r, "metrics": {k: v for k, v in r["metrics"].items() if isfinite(v)}} for r in records]
+    verdicts = [claim.check(sound) for claim in instantiate(config.claims, _convert_="all")]
+    rows = flat(records)
+
+    written = [path for figure in drawn for path in figure.write(out)]
+    (out / "report.html").write_text(page(runs, drawn, verdicts, rows))
+    (out / "report.md").write_text(text(runs, verdicts))
+    (out / "records.csv").write_text(as_csv(rows))
+    written += [out / "records.parquet"] if write_parquet(rows, out / "records.parquet") else []
+    write(out / "records.jsonl", records)
+    if runs.measured:
+        write(out / "measured.jsonl", runs.measured)
+    source = next((run.folder for run in runs.runs if run.folder), folder)
+    if source != out:
+        (out / "config.yaml").write_text((source / "config.yaml").read_text())
+    written += [out / name for name in ("records.csv", "records.jsonl", "report.md", "report.html")]
+    say(runs, verdicts, written)
+
+
+def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
+    """The report in Markdown: tables and claims."""
+    seeds = len({r["seed"] for r in runs.records})
+    parts = [f"# {runs.name}\n"]
+    for metric, label in tables(runs).items():
         spread = f", mean over {seeds} seeds (lowest to highest)" if seeds > 1 else ""
-        text += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(records, metric))]
-    if timed := [r for r in records if "censored" in r["metrics"]]:
+        parts += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(runs.records, metric))]
+    if timed := [r for r in runs.records if "censored" in r["metrics"]]:
         censored = sum(r["metrics"]["censored"] for r in timed)
-        text += [f"In {censored} of {len(timed)} rounds the minimum was at the last evaluation (censored).\n"]
+        parts += [
+            f"In {censored} of {len(timed)} rounds the minimum was at the last evaluation (censored).\n"
+        ]
     if verdicts:
         rows = [["claim", "source", "verdict", "mean [95 % interval]"]]
-        text += [
+        parts += [
             "## Claims\n",
             markdown(rows + [[v.claim, v.source, v.verdict, v.numbers] for v in verdicts]),
         ]
-    (out / "report.md").write_text("\n".join(text))
-    write(out / "records.jsonl", records)
-    if file.parent != out:
-        (out / "config.yaml").write_text(file.read_text())
+    return "\n".join(parts)
 
+
+def tables(runs: Runs) -> dict[str, str]:
+    """What is tabulated: {metric: its label}."""
+    return runs.config.get("tables") or dict(list(PANELS.items())[:2])
+
+
+def say(runs: Runs, verdicts: Sequence[Verdict], written: Sequence[Path]) -> None:
+    """Print the main table, the verdicts, what was skipped and what was written."""
     console = Console()
-    metric, label = next(iter(tables.items()))
-    head, *body = table(records, metric)
-    printed = Table(*head, title=f"{config.name}: {label}")
+    metric, label = next(iter(tables(runs).items()))
+    head, *body = table(runs.records, metric)
+    printed = Table(*head, title=f"{runs.name}: {label}")
     for row in body:
         printed.add_row(*row)
     console.print(printed)
     for v in verdicts:
         console.print(f"[bold]{v.verdict}[/bold]: {v.claim} ({v.source}): {v.numbers}", highlight=False)
-    for path in (out / "records.jsonl", *figures, out / "report.md"):
-        if path is not None:
-            console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    for file, numbers in runs.broken.items():
+        where = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+        console.print(
+            f"{file}: {len(numbers)} lines are no records and were skipped: {where}", highlight=False
+        )
+    for path in written:
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -114,8 +282,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of runs, for instance runs/mnist1d")
     parser.add_argument("--out", type=Path, help="where to write; the folder itself by default")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure size and latency of networks with the masks of the rounds",
+    )
     args = parser.parse_args()
-    report(args.folder, args.out or args.folder)
+    report(args.folder, args.out or args.folder, args.measure)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Run an experiment from its config.
 
 `python -m experiments.run experiment=lenet_mnist kind=ticket seed=1`, or `--multirun` with lists of values.
+With `--dry-run` it says what there is to do, and does nothing. The same command again skips the runs that are
+finished, goes on with those that were interrupted and starts those anew that failed.
 """
 
 import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -16,38 +21,122 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.plan import Plan
+from experiments.sweeps import digest, locked, plain, sync, write
+
 log = logging.getLogger(__name__)
 
+CONF = str(Path(__file__).parents[1] / "conf")
 # What does not change the numbers of a run may differ when it is resumed.
-_FREE = ("progress", "runs", "ticket", "controls_at", "claims", "figures", "tables", "hydra")
+_FREE = ("after", "progress", "runs", "ticket", "controls_at", "claims", "figures", "tables", "hydra")
+_KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
+
+
+OmegaConf.register_new_resolver(
+    "workers", lambda threads: max(1, (os.cpu_count() or 1) // threads), replace=True
+)
 
 
 def run(cfg: DictConfig) -> Path:
     """Run one experiment in its folder; one that was interrupted goes on, a finished one is left alone.
 
+    One process at a time: whoever comes second waits, and then finds it finished.
+
     Returns:
         The folder, with `config.yaml`, `run.json` (what the run was made with), `records.jsonl` and, after a
-        training, its checkpoints.
+        training, its checkpoints. `DONE` says that all of these are on the disk, and holds the hash of the
+        config; `FAILED` holds the error that ended a run.
     """
-    folder = Path(to_absolute_path(f"{cfg.runs}/{cfg.name}/{cfg.kind}-{cfg.seed}"))
-    folder.mkdir(parents=True, exist_ok=True)
-    config, done = folder / "config.yaml", folder / "DONE"
-    if config.is_file():
-        _same_config(OmegaConf.load(config), cfg, folder)
-    _write(config, OmegaConf.to_yaml(cfg, resolve=True))
-    if done.is_file():
-        log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
-        return folder
-
-    torch.set_num_threads(cfg.threads)
-    _write(folder / "run.json", json.dumps(provenance(), indent=1) + "\n")
-    instantiate(cfg.run)(cfg, folder)
-    done.touch()
-    log.info("written: %s", os.path.relpath(folder))
+    folder = folder_of(cfg)
+    lock = locked(folder / ".lock", os.path.relpath(folder))
+    try:
+        _run(cfg, folder)
+    finally:
+        lock.release()
     return folder
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """Where a run lies."""
+    return Path(to_absolute_path(f"{cfg.runs}/{cfg.name}/{cfg.kind}-{cfg.seed}"))
+
+
+def state_of(cfg: DictConfig) -> str:
+    """How far a run is: new, interrupted, failed or finished.
+
+    Raises:
+        ValueError: when its folder holds the run of another config.
+    """
+    folder, config = folder_of(cfg), plain(cfg, _FREE)
+    if (folder / "FAILED").is_file():
+        return "failed"
+    if not (folder / "config.yaml").is_file():
+        return "new"
+    there = plain(OmegaConf.load(folder / "config.yaml"), _FREE)
+    if changed := sorted(k for k in {**there, **config} if there.get(k) != config.get(k)):
+        shown = "; ".join(f"{k}: {there.get(k)} there, {config.get(k)} now" for k in changed[:5])
+        raise ValueError(
+            f"{os.path.relpath(folder)} holds a run of another config ({shown}). "
+            "Set runs=<another folder> or name=<another name>, or delete that folder."
+        )
+    if not (folder / "DONE").is_file():
+        return "interrupted"
+    if (folder / "DONE").read_text().strip() not in ("", digest(config)):
+        raise ValueError(
+            f"{os.path.relpath(folder)}/DONE is that of another config. Delete it to go on with the run "
+            "from its last checkpoint, or delete the folder."
+        )
+    return "finished"
+
+
+def _run(cfg: DictConfig, folder: Path) -> None:
+    state = state_of(cfg)
+    if state == "failed":
+        log.info("%s failed before and is started anew.", os.path.relpath(folder))
+        _clear(folder)
+    write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if state == "finished":
+        log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
+        return
+    _run_first(cfg)
+    torch.set_num_threads(cfg.threads)
+    write(folder / "run.json", json.dumps(provenance(), indent=1) + "\n")
+    try:
+        instantiate(cfg.run)(cfg, folder)
+    except Exception:
+        write(folder / "FAILED", traceback.format_exc())
+        raise
+    for path in folder.glob("*"):
+        if path.is_file():
+            sync(path)
+    write(folder / "DONE", digest(plain(cfg, _FREE)) + "\n")
+    log.info("written: %s", os.path.relpath(folder))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a failed run left, the mark of its failure last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "FAILED"):
+        if path.name not in _KEPT:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _run_first(cfg: DictConfig) -> None:
+    """Make the run that this one starts from, by the same command, unless it is there."""
+    if not cfg.after or not HydraConfig.initialized():
+        return
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("kind=")]
+    first = hydra.compose("config", [*overrides, f"kind={cfg.after}"])
+    if Path(to_absolute_path(cfg.ticket)) != folder_of(first):
+        return  # it starts from another
+    lock = locked(folder_of(first) / ".lock", os.path.relpath(folder_of(first)))
+    lock.release()  # whoever was at it has finished, or never will
+    if not (folder_of(first) / "DONE").is_file():
+        log.info("%s starts from %s, which comes first.", cfg.kind, os.path.relpath(folder_of(first)))
+        run(first)
 
 
 def provenance() -> dict[str, Any]:
@@ -71,37 +160,38 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _same_config(there: Any, here: DictConfig, folder: Path) -> None:
-    old, new = (_flat(OmegaConf.to_container(c, resolve=True)) for c in (there, here))
-    changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and k.split(".")[0] not in _FREE]
-    if changed:
-        shown = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} now" for k in sorted(changed)[:5])
-        raise ValueError(
-            f"{os.path.relpath(folder)} holds a run of another config ({shown}). "
-            "Set runs=<another folder> or name=<another name>, or delete that folder."
-        )
-
-
-def _flat(node: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {
-        k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}".lstrip(".")).items()
-    }
-
-
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """The entry that Hydra wraps."""
     run(cfg)
 
 
+_PLANNED = Plan()
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def plan(cfg: DictConfig) -> None:
+    """What `--dry-run` does in place of `main`."""
+    try:
+        state = state_of(cfg)
+    except ValueError as error:
+        state = f"refused: {error}"
+    _PLANNED.add(cfg, folder_of(cfg), state)
+
+
+def dry_run(arguments: list[str]) -> None:
+    """List what a command would run. Hydra expands the sweep; it leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        its = [a for a in arguments if not a.startswith("hydra")]
+        its += [f"hydra.{key}={nowhere}" for key in ("run.dir", "sweep.dir")]
+        its += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+        sys.argv[1:] = its
+        plan()
+    _PLANNED.show()
+
+
 if __name__ == "__main__":
-    main()
+    if "--dry-run" in sys.argv:
+        dry_run([a for a in sys.argv[1:] if a != "--dry-run"])
+    else:
+        main()

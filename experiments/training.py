@@ -2,18 +2,27 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from hydra.utils import instantiate
+import torch
+from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
+from typing_extensions import override
 
+from experiments.dense import dense_round
 from experiments.oneshot import sweep
+from experiments.pictures import MaskImages
 from experiments.progress import ExperimentProgress
 from experiments.records import Records, read, write
+from experiments.sweeps import Checkpoints
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
@@ -22,15 +31,17 @@ def train(cfg: DictConfig, folder: Path) -> None:
     The folder then holds `records.jsonl`, `survived.pt` and the checkpoints.
     """
     batches, task = instantiate(cfg.batches), built(cfg)
-    callbacks = [instantiate(cfg.pruner), *([instantiate(cfg.rewind)] if cfg.rewind else [])]
-    trainer = fit(cfg, folder, task, batches, callbacks, (cfg.rounds + 1) * cfg.steps_per_round)
+    pruner, *others = _callbacks(cfg)
+    dense = dense_round(cfg, folder, pruner)
+    callbacks: list[Callback] = [pruner, *others, *([dense] if dense else []), Final(folder / "final.ckpt")]
+    with dense.shared(folder, folder / "resume.ckpt") if dense else nullcontext():
+        fit(cfg, folder, task, batches, callbacks, (cfg.rounds + 1) * cfg.steps_per_round)
     if cfg.oneshot:
         methods = instantiate(cfg.oneshot, _convert_="all")
         _, test = batches.val_dataloader()
         path = folder / "records.jsonl"
         trained = [r for r in read(path)[0] if r["kind"] not in methods]
         write(path, trained + sweep(task, methods, test, cfg.seed))
-    trainer.save_checkpoint(folder / "final.ckpt")
 
 
 def built(cfg: DictConfig) -> Any:
@@ -71,13 +82,65 @@ def fit(
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         ),
-        *([ExperimentProgress(cfg.kind)] if cfg.progress else []),
+        *([ExperimentProgress(cfg.kind, get_class(cfg.progress))] if cfg.progress else []),
+        *([MaskImages()] if cfg.logger else []),
     ]
     logger = instantiate(cfg.logger, save_dir=str(folder)) if cfg.logger else False
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger, max_steps=steps)
+    trainer = _trainer(cfg, callbacks, steps, logger=logger)
     seed_everything(cfg.seed if order is None else order, verbose=False)
     with logging_redirect_tqdm():  # lines of the log appear above the bar
         trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    return trainer
+
+
+class Final(Callback):
+    """A checkpoint when all is trained, from the process that trained it.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training costs: time a step, evaluations included, and the size of a checkpoint."""
+
+    seconds_per_step: float
+    checkpoint_bytes: int
+
+
+def trial(cfg: DictConfig) -> Cost:
+    """Train until the first evaluation, to see what it costs."""
+    hush()
+    torch.set_num_threads(cfg.threads)
+    task, timer = built(cfg), Timer()
+    steps = min(cfg.evaluate_every, cfg.steps_per_round)
+    trainer = _trainer(cfg, [*_callbacks(cfg), timer], steps, logger=False, enable_checkpointing=False)
+    with TemporaryDirectory() as folder:
+        trainer.fit(task, instantiate(cfg.batches))
+        trainer.save_checkpoint(Path(folder, "trial.ckpt"))
+        return Cost(timer.time_elapsed("train") / steps, Path(folder, "trial.ckpt").stat().st_size)
+
+
+def _callbacks(cfg: DictConfig) -> list[Any]:
+    return [instantiate(cfg.pruner), *([instantiate(cfg.rewind)] if cfg.rewind else [])]
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
+    given: dict[str, Any] = {"callbacks": callbacks, "plugins": [Checkpoints()], "max_steps": steps}
+    trainer: Trainer = instantiate(cfg.trainer, **given, **options)
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ValueError(
+            f"trainer.strategy={cfg.trainer.get('strategy')}: it would start this command anew for every "
+            "device. Allowed are strategies whose processes end with the run: ddp_fork (trainer=ddp)."
+        )
     return trainer
 
 
@@ -87,6 +150,8 @@ def hush() -> None:
     for message in (
         ".*does not have many workers.*",  # batches are sliced from memory
         ".*Checkpoint directory .* exists and is not empty.*",  # the run's own folder
+        ".*The dirpath has changed from .*",  # a dense round that another run has trained
+        ".*callbacks used to create the checkpoint need to be provided.*",  # a bar, pictures
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.14
         ".*The number of training batches .* is smaller than the logging interval.*",
     ):

@@ -11,7 +11,7 @@ says from where to go on.*
 - `evidence`: what these may ask for, and how to gather it without a trace
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
-- `rewind`: from where; the snapshot
+- `rewind`: from where; the snapshot, and the policies that say what of it comes back
 - `channels`: which channels are coupled; the plan that removes some
 - `filters`: which of them stay; their scores, targets on the size; `prune_channels` for any module
 - `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
@@ -24,7 +24,17 @@ says from where to go on.*
 - `callbacks`: when
 """
 
-from lightning_prune import allocation, channels, criteria, filters, granularity, metrics, models, schedules
+from lightning_prune import (
+    allocation,
+    channels,
+    criteria,
+    filters,
+    granularity,
+    metrics,
+    models,
+    rewind,
+    schedules,
+)
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
 from lightning_prune.filters import prune_channels
 from lightning_prune.holding import hold
@@ -52,6 +62,7 @@ __all__ = [
     "models",
     "prune",
     "prune_channels",
+    "rewind",
     "save_sparse",
     "schedules",
     "summarize",

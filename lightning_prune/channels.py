@@ -83,7 +83,8 @@ def discover(
     _check_traceable(model)
     generators = rng.capture()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(_device(model), enabled=False):
+        device = next(model.parameters()).device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             copy, example = _synthetic(model, as_input(example))
             found, reasons = _coupled(copy, _trace(copy, example))
             heads = _heads(copy)
@@ -109,10 +110,6 @@ def discover(
     if skipped:
         warnings.warn(f"channels left as they are: {shown}. Exclude them to silence this.", stacklevel=2)
     return good
-
-
-def _device(model: nn.Module) -> str:
-    return next(iter(model.parameters())).device.type
 
 
 def _check_traceable(model: nn.Module) -> None:
@@ -146,8 +143,8 @@ def _synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
         if name.endswith(("running_mean", "running_var")):
             draw(buffer, *((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
     device = next(copy.parameters()).device
-    full = lambda t: t.detach().to(device, torch.float32 if t.is_floating_point() else t.dtype)  # noqa: E731
-    return copy, tree_map(lambda t: full(t) if isinstance(t, Tensor) else t, example)
+    here = tree_map(lambda t: t.detach().to(device) if isinstance(t, Tensor) else t, example)
+    return copy, _floating(here, torch.float32)
 
 
 def as_input(example: Any) -> Any:
@@ -256,9 +253,10 @@ def _coupled(model: nn.Module, graph: Any) -> tuple[Groups, dict[str, str]]:
             site = (module_name, tensor_name, dim)
             kinds[site] = f"{node.type}.{tensor_name}.{dim}"
             making |= {site} if made else set()
-            scaling |= {site} if _is_scale(node.module, tensor) else set()
+            if isinstance(node.module, nn.modules.batchnorm._NormBase) and tensor is node.module.weight:
+                scaling.add(site)
             its, aligned = places[site], dict[int, int]()
-            end = tensor.shape[dim] * (1 if made else max(1, _groups(node.module, dim)))
+            end = tensor.shape[dim] * (1 if made or dim != 1 else getattr(node.module, "groups", 1))
             for i, element in seen.items():
                 if not 0 <= i < end:
                     reason = f"tracing lost them on the way to {parameter(site)}"
@@ -284,14 +282,6 @@ def _index(idx: int, root: int) -> Any:
 def out_dimension(module: nn.Module) -> int:
     """The dimension of a layer's weight along which its outputs lie."""
     return 1 if getattr(module, "transposed", False) else 0
-
-
-def _groups(module: Any, dim: int) -> int:
-    return module.groups if isinstance(module, nn.modules.conv._ConvNd) and dim == 1 else 1
-
-
-def _is_scale(module: Any, tensor: Tensor) -> bool:
-    return isinstance(module, nn.modules.batchnorm._NormBase) and tensor is module.weight
 
 
 def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, int, bool]], str]:
@@ -405,42 +395,40 @@ def _trial(model: nn.Module, example: Any, groups: Groups) -> dict[str, str]:
 def _fails(model: nn.Module, example: Any, groups: Groups) -> str:
     generator = torch.Generator().manual_seed(0)
     alive = {n: torch.rand(g.units, generator=generator).argsort() >= g.units // 2 for n, g in groups.items()}
-    removed = plan(groups, alive)
-    dense = _outputs(model, example)
-    masked = deepcopy(model)
+    removed, copy = plan(groups, alive), deepcopy(model)
     for site, gone in removed.items():
-        tensor = getattr(masked.get_submodule(site[0]), site[1])
+        tensor = getattr(copy.get_submodule(site[0]), site[1])
         if isinstance(tensor, nn.Parameter):
             tensor.index_fill_(site[2], gone.to(tensor.device), 0)
-    smaller = deepcopy(model)
+    want = _outputs(copy, example)
     try:
-        cut(smaller, removed)
-        got = _outputs(smaller, example)
+        cut(copy, removed)
+        got = _outputs(copy, example)
     except Exception as error:  # whatever a model's forward raises on tensors of another size
         return (
             f"without half of them the model fails with {type(error).__name__}: {str(error).splitlines()[0]}"
         )
-    if [t.shape for t in got] != [t.shape for t in dense]:
+    if [t.shape for t in got] != [t.shape for t in want]:
         return "without half of them the model's output has another shape"
-    if not (far := _relative(_outputs(masked, example), got)) <= 1e-5:  # NaN, too
-        full = tree_map(
-            lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, example
-        )
-        with suppress(Exception):  # rounding in a deep network with drawn weights may be as large
-            far = _relative(
-                _outputs(deepcopy(masked).double(), full), _outputs(deepcopy(smaller).double(), full)
-            )
-    if not far <= 1e-5:
+    if not (far := _relative(want, got)) <= 1e-5:  # NaN, too
+        if next(model.parameters()).dtype != torch.float64:
+            with suppress(Exception):  # rounding in a deep network with drawn weights may be as large
+                return _fails(deepcopy(model).double(), _floating(example, torch.float64), groups)
         return f"a network without half of them is not that in which they are zero (relatively, by {far:.2g})"
     try:
         run(model, example, training=True)
     except Exception:  # a model that wants targets in training, say, has nothing to be compared with
         return ""
     try:
-        run(smaller, example, training=True)
+        run(copy, example, training=True)
     except Exception as error:
         return f"in training mode the model fails without half of them: {str(error).splitlines()[0]}"
     return ""
+
+
+def _floating(example: Any, dtype: torch.dtype) -> Any:
+    of = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
+    return tree_map(of, example)
 
 
 def _relative(want: list[Tensor], got: list[Tensor]) -> float:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
 from lightning_prune.granularity import Granularity, single
-from lightning_prune.masks import DEAD, Masks, Scores, bits, count_above, keep_top, zero_dead_
+from lightning_prune.masks import DEAD, Masks, Scores, bits, count, count_above, keep_top, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.tables import table
 
@@ -81,20 +82,30 @@ def targets(
         exclude: fnmatch patterns over names; nothing that one of them matches.
 
     Raises:
-        ValueError: when a pattern matches no prunable weight, or when nothing is left to prune.
+        ValueError: when a pattern matches no prunable weight, when nothing is left to prune, or when a weight
+            is computed from others (weight norm) or not there yet (a lazy layer).
     """
     if isinstance(layers, str):
         raise ValueError(f"layers={layers!r}: a list of class names is needed; write [{layers!r}].")
     why_not: dict[int, list[str]] = {}  # a parameter's, from each of its owners
+    unfit: dict[str, str] = {}  # weights that no mask can be put on, and what to do
     for path, module in model.named_modules():
         kind, types = type(module).__name__, {cls.__name__ for cls in type(module).__mro__}
+        is_layer = bool(types & {*layers})
+        computed = is_layer and "weight" not in module._parameters
+        if computed := computed and isinstance(getattr(module, "weight", None), Tensor):
+            unfit[f"{path}.weight".lstrip(".")] = "is computed from others; remove its parametrization"
         for name, p in module.named_parameters(recurse=False):
-            why = "" if "weight" in name and p.dim() > 1 else "no weight matrix"
-            why = why if types & {*layers} else f"{kind} is not among layers"
+            named = "weight" in name or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+            if is_layer and named and is_lazy(p):
+                unfit[f"{path}.{name}".lstrip(".")] = "is not there yet; run a batch through the lazy layer"
+            why = "" if named and not computed and not is_lazy(p) and p.dim() > 1 else "no weight matrix"
+            why = why if is_layer else f"{kind} is not among layers"
             tied = f"tied to {path}: " if why and id(p) in why_not else ""
             why_not.setdefault(id(p), []).append(tied + why)
     found = {name: next(filter(None, why_not[id(p)]), "") for name, p in model.named_parameters()}
-    candidates = [name for name, why in found.items() if not why]
+    weights = [name for name, why in found.items() if not why]
+    candidates = [*weights, *unfit]
     if not candidates:
         raise ValueError(
             f"{type(model).__name__} has nothing to prune: no weight belongs to a layer of the types "
@@ -102,14 +113,17 @@ def targets(
         )
     included = candidates if include is None else matching(candidates, "include", include)
     excluded = matching(candidates, "exclude", exclude or [])
+    for name in unfit:
+        if name in included and name not in excluded:
+            raise ValueError(f"{name} {unfit[name]} first, or exclude it.")
     if not set(included) - set(excluded):
         raise ValueError(
             f"include={_shown(include)}, exclude={_shown(exclude)} leave nothing to prune. "
             f"Prunable weights, of which one is needed: {', '.join(candidates)}. Change the patterns."
         )
-    for name in candidates:
+    for name in weights:
         found[name] = "excluded" if name in excluded else "" if name in included else "not included"
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: () if is_lazy(p) else tuple(p.shape) for name, p in model.named_parameters()}
     return Targets(Target(name, shapes[name], not why, why) for name, why in found.items())
 
 
@@ -148,6 +162,36 @@ def matching(names: Sequence[str], argument: str, patterns: Sequence[str]) -> li
 
 def _shown(patterns: Sequence[str] | None) -> list[str] | None:
     return None if patterns is None else list(patterns)
+
+
+def check_schedule(schedule: Schedule, rounds: int) -> None:
+    """Refuse a schedule that leaves [0, 1), or falls, within these rounds.
+
+    Raises:
+        ValueError: then.
+    """
+    if not callable(schedule):
+        raise ValueError(
+            f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
+            "Give one of lightning_prune.schedules; from a Hydra config set `_convert_: all` beside "
+            "the callback's `_target_`."
+        )
+    if asked(schedule):
+        return  # it reads the scores, and there are none yet
+    reached = 0.0
+    for r in range(rounds + 1):
+        sparsity = schedule(r)
+        if not 0 <= sparsity < 1:
+            raise ValueError(
+                f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
+                "allowed is from 0 up to, and not including, 1. Change the schedule, or rounds."
+            )
+        if sparsity < reached:
+            raise ValueError(
+                f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
+                "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
+            )
+        reached = sparsity
 
 
 def groups(names: Sequence[str], schedule: Schedule | Mapping[str, Schedule]) -> Groups:
@@ -227,12 +271,12 @@ def next_masks(
         return {name: masks[name].clone() for name in weights}
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
     if len(known) == len(sparsities):
-        evidence["sparsity"] = sum(s * n for s, n in known) / sum(n for _, n in known)
+        evidence["sparsity"] = sum(s * n for s, n in known) / max(1, sum(n for _, n in known))
     scores = score_weights(criterion, weights, {"masks": masks, **evidence})
     units: Scores = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, mask in masks.items():
-        score, living = scores.pop(name), int(mask.count_nonzero())
+        score, living = scores.pop(name), count(mask)
         if living < mask.numel():
             score = torch.where(mask, score, DEAD)  # whatever the dead score
         _check_finite({name: score}, "the score of", mask.numel() - living)
@@ -262,7 +306,7 @@ def next_masks(
                     f"{candidates[name]}, what it has alive. Cap its counts."
                 )
             best = keep_top(units[name], keep[name], near=getattr(keep, "near", None))
-            new[name] = expand[name](best) & masks[name]
+            new[name] = expand[name](best).contiguous().logical_and_(masks[name])
     return {name: new[name] for name in weights}
 
 
@@ -349,7 +393,8 @@ def prune(
             criterion asks for something that is not given. The model is then as it was.
     """
     params = prunable(model, layers, include, exclude)
-    dense = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    one = torch.ones((), dtype=torch.bool)
+    dense = {name: one.to(p.device).expand(p.shape) for name, p in params.items()}  # without memory of theirs
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):
         evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())

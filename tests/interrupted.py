@@ -5,12 +5,25 @@ import signal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_prune as lp
+from lightning_prune import rewind
 from tests.networks import Net, fitter
 
 EPOCHS = 8
+EARLY_BIRD = rewind.EarlyBird(distance=0.3, masks=2)
+REWINDS = {  # what stands beside the pruning callback, by name: another process has to be told
+    "weights": {"to_step": 2, "policy": rewind.weights},
+    "learning_rate": {"to_step": 2, "policy": rewind.learning_rate},
+    "fine_tune": {"policy": rewind.fine_tune},
+    "nothing": {"policy": rewind.nothing},
+    "to an epoch": {"to_epoch": 1},
+    "shortened": {"to_epoch": 1, "shorten": True},
+    "early bird": {"until": EARLY_BIRD},
+    "same batches": {"to_epoch": 1, "same_batches": True},
+    "averaged": {"to_step": 2},
+}
 CLOCKS = {"epochs": {"every_n_epochs": 2}, "steps": {"every_n_train_steps": 7}}  # of three steps an epoch
 
 
@@ -38,7 +51,19 @@ def last_checkpoint(folder):
     return found[-1] if found else None
 
 
-def run(folder, clock, saved, stop=None, resume="last", seed=0, to_step=2, make=None, rate=0.3, **options):
+def run(
+    folder,
+    clock,
+    saved,
+    stop=None,
+    rewinds=None,
+    resume="last",
+    seed=0,
+    to_step=2,
+    make=None,
+    rate=0.3,
+    **options,
+):
     """Train, from the last checkpoint in the folder if there is one. Returns all that the run ends with."""
     torch.manual_seed(seed)
     resume = last_checkpoint(folder) if resume == "last" else resume
@@ -46,6 +71,9 @@ def run(folder, clock, saved, stop=None, resume="last", seed=0, to_step=2, make=
         torch.manual_seed(seed + 1)  # nothing may come from here
     pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(rate), rounds=3, **CLOCKS[clock], **options)
     rewinder = [] if to_step is None else [lp.LotteryTicketRewind(to_step)]
+    if rewinds is not None:
+        rewinder = [lp.LotteryTicketRewind(**REWINDS[rewinds])]
+    average = [EMAWeightAveraging(decay=0.5)] if rewinds == "averaged" else []
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
     model = Net(
         *[make] if make else [],
@@ -55,7 +83,7 @@ def run(folder, clock, saved, stop=None, resume="last", seed=0, to_step=2, make=
     checkpoint = ModelCheckpoint(
         folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=saved == "epoch end", every_n_epochs=1
     )
-    callbacks = [pruner, *rewinder, checkpoint, *([Stop(*stop)] if stop else [])]
+    callbacks = [pruner, *rewinder, *average, checkpoint, *([Stop(*stop)] if stop else [])]
     trainer = fitter(*callbacks, epochs=EPOCHS, enable_checkpointing=True, num_sanity_val_steps=2)
     trainer.fit(model, ckpt_path=resume)
     return {
@@ -64,7 +92,8 @@ def run(folder, clock, saved, stop=None, resume="last", seed=0, to_step=2, make=
         "round": pruner.round,
         "optimizers": [o.state_dict() for o in trainer.optimizers],
         "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
-        "snapshot": rewinder[0].snapshot.state_dict() if rewinder else None,
+        "rewinder": rewinder[0].state_dict() if rewinder else None,
+        "round ends": pruner.round_ends,
         "random": torch.get_rng_state(),
     }
 

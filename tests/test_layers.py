@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     {"masks", "models", "tables"},
     {"criteria", "allocation", "schedules", "rng", "evidence", "granularity", "storage", "metrics"},
-    {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference"},
+    {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference", "doctor"},
     {"callbacks"},
 )
 ONLY_IN = {
@@ -26,7 +26,7 @@ ONLY_IN = {
     "torch_pruning": {"channels"},
     "hydra": set(),
     "omegaconf": set(),
-    "matplotlib": set(),
+    "altair": set(),
     "experiments": set(),
 }
 
@@ -82,4 +82,4 @@ def test_importing_the_package_imports_neither_hydra_nor_plotting():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     new = set(run.stdout.split())
     assert "lightning_prune" in new
-    assert not new & {"hydra", "omegaconf", "matplotlib", "torch_pruning", "torchvision", "experiments"}
+    assert not new & {"hydra", "omegaconf", "altair", "torch_pruning", "torchvision", "experiments"}

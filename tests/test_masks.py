@@ -116,6 +116,30 @@ def test_selection_over_several_chunks_equals_sorting():
         assert torch.equal(torch.cat(list(selected(scores, keep).values())), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "kind", ["in the sample", "not in the sample", "tied", "two values", "sorted", "signed"]
+)
+def test_selection_is_exact_whatever_the_sample_says(kind, dtype):
+    n = 129 * 2400
+    flat = torch.rand(n, generator=torch.Generator().manual_seed(4))
+    sampled = torch.arange(n) % 129 == 0
+    flat = {
+        "in the sample": lambda: torch.where(sampled, flat + 1, flat),
+        "not in the sample": lambda: torch.where(sampled, flat - 1, flat),
+        "tied": lambda: torch.where(flat < 0.9, 0.5, flat),
+        "two values": lambda: (flat < 0.3).float(),
+        "sorted": lambda: flat.sort().values,
+        "signed": lambda: flat - 0.7,
+    }[kind]().to(dtype)
+    order = torch.sort(flat, descending=True, stable=True).indices
+    scores = {"small": flat[:300], "large": flat[300:-1], "one": flat[-1:]}
+    for keep in (1, n // 200, n // 3, n - 5):
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[order[:keep]] = True
+        assert torch.equal(torch.cat(list(selected(scores, keep).values())), expected), keep
+
+
 def test_the_threshold_is_the_kth_highest_score():
     s = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for keep in (1, 2, 500, 1000):

@@ -51,6 +51,7 @@ FAST = (
     "torchvision resnet18",
     "torchvision mobilenet_v3_small",
     "torchvision squeezenet1_1",
+    "timm mobilenetv4_conv_small",
     "timm vit_tiny_patch16_224",
     "torchvision shufflenet_v2_x0_5",
 )

@@ -7,8 +7,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
+from experiments.controls import initialize
 from experiments.data import Batches, Splits, pad_crop_flip, per_channel, per_image
-from experiments.models import VGG16, ResNet20, glorot, kaiming
+from experiments.models import VGG16, Conv, ResNet20, glorot, kaiming
 from experiments.records import read
 from experiments.run import run
 from lightning_prune.masks import alive
@@ -78,6 +79,25 @@ def test_a_network_is_initialised_as_its_experiment_says():
     glorot(layer)
     assert not layer.bias.any()
     assert layer.weight.detach().std() == pytest.approx((2 / (24 * 9)) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ResNet20(init=kaiming), lambda: VGG16(width=16, init=kaiming), Conv]
+)
+def test_a_network_is_initialised_anew_as_it_was_at_first(make):
+    net = make()
+    first = {n: p.detach().clone() for n, p in net.named_parameters()}
+    anew = initialize(net, torch.Generator().manual_seed(0))
+    for name, w in first.items():
+        if w.dim() > 1 and w.numel() > 400:
+            assert not torch.equal(anew[name], w)
+            assert anew[name].std() == pytest.approx(float(w.std()), rel=0.2)
+        elif isinstance(net.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d) and name.endswith(
+            "weight"
+        ):
+            assert anew[name].std() > 0.15  # uniform, not 1
+        elif name.endswith("bias") and name != "out.bias":
+            assert not anew[name].any()
 
 
 def test_augmentation_is_pad_crop_and_flip_of_each_image():

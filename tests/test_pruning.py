@@ -13,6 +13,7 @@ from lightning_prune.allocation import global_rank, uniform
 from lightning_prune.masks import alive
 from lightning_prune.pruning import budget, groups, next_masks, prunable
 from lightning_prune.schedules import Geometric
+from tests.limited import in_a_process
 from tests.networks import Net, dead_are_zero, same
 from tests.reference import global_selection, uniform_selection
 
@@ -300,3 +301,31 @@ def test_a_sparsity_outside_0_and_1_is_refused(sparsity):
 
 def test_the_budget_rounds_what_is_left():
     assert [budget(s, 10) for s in (0, 0.04, 0.06, 0.5, 0.96, 1)] == [10, 10, 9, 5, 0, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA and /proc")
+@pytest.mark.parametrize("millions", [4, pytest.param(128, marks=pytest.mark.slow)])
+def test_a_model_that_fills_a_quarter_of_the_memory_is_pruned_with_six_bytes_a_weight(millions):
+    code = """
+n = int(sys.argv[1]) * 10**6
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for layers in (1, 8):
+        build = lambda n: torch.nn.Sequential(*[
+            torch.nn.Linear(n // 1000, 1000 // layers, bias=False, dtype=dtype) for _ in range(layers)
+        ])
+        lp.prune(build(10**5))  # what is loaded on first use
+        model = build(n)
+        size = sum(p.nbytes for p in model.parameters())
+        limit(3 * size)
+        assert refused(lambda: torch.empty(3 * size + (1 << 20), dtype=torch.uint8))
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # reset the high-water mark
+        before = status("VmRSS")
+        masks = lp.prune(model, 0.8)
+        assert sum(int(m.count_nonzero()) for m in masks.values()) == round(0.2 * n)
+        extra = status("VmHWM") - before
+        assert extra <= 6 * n, f"{extra / n} bytes a weight, {layers} tensors of {dtype}"
+        limit(2**40)
+        del model, masks
+"""
+    in_a_process(code, millions)

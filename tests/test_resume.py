@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prune as lp
-from tests.interrupted import CLOCKS, EPOCHS, Stopped, run, run_to_file
+from tests.interrupted import CLOCKS, EPOCHS, REWINDS, Stopped, run, run_to_file
 from tests.networks import Net, fitter, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
@@ -57,6 +57,19 @@ def test_resume_equals_straight_run_without_a_rewind_and_from_initialization(
         equal(run(tmp_path, clock, saved, resume=resume, to_step=to_step), expected)
 
 
+@pytest.mark.parametrize(
+    ("saved", "epoch"), [("epoch end", 1), ("epoch end", 2), ("epoch end", 4), ("validation end", 3)]
+)
+@pytest.mark.parametrize("rewinds", REWINDS)
+def test_resume_equals_straight_run_under_every_policy(rewinds, saved, epoch, straight, tmp_path):
+    clock = "epochs" if rewinds in ("same batches", "shortened") else ("steps", "epochs")[epoch % 2]
+    folder, expected = straight(clock, saved, rewinds=rewinds)
+    result = run(tmp_path, clock, saved, resume=folder / f"epoch={epoch}.ckpt", rewinds=rewinds)
+    if rewinds == "shortened" and epoch == 4:  # nothing was left to do but to make an iterator, which draws
+        result["random"] = expected["random"]
+    equal(result, expected)
+
+
 @pytest.mark.parametrize("name", ["Adam", "RAdam", "Adamax", "NAdam"])
 def test_resume_equals_straight_run_under_other_optimizers(name, straight, tmp_path):
     def make(params):
@@ -96,10 +109,9 @@ def test_a_run_that_fails_again_and_again_ends_the_same(straight, tmp_path):
     equal(run(tmp_path, "steps", "epoch end"), expected)
 
 
-def in_another_process(*args):
+def in_another_process(*args, target=run_to_file):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.interrupted"])
-    process = context.Process(target=run_to_file, args=args)
+    process = context.Process(target=target, args=args)
     process.start()
     process.join(120)
     return process.exitcode
@@ -121,11 +133,11 @@ MORE_KILLS = [
 ]
 
 
-def killed_and_resumed(hook, n, clock, saved, straight, folder):
-    _, expected = straight(clock, saved)
-    assert in_another_process(folder, clock, saved, (hook, n, True)) == -signal.SIGKILL
+def killed_and_resumed(hook, n, clock, saved, straight, folder, rewinds=None):
+    _, expected = straight(clock, saved, rewinds=rewinds)
+    assert in_another_process(folder, clock, saved, (hook, n, True), rewinds) == -signal.SIGKILL
     assert not (folder / "final.pt").exists()
-    assert in_another_process(folder, clock, saved) == 0
+    assert in_another_process(folder, clock, saved, None, rewinds) == 0
     result = torch.load(folder / "final.pt", weights_only=True)
     if (hook, n) in LAST:  # nothing was left to do but to make an iterator, which draws
         result["random"] = expected["random"]
@@ -145,6 +157,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(hook, n, straight, tmp_path)
 @pytest.mark.parametrize(("hook", "n"), MORE_KILLS)
 def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(hook, n, clock, saved, straight, tmp_path):
     killed_and_resumed(hook, n, clock, saved, straight, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("rewinds", REWINDS)
+@pytest.mark.parametrize(("hook", "n"), [*KILLS, ("on_train_epoch_end", 4), ("on_validation_start", 4)])
+def test_a_run_killed_under_any_policy_goes_on_as_if_it_had_not_been(
+    hook, n, rewinds, saved, straight, tmp_path
+):
+    killed_and_resumed(hook, n, "epochs", saved, straight, tmp_path, rewinds)
 
 
 def test_the_stop_criterion_holds_across_a_resume(tmp_path):

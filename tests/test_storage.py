@@ -16,6 +16,7 @@ from torch import nn
 import lightning_prune as lp
 from experiments.benchmarks.size import limit
 from lightning_prune import storage
+from tests.limited import in_a_process
 from tests.networks import Net, fitter, loader
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -215,6 +216,28 @@ def test_writing_and_reading_need_little_memory_besides(monkeypatch):
     lp.save_sparse({"x": x}, "x")
     assert peak(lambda: lp.save_sparse({"x": x}, "x")) < x.nbytes / 8
     assert peak(lambda: lp.load_sparse("x")) < x.nbytes / 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA and /proc")
+@pytest.mark.parametrize("megabytes", [96, pytest.param(1024, marks=pytest.mark.slow)])
+def test_a_file_larger_than_half_the_memory_is_written_and_read(megabytes):
+    code = """
+from zlib import crc32
+n = int(sys.argv[1]) << 18
+lp.save_sparse({"x": torch.ones(1 << 21)}, "x")
+lp.load_sparse("x")  # what is loaded on first use
+x = torch.randint(-2**31, 2**31 - 1, (n,), dtype=torch.int32)
+before = crc32(x.numpy())
+limit(x.nbytes / 2)
+assert refused(lambda: x.clone())  # there is no room for a second one
+lp.save_sparse({"x": x}, "x")
+del x
+x = lp.load_sparse("x")["x"]
+assert crc32(x.numpy()) == before
+import os
+print(os.path.getsize("x") / (1.5 * x.nbytes))
+"""
+    assert float(in_a_process(code, megabytes)) > 0.5  # the file, over the memory there was
 
 
 # -------------------------------------------------------------------------------------------- what is refused

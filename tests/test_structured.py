@@ -333,3 +333,13 @@ def test_the_head_keeps_its_classes():
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     groups = lp.channels.discover(model, torch.randn(2, 6))
     assert list(groups) == ["0.weight"]
+
+
+@pytest.mark.parametrize("remove", WAYS)
+def test_the_sparse_file_is_that_of_the_smaller_network(remove, tmp_path):
+    model = Net()
+    trainer = fitter(gradual(remove=remove, save_sparse=str(tmp_path / "small")), epochs=3)
+    trainer.fit(model)
+    written = lp.load_sparse(tmp_path / "small")
+    assert same(written, dict(model.state_dict()))
+    assert len(written["stem.weight"]) == 8

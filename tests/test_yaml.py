@@ -22,7 +22,10 @@ callbacks:
     stop_below: {val_acc: 0.5}
     every_n_train_steps: 5
 - class_path: lightning_prune.LotteryTicketRewind
-  init_args: {to_step: 4}
+  init_args:
+    to_epoch: 4
+    policy: lightning_prune.rewind.learning_rate
+    until: {class_path: lightning_prune.rewind.EarlyBird, init_args: {distance: 0.2}}
 """
 
 BY_TARGET = """
@@ -59,7 +62,9 @@ def by_hints(text):
 def test_from_type_hints():
     pruner, rewind = by_hints(BY_HINTS)
     check(pruner)
-    assert rewind.to_step == 4
+    assert rewind.to_epoch == 4
+    assert rewind.policy is lp.rewind.learning_rate
+    assert rewind.until == lp.rewind.EarlyBird(0.2)
 
 
 def test_from_type_hints_with_no_arguments():

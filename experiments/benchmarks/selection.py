@@ -1,12 +1,13 @@
 """One global magnitude pruning: ours, torch's `global_unstructured`, concatenation with `numpy.partition`.
 
-Prints time and extra peak memory, with the masks compared:
-`python -m experiments.benchmarks.selection [--largest N]`.
+`python -m experiments.benchmarks.selection [--largest N]`: time, extra peak memory of a pruning in a process
+of its own, and whether the masks differ in more than exact ties, for 1M weights and each ten times as many,
+in float32, bfloat16 and float16. What does not fit into the free memory is left out, and so is numpy for
+halves.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,16 +19,23 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from experiments.benchmarks.timing import alternated, machine, ratio, seconds
+from lightning_prune.masks import count
 from lightning_prune.pruning import next_masks
 
 TENSORS = 50
 SPARSITY = 0.8
 
 
-def weights(n: int) -> dict[str, Tensor]:
+SIZES = (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
+DTYPES = ("float32", "bfloat16", "float16")
+NEEDS = {"ours": 12, "torch": 56, "numpy": 17}  # bytes a weight, with those of the float32 weight
+
+
+def weights(n: int, dtype: str = "float32") -> dict[str, Tensor]:
     """`n` normal weights in 50 tensors."""
     generator = torch.Generator().manual_seed(0)
-    return {f"w{i}": torch.randn(n // TENSORS, generator=generator) for i in range(TENSORS)}
+    its = getattr(torch, dtype)
+    return {f"w{i}": torch.randn(n // TENSORS, generator=generator, dtype=its) for i in range(TENSORS)}
 
 
 def ours(params: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
@@ -69,15 +77,16 @@ def numpys(params: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
 METHODS = {"ours": ours, "torch": torchs, "numpy": numpys}
 
 
-def peak(method: str, n: int) -> float:
+def peak(method: str, n: int, dtype: str) -> float:
     """Extra peak memory of one pruning in bytes a weight, measured in a process of its own."""
-    command = [sys.executable, "-m", "experiments.benchmarks.selection", "--peak", method, "--n", str(n)]
+    command = [sys.executable, "-m", "experiments.benchmarks.selection", "--peak", method]
+    command += ["--n", str(n), "--dtype", dtype]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _peak_here(method: str, n: int) -> float:
-    params = weights(n)
-    METHODS[method](weights(100_000))()  # what is loaded on first use
+def _peak_here(method: str, n: int, dtype: str) -> float:
+    params = weights(n, dtype)
+    METHODS[method](weights(100_000, dtype))()  # what is loaded on first use
     work = METHODS[method](params)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # reset the high-water mark
@@ -86,9 +95,51 @@ def _peak_here(method: str, n: int) -> float:
     return (_status("VmHWM") - before) / n
 
 
+def differing(a: list[Tensor], b: list[Tensor], params: dict[str, Tensor]) -> int:
+    """In how many places masks of the same number of survivors differ.
+
+    Raises:
+        ValueError: when they do in more than exact ties.
+    """
+    its = [(x != y).nonzero().flatten() for x, y in zip(a, b, strict=True)]
+    values = torch.cat([p[i].abs() for p, i in zip(params.values(), its, strict=True)])
+    if sum(map(count, a)) != sum(map(count, b)) or values.unique().numel() > 1:
+        raise ValueError(f"the masks differ in {len(values)} places, and not in ties of one score")
+    return len(values)
+
+
+def available() -> int:
+    """Bytes of memory that are free for a process."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+
+
 def _status(key: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key + ":"))
+
+
+def measure(n: int, dtype: str) -> str:
+    """One line of the table."""
+    names = [m for m in METHODS if NEEDS[m] * n < available() and (m != "numpy" or dtype == "float32")]
+    if "ours" not in names:
+        return f"{n:13,} {dtype:>8}  needs {NEEDS['ours'] * n / 1e9:.0f} GB of memory"
+    params = weights(n, dtype)
+    works = {name: METHODS[name](params) for name in names}
+    first = {name: work() for name, work in works.items()}  # also warms up
+    ties = differing(first["ours"], first["torch"], params) if "torch" in names else None
+    del first
+    rounds = 3 if n >= 100_000_000 else 9
+    times = alternated({name: lambda work=work: seconds(work) for name, work in works.items()}, rounds)
+    mine = median(times["ours"])
+    cells = [f"{n:13,} {dtype:>8} {mine:9.4f} {1e9 * mine / n:6.2f}"]
+    cells += [
+        f"{ratio(times[m], times['ours']):8.2f}x" if m in names else 8 * " " + "-" for m in ("torch", "numpy")
+    ]
+    del params, works  # their memory is that of the other processes
+    extra = {name: peak(name, n, dtype) for name in names}
+    cells += [f"{extra[name]:7.1f}" if name in names else "      -" for name in METHODS]
+    return " ".join([*cells, "-".rjust(8) if ties is None else f"{ties:8,}"])
 
 
 def main() -> None:
@@ -97,32 +148,20 @@ def main() -> None:
     parser.add_argument("--largest", type=float, default=1e8, help="weights of the largest pruning")
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--n", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES)
     args = parser.parse_args()
     if args.peak:
-        print(json.dumps(_peak_here(args.peak, args.n)))
+        print(json.dumps(_peak_here(args.peak, args.n, args.dtype[0])))
         return
-    print(f"One global pruning to {SPARSITY:.0%}, {TENSORS} float32 tensors. {machine()}")
-    print(f"{'weights':>9} {'ours':>9} {'torch':>9} {'numpy':>9}  torch/ours  numpy/ours  masks that differ")
-    sizes = [n for n in (1_000_000, 10_000_000, 100_000_000, 1_000_000_000) if n <= args.largest]
-    for n in sizes:
-        params = weights(n)
-        works = {name: make(params) for name, make in METHODS.items()}
-        results = {name: work() for name, work in works.items()}  # also warms up
-        ties = sum(
-            int((a != b).count_nonzero()) for a, b in zip(results["ours"], results["torch"], strict=True)
-        )
-        del results
-        times = alternated(
-            {name: lambda work=work: seconds(work) for name, work in works.items()}, 3 if n >= 1e8 else 9
-        )
-        figures = " ".join(f"{median(times[name]):8.3f}s" for name in METHODS)
-        ratios = [ratio(times[name], times["ours"]) for name in ("torch", "numpy")]
-        print(f"{n:9,} {figures}  {ratios[0]:9.1f}x  {ratios[1]:9.2f}x  {ties} (exact ties)")
-    if os.path.exists("/proc/self/clear_refs"):
-        extra = {name: peak(name, sizes[-1]) for name in METHODS}
-        shown = ", ".join(f"{name} {extra[name]:.1f}" for name in METHODS)
-        print(f"extra peak memory at {sizes[-1]:,} weights, bytes a weight: {shown}; ", end="")
-        print(f"torch/ours {extra['torch'] / extra['ours']:.1f}x")
+    print(f"One global pruning to {SPARSITY:.0%}, {TENSORS} tensors. {machine()}")
+    print("Seconds and ns a weight of ours, times over ours, extra peak memory in bytes a weight, and in how")
+    print("many places the masks of ours and torch differ: all of them exact ties.")
+    print(f"{'weights':>13} {'dtype':>8} {'ours s':>9} {'ns':>6}", end=" ")
+    print(f"{'torch':>9} {'numpy':>9} {'ours B':>7} {'torch B':>7} {'numpy B':>7} {'ties':>8}")
+    for dtype in args.dtype:
+        for n in SIZES:
+            if n <= args.largest:
+                print(measure(n, dtype), flush=True)
 
 
 if __name__ == "__main__":

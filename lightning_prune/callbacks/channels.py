@@ -1,6 +1,7 @@
 """StructuredChannelPruning: when channels are chosen, and when they go."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune import allocation, channels, criteria, filters, surgery
+from lightning_prune.callbacks.beside import averages_of, callbacks_of
 from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, averages_of, callbacks_of
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.channels import Groups
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
-from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.pruning import Allocation, Criterion, groups
 from lightning_prune.schedules import OneShot, Schedule
 
@@ -54,6 +56,10 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         at_least: units left in each layer, 1 or more.
         slimming: weight of an L1 penalty on the scales of batch normalizations while training, 0 or more.
         score_batches: number of training batches that a criterion that reads data gets.
+        save_sparse: file that gets the `state_dict` of the smaller network when a fit ends; see
+            `IterativeMagnitudePruning`.
+        verify: look, after each pruning and in each checkpoint, whether all is as it should be, as
+            `IterativeMagnitudePruning` does.
 
     Attributes:
         channels: {name of the first weight that makes them: bool tensor of units, True = alive}.
@@ -84,6 +90,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         at_least: int = 1,
         slimming: float = 0.0,
         score_batches: int = 1,
+        save_sparse: str | Path | None = None,
+        verify: bool = True,
     ) -> None:
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
@@ -102,6 +110,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             exclude=exclude,
             every_n_train_steps=every_n_train_steps,
             score_batches=score_batches,
+            save_sparse=save_sparse,
+            verify=verify,
         )
         self.example_input = example_input
         self.remove = remove
@@ -114,19 +124,16 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
         self._hooks: list[Any] = []
 
+    _of = "channels"
+
     @property
     @override
-    def sparsity(self) -> float:
-        total = sum(mask.numel() for mask in self.channels.values())
-        return (total - alive(self.channels)) / total if total else 0.0
+    def _units(self) -> Masks:
+        return self.channels
 
     @override
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return channels.parameters(self._groups, model)
-
-    @override
-    def _describe(self) -> str:
-        return f"{alive(self.channels)} channels left ({100 * (1 - self.sparsity):.2f} %)"
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -149,8 +156,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             )
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         self._hooks = [
-            its.register_load_state_dict_pre_hook(_take_shapes)
-            for its in (pl_module, *(average.module for average in averages_of(trainer)))
+            its.register_load_state_dict_pre_hook(_take_shapes) for its in (pl_module, *averages_of(trainer))
         ]
 
     @override
@@ -177,7 +183,6 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self.masks = self._weight_masks()
         # A dead channel's weights get gradients, and their noise reaches living ones through a clipped norm.
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=True)
-        self._restore_generators(trainer)
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if self.example_input is not None:
@@ -230,6 +235,10 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         )
 
     @override
+    def _exact(self, round: int) -> list[tuple[list[str], Any]]:
+        return []  # sparsity is of channels, or of what they cost
+
+    @override
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         self.channels = masks
         if self.remove == "each_round":
@@ -251,8 +260,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = channels.plan(self._here(), self._alive_here())
-        averages = [average.module for average in averages_of(trainer)]
-        surgery.cut(pl_module, removed, trainer.optimizers, averages)
+        surgery.cut(pl_module, removed, trainer.optimizers, averages_of(trainer))
         self._left = self.channels
         for callback in callbacks_of(trainer):
             if on_cut := getattr(callback, "on_cut", None):
@@ -274,6 +282,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.remove == "end":
             self._cut(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

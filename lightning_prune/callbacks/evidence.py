@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
-from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.pruning import Criterion
 
 
@@ -34,6 +33,18 @@ def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
             f"{type(pl_module).__name__} steps its optimizers itself (automatic_optimization=False). Allowed "
             "here are criteria of the weights alone. Use one of them."
         )
+
+
+def loader_generators(trainer: Trainer) -> list[torch.Generator]:
+    """The generators that training data are drawn with, where they have some of their own."""
+    running = trainer.fit_loop._combined_loader
+    found: dict[int, torch.Generator] = {}
+    for loader in running.flattened if running is not None else ():
+        batches = getattr(loader, "batch_sampler", None)
+        for its in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            if isinstance(generator := getattr(its, "generator", None), torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 @contextmanager
@@ -131,11 +142,3 @@ def _twin(loader: Any) -> Any:
     if isinstance(twin, DataLoader):  # worker processes for a batch or two cost more than they give
         twin.num_workers, twin.timeout = 0, 0
     return twin
-
-
-def agreed(trainer: Trainer, masks: Masks) -> Masks:
-    """The masks of rank 0, on every rank."""
-    if trainer.world_size == 1:
-        return masks
-    packed = unpack(trainer.strategy.broadcast(pack(masks)))
-    return {name: packed[name].to(mask.device) for name, mask in masks.items()}

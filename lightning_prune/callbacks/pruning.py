@@ -6,19 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria, rng, storage
-from lightning_prune.callbacks.evidence import agreed, check_run, evidence_of
+from lightning_prune.allocation import AtLeast
+from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages
+from lightning_prune.callbacks.checkpoint_io import WholeCheckpointIO
+from lightning_prune.callbacks.evidence import check_run, evidence_of, loader_generators
+from lightning_prune.callbacks.ranks import agreed, check_ranks, of_ranks
+from lightning_prune.doctor import awake, disagreeing, emptied, missed, replaced, report
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import Hold, check_fit, mixes_weights
-from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
-from lightning_prune.pruning import LAYERS, Allocation, Criterion, budget, groups, next_masks, plan, prunable
+from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.pruning import (
+    LAYERS,
+    Allocation,
+    Criterion,
+    budget,
+    check_schedule,
+    groups,
+    next_masks,
+    plan,
+    prunable,
+)
 from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
 
@@ -36,8 +53,12 @@ class IterativeMagnitudePruning(Callback):
     never in the model: its `state_dict` has the names and shapes of the unpruned model and exact zeros. A
     second `fit` goes on from the masks and the clock of the first.
 
+    Patience and best score of `EarlyStopping` are those of the round. So is what a `ModelCheckpoint` compares
+    whose file name has `{round...}`, such as "{round:.0f}-{sparsity:.3f}": it keeps the best of each round.
+
     Logged as `round`, `sparsity` and, with the loggers, `round_step`, the optimizer steps since the round
-    began. After each pruning `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
+    began, and `density/<name>` of each tensor as a round or an epoch begins. After each pruning
+    `on_prune(trainer, pl_module, masks)` is called on every callback that has it.
 
     Args:
         schedule: round (and scores) -> sparsity in [0, 1), by default `Geometric(0.2)`; or a dict {pattern
@@ -59,6 +80,9 @@ class IterativeMagnitudePruning(Callback):
         stop_below: {metric: threshold}: end the fit after a round at whose end a logged metric is below its
             threshold.
         score_batches: number of training batches, from each rank, that a criterion that reads data gets.
+        verify: look, after each pruning and in each checkpoint, whether the dead are zero, no layer is empty
+            without consent, the optimizers hold the parameters, all processes the same masks, and sparsity
+            and log are as asked for; a RuntimeError says what is not, and what to do.
         save_sparse: file that gets the model's `state_dict` when a fit ends, as `lightning_prune.save_sparse`
             writes it; in the folder of the checkpoints, or where an absolute path says. None: no file.
 
@@ -92,6 +116,7 @@ class IterativeMagnitudePruning(Callback):
         stop_below: dict[str, float] | None = None,
         score_batches: int = 1,
         save_sparse: str | Path | None = None,
+        verify: bool = True,
     ) -> None:
         for name, value, lowest in (
             ("rounds", rounds, 0),
@@ -107,7 +132,7 @@ class IterativeMagnitudePruning(Callback):
             raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1, such as 0.95.")
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
         for its in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
-            _check_schedule(its, rounds)
+            check_schedule(its, rounds)
         self.rounds = rounds
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -123,6 +148,7 @@ class IterativeMagnitudePruning(Callback):
         if save_sparse is not None:
             storage.libraries()  # which fail now or never
         self.score_batches = score_batches
+        self.verify = verify
 
         self.masks: Masks = {}
         self.round = 0
@@ -137,7 +163,7 @@ class IterativeMagnitudePruning(Callback):
         self._initial: dict[
             str, Tensor
         ] = {}  # the weights at the first batch, if the criterion asks for them
-        self._resumed: dict[str, Any] | None = None  # generators of a checkpoint, until training goes on
+        self._resumed: list[Any] | None = None  # generators of a checkpoint's ranks, until training goes on
         self._metrics: dict[str, float] = {}  # those of stop_below when that checkpoint was written
         self._params: dict[str, nn.Parameter] = {}
         self._hold: Hold | None = None
@@ -148,15 +174,17 @@ class IterativeMagnitudePruning(Callback):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the prunable weights that is dead, 0 before the first fit."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return (total - alive(self.masks)) / total if total else 0.0
+        """Fraction of what may be pruned that is dead, 0 before the first fit."""
+        total = sum(mask.numel() for mask in self._units.values())
+        return (total - alive(self._units)) / total if total else 0.0
 
     @property
     def steps_per_round(self) -> int | float:
         """Optimizer steps of a round, for learning rate schedules made in `configure_optimizers`.
 
-        Infinite when a round is counted in epochs of unknown length.
+        Rounds counted in epochs: of one optimizer that steps once for each batch or, with gradient
+        accumulation, for several; infinite for epochs of unknown length. Rounds counted in steps: of all
+        optimizers together, as `trainer.global_step`.
         """
         if self.every_n_train_steps is not None:
             return self.every_n_train_steps
@@ -181,6 +209,15 @@ class IterativeMagnitudePruning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
+        strategy = trainer.strategy
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not whole or isinstance(strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"strategy: {type(strategy).__name__} may shard parameters over devices, and masks need "
+                "whole ones. Allowed are a single device and DDP."
+            )
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeCheckpointIO()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,14 +238,13 @@ class IterativeMagnitudePruning(Callback):
         masks = self.masks or self._first_masks()
         check_fit(masks, self._params)
         self.masks = {name: masks[name].to(p.device) for name, p in self._params.items()}
+        if self.verify:
+            check_ranks(trainer, self.masks)
+            advice = "Masks and weights of this checkpoint are not of one training; resume from another."
+            report(awake(self._params, self.masks, advice) if self._resumed else [])
         gradients = _gradients_are_read(trainer, pl_module)
         self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=gradients)
-        self._mask_averages(trainer)
-        self._restore_generators(trainer)
-        if self._resumed and (fetcher := trainer.fit_loop._data_fetcher):
-            # A configure_optimizers that asked for the length of the data has made the iterator of this epoch
-            # already, and drawn for it.
-            iter(fetcher)
+        mask_averages(trainer, self.masks)
 
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of `model` that this callback prunes, by name."""
@@ -224,14 +260,24 @@ class IterativeMagnitudePruning(Callback):
         )
 
     def _restore_generators(self, trainer: Trainer) -> None:
-        if self._resumed and trainer.world_size == 1:  # the checkpoint has the generators of rank 0 alone
-            rng.restore(self._resumed)
+        if self._resumed and len(self._resumed) == trainer.world_size:
+            rng.restore(self._resumed[trainer.global_rank], loader_generators(trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed is None:  # only now does the clock show the truth
             self.round_ends = self.clock(trainer) + self._rest
             self._began = trainer.global_step
+            return
+        if len(self._resumed) != trainer.world_size:
+            rank_zero_warn(
+                f"the checkpoint has the random number generators of {len(self._resumed)} processes, and "
+                f"here are {trainer.world_size}: masks, weights and rounds go on, random numbers do not."
+            )
+        self._restore_generators(trainer)
+        loader, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+        if loader is not None and fetcher is not None and not loader._state_dicts():
+            iter(fetcher)  # the iterator of this epoch is there already, and drew other numbers
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -242,6 +288,10 @@ class IterativeMagnitudePruning(Callback):
     def clock(self, trainer: Trainer) -> int:
         """What rounds are counted in: epochs, or the steps of all optimizers."""
         return trainer.current_epoch if self.every_n_train_steps is None else trainer.global_step
+
+    def is_over(self, trainer: Trainer) -> bool:
+        """Whether the round in progress has come to its end."""
+        return self.clock(trainer) >= self.round_ends
 
     def end_round(self, trainer: Trainer) -> None:
         """Let the round in progress end with the step, or the epoch, that was trained last."""
@@ -279,21 +329,32 @@ class IterativeMagnitudePruning(Callback):
         if trainer.barebones:
             return
         if self._announce or (trainer.global_step + 1) % _log_interval(trainer) == 0:
-            self._announce = False
             # Not by `log`: what is logged on a step costs Lightning time on every step after it.
             values = {"round": float(self.round), "sparsity": self.sparsity}
             trainer.progress_bar_metrics.update(values)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             values["round_step"] = float(trainer.global_step - self._began)
+            if self._announce and trainer.loggers:
+                values |= {f"density/{name}": alive({name: m}) / m.numel() for name, m in self.masks.items()}
+            self._announce = False
             trainer.logged_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             for logger in trainer.loggers:
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.round < self.rounds and self.clock(trainer) >= self.round_ends:
+        if self.round < self.rounds and self.is_over(trainer):
+            if any(trainer.current_epoch > its.swa_end for its in averaging_of(trainer)):
+                return  # an epoch that trains nothing: the statistics of the averaged network
             if reason := self._below(trainer):
                 self.stop(trainer, reason)
             self._prune(trainer, pl_module, self.round + 1)
+
+    _of = "weights"
+
+    @property
+    def _units(self) -> Masks:
+        """What sparsity counts, which are `_of` its kind."""
+        return self.masks
 
     def _names(self) -> list[str]:
         """Of what the schedule counts."""
@@ -329,6 +390,7 @@ class IterativeMagnitudePruning(Callback):
         if (left := alive(masks)) < max(1, budget(self.max_sparsity, total)):
             sparsity = f"the next sparsity, {1 - left / total:.4f},"
             self.stop(trainer, f"{sparsity} is above max_sparsity={self.max_sparsity}, or leaves nothing.")
+        before, candidates = self.masks, alive(self._units)
         self._carry_out(trainer, pl_module, masks)
         if round:  # no drift where the clock jumps over an end; and every round trains
             self.round_ends = max(self.round_ends + self._length, self.clock(trainer) + 1)
@@ -338,26 +400,31 @@ class IterativeMagnitudePruning(Callback):
                 on_prune(trainer, pl_module, self.masks)
         assert self._hold is not None
         self._hold.set(self.masks)
-        self._mask_averages(trainer)
-        for stopper in trainer.early_stopping_callbacks:
-            stopper.wait_count = 0
-            stopper.best_score = torch.tensor(
-                float("inf") if stopper.monitor_op == torch.lt else -float("inf")
-            )
+        mask_averages(trainer, self.masks)
+        compare_anew(trainer)
         self._announce = True
-        log.info("round %d of %d: %s", self.round, self.rounds, self._describe())
+        if self.verify:
+            self._verify(trainer, pl_module, before)
+        left = alive(self._units)
+        log.info(
+            f"round {self.round} of {self.rounds}: pruned {candidates - left}, "
+            f"{left} {self._of} left ({100 * (1 - self.sparsity):.2f} %)"
+        )
+
+    def _verify(self, trainer: Trainer, pl_module: LightningModule, before: Masks) -> None:
+        found = awake(self._params, self.masks, "Something wrote to them after the masks were put on.")
+        found += replaced(self._params, pl_module, trainer.optimizers)
+        if not (isinstance(self.allocate, AtLeast) and self.allocate.n == 0):
+            found += emptied(self.masks, before)
+        report([*found, *missed(self.masks, before, self._exact(self.round))])
+        check_ranks(trainer, self.masks)
+
+    def _exact(self, round: int) -> list[tuple[list[str], Any]]:
+        """The sparsities that the masks of a round have exactly; a granularity counts in units."""
+        return self._sparsities(round) if self.granularity is single else []
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         self.masks = masks
-
-    def _mask_averages(self, trainer: Trainer) -> None:
-        """An average over steps with other masks is not zero where the weight is dead."""
-        for average in averages_of(trainer):
-            for name, mask in self.masks.items():
-                zero_dead_(p := average.module.get_parameter(name), bits(mask, like=p))
-
-    def _describe(self) -> str:
-        return f"{alive(self.masks)} weights left ({100 * (1 - self.sparsity):.2f} %)"
 
     def stop(self, trainer: Trainer, reason: str) -> None:
         """End the fit with this round, before its next batch."""
@@ -395,11 +462,26 @@ class IterativeMagnitudePruning(Callback):
     ) -> None:
         if self._hold:
             self._hold.apply()
+        if self.verify:
+            report(self._doubts(trainer, checkpoint))
+        if trainer.world_size > 1 and not self._resumed:
+            state = checkpoint["callbacks"][self.state_key]
+            state["rng"] = of_ranks(trainer, state["rng"][0])
         # A DictConfig among the hyper-parameters would make the checkpoint unreadable with weights_only=True.
         for key in (pl_module.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
             if key in checkpoint:
                 checkpoint[key] = _plain(checkpoint[key])
         checkpoint.pop(pl_module.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+
+    def _doubts(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
+        """Where weights, masks and log of a checkpoint are not of one state."""
+        stored = checkpoint["state_dict"]
+        masks = {name: mask for name, mask in self.masks.items() if name in stored}
+        found = awake(stored, masks, "The checkpoint was not written.")
+        if self._hold and not self._announce and not trainer.barebones:
+            its = {"round": float(self.round), "sparsity": self.sparsity}
+            found += disagreeing(trainer.callback_metrics, its)
+        return found
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -441,8 +523,19 @@ class IterativeMagnitudePruning(Callback):
             "initial": self._initial,
             "masks": pack(self.masks),
             "metrics": self._metrics | (self._logged(self._trainer) if self._trainer else {}),
-            "rng": self._resumed or rng.capture(),
+            "rng": self._resumed or [rng.capture(loader_generators(self._trainer) if self._trainer else ())],
         }
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        its = [key for key in checkpoint["callbacks"] if key.startswith(type(self).__qualname__)]
+        if its and self.state_key not in its:
+            raise ValueError(
+                f"ckpt_path: the checkpoint holds the masks of {', '.join(its)}, and this callback is "
+                f"{self.state_key}. Give include and exclude as they were."
+            )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -494,31 +587,6 @@ def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:
     )
 
 
-def _check_schedule(schedule: Schedule, rounds: int) -> None:
-    if not callable(schedule):
-        raise ValueError(
-            f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
-            "Give one of lightning_prune.schedules; from a Hydra config set `_convert_: all` beside "
-            "the callback's `_target_`."
-        )
-    if asked(schedule):
-        return  # it reads the scores, and there are none yet
-    reached = 0.0
-    for r in range(rounds + 1):
-        sparsity = schedule(r)
-        if not 0 <= sparsity < 1:
-            raise ValueError(
-                f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
-                "allowed is from 0 up to, and not including, 1. Change the schedule, or rounds."
-            )
-        if sparsity < reached:
-            raise ValueError(
-                f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
-                "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
-            )
-        reached = sparsity
-
-
 def _plain(value: Any) -> Any:
     """Containers of any library, such as omegaconf's, as dicts and lists."""
     if isinstance(value, Mapping):
@@ -526,17 +594,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
         return [_plain(v) for v in value]
     return value
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The trainer's callbacks (an attribute that its class does not declare)."""
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def averages_of(trainer: Trainer) -> list[AveragedModel]:
-    """The averages of the weights that Lightning's `WeightAveraging` callbacks keep."""
-    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [average for average in found if isinstance(average, AveragedModel)]
 
 
 def _log_interval(trainer: Trainer) -> int:

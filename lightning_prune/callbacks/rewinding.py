@@ -5,12 +5,14 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Generator, Tensor
 from torch.optim import lr_scheduler
 from typing_extensions import override
 
-from lightning_prune import rewind
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning, averages_of, callbacks_of
+from lightning_prune import rewind, rng
+from lightning_prune.callbacks.beside import averaging_of, callbacks_of
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
@@ -35,6 +37,9 @@ class LotteryTicketRewind(Callback):
             ends with the last round. Else every round has the same length, and schedules run on from k.
         until: end a round, but not the last one, as soon as an early-bird ticket has emerged. Then too the
             fit ends with the last round.
+        same_batches: the random number generators are part of the snapshot, so that every round sees the same
+            batches in the same order and drops out the same units. Only for rounds of whole epochs, and in
+            one process.
 
     Raises:
         ValueError: for arguments that are not allowed, or as training starts: without a pruning callback,
@@ -51,6 +56,7 @@ class LotteryTicketRewind(Callback):
         policy: Policy = rewind.everything,
         shorten: bool = False,
         until: EarlyBird | None = None,
+        same_batches: bool = False,
     ) -> None:
         for name, value in (("to_step", to_step), ("to_epoch", 0 if to_epoch is None else to_epoch)):
             if not isinstance(value, int) or value < 0:
@@ -64,6 +70,7 @@ class LotteryTicketRewind(Callback):
         self.policy = policy
         self.shorten = shorten
         self.until = until
+        self.same_batches = same_batches
         self.snapshot: Snapshot | None = None
         self._behind = 0  # what the pruning callback's clock read when the snapshot was taken
         self._rates: list[list[dict[str, Any]]] = []  # of the last step that a schedule had a say in
@@ -71,6 +78,8 @@ class LotteryTicketRewind(Callback):
         self._may_hold = False
         self._drawn: list[Masks] = []  # at the last checks of this round
         self._checked = 0  # the step of the last check
+        self._random: dict[str, Any] | None = None  # as the epoch of the snapshot began
+        self._replayed = False  # whether the generators are back already
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -103,21 +112,84 @@ class LotteryTicketRewind(Callback):
         pruner = _pruner(trainer)
         if pl_module.automatic_optimization:  # else nobody knows how many steps an epoch makes
             self._check_step(pruner.steps_per_round)
+            if self.to_epoch and self.to_epoch * _steps_per_epoch(trainer) >= pruner.steps_per_round:
+                raise ValueError(
+                    f"to_epoch={self.to_epoch}: it begins after the first round, of {pruner.steps_per_round} "
+                    f"steps. Allowed is an epoch within it, of {_steps_per_epoch(trainer)} steps. Lower it."
+                )
+        self._check_averaging(trainer, pruner)
+        if self.same_batches:
+            self._check_whole_epochs(trainer, pruner)
+        if self.policy is rewind.fine_tune or self._held:
+            self._check_held(trainer)
         if self._held:
             self._hold_rates(trainer)
         self._may_hold = "final" in asked(self.policy)
-        if self.policy in (rewind.weights, rewind.nothing):
-            return  # a schedule is one for the whole fit
-        steps, epochs = pruner.steps_per_round, pruner.every_n_epochs
-        if pruner.every_n_train_steps is not None:
-            epochs = None
+        if self.policy not in (rewind.weights, rewind.nothing):  # under which a schedule is for the whole fit
+            self._warn_of_schedules(trainer, pruner)
+        if self.same_batches and pruner._resumed:
+            # From here Lightning may go on with a batch, not with the start of an epoch.
+            if self._random is None and self._now(trainer) == self._k:
+                self._random = {**pruner._resumed, "loaders": []}
+            elif pruner.round < pruner.rounds and pruner.is_over(trainer):
+                self._replay(trainer)
+                _draw_anew(trainer)
+                self._replayed = True
+
+    def _check_averaging(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
+        """Averaging replaces the scheduler as it starts, so there is no way back from there."""
+        every, regular = pruner.every_n_epochs, not (self.shorten or self.until)
+        if pruner.every_n_train_steps is None and regular:
+            for its in averaging_of(trainer):
+                begin = [r * every for r in range(1, pruner.rounds + 1)]
+                if after := [epoch for epoch in begin if its.swa_start <= epoch <= its.swa_end]:
+                    raise _averaged(f"Set swa_epoch_start={after[-1] + 2} or later")
+
+    def _check_whole_epochs(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
+        steps = _steps_per_epoch(trainer)
+        k = self.to_step if self.to_epoch is None else 0
+        length = pruner.every_n_train_steps or 0
+        whole = steps < float("inf") and k % steps == 0 and length % steps == 0
+        if trainer.world_size > 1 or not whole or (self.until and self.until.every_n_train_steps):
+            raise ValueError(
+                "same_batches=True: allowed in one process, where rewind and rounds begin with an epoch "
+                f"(of {steps} steps). Give the pruning callback every_n_epochs, and to_epoch here."
+            )
+
+    def _check_held(self, trainer: Trainer) -> None:
+        if trainer.lr_scheduler_configs and not trainer.lightning_module.automatic_optimization:
+            raise ValueError(
+                f"policy={self.policy}: it holds the learning rates, and "
+                f"{type(trainer.lightning_module).__name__} steps its schedulers itself "
+                "(automatic_optimization=False). Allowed are modules without schedulers, or with automatic "
+                "optimization. Use one of these, or another policy."
+            )
+
+    def _warn_of_schedules(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
+        """Of those that a round does not come to the end of, or goes beyond."""
+        per_epoch = _steps_per_epoch(trainer)
+        in_epochs = pruner.every_n_train_steps is None
+        lengths = {
+            "step": (pruner.steps_per_round, self.to_epoch * per_epoch if self.to_epoch else self.to_step),
+            "epoch": (pruner.every_n_epochs, self.to_epoch or self.to_step // per_epoch),
+        }
         for config in trainer.lr_scheduler_configs:
-            made_for, its = _horizon(config.scheduler), steps if config.interval == "step" else epochs
-            if made_for is not None and its is not None and made_for * config.frequency > its:
+            horizon = _horizon(config.scheduler)
+            if horizon is None or (config.interval == "epoch" and not in_epochs):
+                continue
+            made_for, (length, k) = horizon * config.frequency, lengths[config.interval]
+            end = length if self.shorten else length + k
+            name = f"{type(config.scheduler).__name__} is made for {made_for} {config.interval}s and a round"
+            if made_for > end:
                 warnings.warn(
-                    f"{type(config.scheduler).__name__} is made for {made_for * config.frequency} "
-                    f"{config.interval}s and a round has {its}: every round rewinds it before its end. "
-                    "Make it for the pruning callback's `steps_per_round`.",
+                    f"{name} has {end}: every round rewinds it before its end. Make it for the pruning "
+                    "callback's `steps_per_round`.",
+                    stacklevel=2,
+                )
+            elif length <= made_for < end and self.policy is not rewind.fine_tune:
+                warnings.warn(
+                    f"{name} has {length} from {k} on, where it is rewound to: it runs beyond its end. Set "
+                    "shorten=True, which ends such rounds sooner.",
                     stacklevel=2,
                 )
 
@@ -126,6 +198,10 @@ class LotteryTicketRewind(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_if_over(trainer)
+        if self.same_batches and self._random is None and self._now(trainer) == self._k:
+            self._random = {**rng.capture(), "loaders": [g.get_state() for g in _generators(trainer)]}
+            if trainer.current_epoch == 0:  # Lightning has drawn the order of this one epoch before
+                _draw_anew(trainer)
 
     @override
     def on_train_batch_start(
@@ -137,15 +213,20 @@ class LotteryTicketRewind(Callback):
         if self.snapshot is None:
             self._take_if_due(trainer, pl_module)
 
+    @property
+    def _k(self) -> int:
+        return self.to_step if self.to_epoch is None else self.to_epoch
+
+    def _now(self, trainer: Trainer) -> int:
+        return trainer.global_step if self.to_epoch is None else trainer.current_epoch
+
     def _take_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name, k, now = "to_step", self.to_step, trainer.global_step
-        if self.to_epoch is not None:
-            name, k, now = "to_epoch", self.to_epoch, trainer.current_epoch
-        if now < k:
+        if (now := self._now(trainer)) < self._k:
             return
-        if now > k:
+        if now > self._k:
+            what = "step" if self.to_epoch is None else "epoch"
             raise ValueError(
-                f"{name}={k}: training is at {name[3:]} {now} without a snapshot. "
+                f"to_{what}={self._k}: training is at {what} {now} without a snapshot. "
                 "Allowed is a step still to come at which a batch begins (those of all optimizers count), or "
                 "a checkpoint of a run with this callback. Use one of these."
             )
@@ -176,10 +257,10 @@ class LotteryTicketRewind(Callback):
 
     def _end_if_over(self, trainer: Trainer) -> None:
         """Rounds of several lengths: the last one has its own, whatever the fit was made for."""
-        pruner = _pruner(trainer)
-        last = pruner.round == pruner.rounds
-        if (self.shorten or self.until) and last and pruner.clock(trainer) >= pruner.round_ends:
-            pruner.stop(trainer, "it has the length of a round.")
+        if self.shorten or self.until:
+            pruner = _pruner(trainer)
+            if pruner.round == pruner.rounds and pruner.is_over(trainer):
+                pruner.stop(trainer, "it has the length of a round.")
 
     def on_cut(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
         """Channels were removed from the network: the snapshot loses the same ones."""
@@ -197,21 +278,37 @@ class LotteryTicketRewind(Callback):
                 "come to it. Allowed is a step (those of all optimizers count) or epoch within that round; "
                 "name one."
             )
+        if any(its._swa_scheduler is not None for its in averaging_of(trainer)):
+            raise _averaged("Start it later")
         parts = _parts(trainer, pl_module)
         final = Snapshot.take(*parts) if "final" in asked(self.policy) else None
         state = call(self.policy, self.snapshot, final=final)
         state.restore(*parts)
         if state.schedulers is None:
+            self._check_held(trainer)
             self._held = True
             self._hold_rates(trainer)
         if self.shorten:
             pruner.round_ends -= self._behind
         self._drawn = []
+        if self.same_batches and not self._replayed:
+            self._replay(trainer)
+            if trainer.current_epoch == 0:  # a second fit
+                _draw_anew(trainer)
+        self._replayed = False
+
+    def _replay(self, trainer: Trainer) -> None:
+        assert self._random is not None
+        rng.restore(self._random)
+        for generator, its in zip(_generators(trainer), self._random["loaders"], strict=False):
+            generator.set_state(its)
 
     def _hold_rates(self, trainer: Trainer) -> None:
         for optimizer, groups in zip(trainer.optimizers, self._rates, strict=True):
             for group, its in zip(optimizer.param_groups, groups, strict=True):
-                group.update(copied(its))
+                for name, value in its.items():
+                    tensor = isinstance(value, Tensor)
+                    group[name] = value.to(group[name].device, copy=True) if tensor else value
         for config in trainer.lr_scheduler_configs:
             config.frequency = sys.maxsize  # Lightning never comes to step it
 
@@ -226,6 +323,7 @@ class LotteryTicketRewind(Callback):
             "held": self._held,
             "drawn": [pack(masks) for masks in self._drawn],
             "checked": self._checked,
+            "random": self._random,
         }
 
     @override
@@ -237,6 +335,7 @@ class LotteryTicketRewind(Callback):
         self._held = state_dict["held"]
         self._drawn = [unpack(masks) for masks in state_dict["drawn"]]
         self._checked = state_dict["checked"]
+        self._random = state_dict["random"]
 
 
 def _pruner(trainer: Trainer) -> IterativeMagnitudePruning:
@@ -252,7 +351,35 @@ def _pruner(trainer: Trainer) -> IterativeMagnitudePruning:
 def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...]:
     """What a snapshot is of."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return pl_module, trainer.optimizers, schedulers, averages_of(trainer)
+    averages = [c._average_model for c in callbacks_of(trainer) if isinstance(c, WeightAveraging)]
+    return pl_module, trainer.optimizers, schedulers, averages
+
+
+def _steps_per_epoch(trainer: Trainer) -> int | float:
+    batches = trainer.num_training_batches
+    return batches if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
+
+
+def _generators(trainer: Trainer) -> list[Generator]:
+    """Those that the loaders of the training draw from, where they have generators of their own."""
+    loader = trainer.fit_loop._combined_loader
+    assert loader is not None
+    drawing = [its for loader in loader.flattened for its in (loader, getattr(loader, "sampler", None))]
+    found = [getattr(its, "generator", None) for its in drawing]
+    return list({id(its): its for its in found if isinstance(its, Generator)}.values())
+
+
+def _draw_anew(trainer: Trainer) -> None:
+    """Make the iterator of this epoch again, which draws its order."""
+    assert trainer.fit_loop._data_fetcher is not None
+    iter(trainer.fit_loop._data_fetcher)
+
+
+def _averaged(what: str) -> ValueError:
+    return ValueError(
+        "StochasticWeightAveraging replaces the learning rate scheduler as it starts, so a training cannot "
+        f"be rewound from there: it must start in the last round. {what}, or use WeightAveraging."
+    )
 
 
 def _rates(group: dict[str, Any]) -> dict[str, Any]:

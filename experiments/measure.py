@@ -1,0 +1,59 @@
+"""What the masks of a run are worth on this machine: size on disk, multiply-adds, latency."""
+
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import seed_everything
+
+import lightning_prune as lp
+from experiments.records import described, kinds_of
+from experiments.runs import Runs
+from lightning_prune.rng import capture, restore
+
+
+def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
+    """Put the masks of each round on the network of its config, and weigh and time it.
+
+    The weights below the masks are initial ones: neither size nor time depends on them by more than a percent
+    or two. Of each kind the first run that has masks is taken.
+
+    Args:
+        runs: of one experiment.
+        examples: size of the batch, from the test set.
+
+    Returns:
+        Rows of kind, round, sparsity, `raw_bytes`, `gzip_bytes`, `sparse_bytes`, `theoretical_speed_up`,
+        `dense_us` and `accelerated_us` (microseconds a batch), `speed_up`, and where it was measured.
+    """
+    torch.set_num_threads(runs.config.threads)
+    state = capture()
+    seed_everything(0, verbose=False)
+    task = instantiate(runs.config.task).eval()
+    _, test = instantiate(runs.config.batches).val_dataloader()
+    restore(state)
+    example = next(iter(test))[0][:examples]
+    initial = {name: value.clone() for name, value in task.state_dict().items()}
+    rows: list[dict[str, Any]] = []
+    for kind in kinds_of(runs.records):
+        run = next((run for run in runs.of(kind) if run.survived), None)
+        if run is None or run.survived is None:
+            continue
+        for record in run.records:
+            masks = {name: survived >= record["round"] for name, survived in run.survived.items()}
+            task.load_state_dict(initial)
+            for name, mask in masks.items():
+                task.get_parameter(name).data *= mask
+            cost = lp.summarize(task.net, example)
+            fast: Any = lp.accelerate(task.net, example).acceleration
+            row = {"kind": kind, **{k: described(record["round"], masks)[k] for k in ("round", "sparsity")}}
+            row |= {
+                f"{form}_bytes": getattr(cost.total, f"{form}_size") for form in ("raw", "gzip", "sparse")
+            }
+            row |= {"theoretical_speed_up": cost.theoretical_speed_up, "dense_us": fast.dense_us}
+            row |= {"accelerated_us": fast.dense_us / fast.speed_up, "speed_up": fast.speed_up}
+            rows.append(
+                {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+                | {"where": cost.where}
+            )
+    return rows

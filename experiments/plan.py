@@ -1,0 +1,108 @@
+"""What a sweep would do, before it does it: runs, rounds, weights left, disk and time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from experiments.dense import LATER, dense_round
+from experiments.records import read
+from experiments.sweeps import plain
+from experiments.training import Cost, trial
+from lightning_prune import IterativeMagnitudePruning
+from lightning_prune.evidence import asked
+from lightning_prune.pruning import budget, groups
+
+HEAD = ("run", "state", "rounds to train", "weights left", "disk", "time")
+
+
+class Plan:
+    """The runs of a command, one after another.
+
+    Time and disk come from a trial: the real training for as many steps as there are between two evaluations,
+    one evaluation, one checkpoint, all of it thrown away. Runs that train the same network on the same data
+    share it.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, ...]] = []
+        self.seconds, self.bytes = 0.0, 0
+        self._trials: dict[str, Cost] = {}
+        self._dense: set[Path] = set()
+
+    def add(self, cfg: DictConfig, folder: Path, state: str) -> None:
+        """Add a run."""
+        name = f"{cfg.name}/{folder.name}"
+        control = cfg.run._target_.startswith("experiments.controls.")
+        if cfg.run._target_ != "experiments.training.train" and not control:
+            self.rows.append((name, state, "", "", "?", "?"))
+            return
+        pruner: IterativeMagnitudePruning = instantiate(cfg.pruner)
+        task = instantiate(cfg.task)
+        weights = {name: p.numel() for name, p in pruner.prunable(task).items()}
+        left = weights_left(weights, pruner)
+        shown = "?" if left is None else f"{left} ({left / sum(weights.values()):.2%})"
+        if state == "finished" or state.startswith("refused"):
+            self.rows.append((name, state, "0", shown, "", ""))
+            return
+        rounds = cfg.rounds + 1 if not control or cfg.controls_at is None else len(cfg.controls_at)
+        trained = 0 if state == "failed" else len(read(folder / "records.jsonl")[0])
+        dense = None if control else dense_round(cfg, folder, pruner)
+        if dense is not None and not trained:
+            trained = int(dense.path in self._dense or dense.path.is_file())
+            self._dense.add(dense.path)
+        cost = self._cost(cfg)
+        seconds = (rounds - trained) * cfg.steps_per_round * cost.seconds_per_step
+        size = 2 * cost.checkpoint_bytes + sum(weights.values())  # resume, final; and how long each survived
+        self.seconds, self.bytes = self.seconds + seconds, self.bytes + size
+        of = f"{rounds - trained} of {rounds}"
+        self.rows.append((name, state, of, shown, f"{size / 1e6:.1f} MB", duration(seconds)))
+
+    def _cost(self, cfg: DictConfig) -> Cost:
+        key = json.dumps(plain(cfg, (*LATER, "seed")), sort_keys=True)
+        if key not in self._trials:
+            self._trials[key] = trial(cfg)
+        return self._trials[key]
+
+    def show(self, console: Console | None = None) -> None:
+        """Print it."""
+        table = Table(*HEAD)
+        for row in self.rows:
+            table.add_row(*row)
+        console = console or Console()
+        console.print(table)
+        total = f"{self.bytes / 1e6:.1f} MB and about {duration(self.seconds)}, one run after another"
+        console.print(
+            f"{len(self.rows)} runs: {total}. Nothing was trained but trials of a few steps.", highlight=False
+        )
+
+
+def weights_left(weights: dict[str, int], pruner: Any) -> int | None:
+    """How many weights the last round of a pruner has; None when its schedule reads scores.
+
+    >>> import lightning_prune as lp
+    >>> weights_left({"a": 100, "b": 50}, lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.5), rounds=2))
+    38
+    """
+    left = 0
+    for names, schedule in groups(list(weights), pruner.schedule):
+        if asked(schedule):
+            return None
+        left += budget(schedule(pruner.rounds), sum(weights[name] for name in names))
+    return left
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> duration(5.2), duration(192), duration(8000)
+    ('5 s', '3 min', '2 h 13 min')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

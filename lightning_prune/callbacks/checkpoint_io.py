@@ -1,0 +1,87 @@
+"""Checkpoints that are whole: written all or nothing, and checked when they are read."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+from typing_extensions import override
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, in its own format, written all or nothing and checked when they are read.
+
+    A file is written beside its target, flushed to the disk and renamed, so that a kill or a full disk leaves
+    the checkpoint that was there. (Lightning writes to the system's temporary folder, and where that is on
+    another device, copies from there over the old file.) As a file is read, its checksums are compared, which
+    torch does not do. Remote paths are left to Lightning.
+
+    The pruning callbacks put it in the place of Lightning's default; give the Trainer another `CheckpointIO`
+    plugin to have that one instead.
+    """
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = _local(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.tmp")  # of one name, so that kills leave one at most
+        try:
+            with beside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        except (OSError, RuntimeError) as error:
+            cause: BaseException = error
+            while cause.__context__ and not isinstance(cause, OSError):  # torch has an error of its own
+                cause = cause.__context__
+            kept = "the one that was there is as it was" if target.exists() else "there was none before"
+            raise OSError(
+                f"the checkpoint {str(target)!r} could not be written ({cause}); {kept}. "
+                "Make room, or give ModelCheckpoint another dirpath, and resume."
+            ) from error
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @override
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        try:
+            if _is_local_file_protocol(path) and _local(path).is_file():
+                _compare_checksums(_local(path))
+            checkpoint = super().load_checkpoint(path, map_location, weights_only)
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(
+                f"ckpt_path={str(path)!r}: it is cut off, damaged, or no checkpoint at all ({error}). "
+                "Allowed are whole files that a Trainer wrote; resume from the one before it."
+            ) from error
+        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(
+            checkpoint
+        ):
+            raise ValueError(
+                f"ckpt_path={str(path)!r}: it is no checkpoint of a Trainer. Load a bare state_dict into the "
+                "model before `fit`, without ckpt_path."
+            )
+        return checkpoint
+
+
+def _local(path: str | Path) -> Path:
+    return Path(str(get_filesystem(path)._strip_protocol(str(path))))
+
+
+def _compare_checksums(path: Path) -> None:
+    with zipfile.ZipFile(path) as file:  # as torch.save writes them
+        if torch.serialization.get_crc32_options() and (broken := file.testzip()):
+            raise zipfile.BadZipFile(f"the checksum of {broken} is another")

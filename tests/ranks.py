@@ -1,0 +1,325 @@
+"""Trainings on several processes that talk by gloo: each process does them all and leaves what it saw."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+import warnings
+from functools import partial
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+import lightning_prune as lp
+from lightning_prune.callbacks import pruning as callback_module
+from lightning_prune.schedules import Explicit, Geometric, OneShot
+from tests.networks import Net, bits_of, fitter, samples
+
+RUNS = {}
+
+
+def run(scenario):
+    RUNS[scenario.__name__] = scenario
+    return scenario
+
+
+def pruning(schedule=None, **options):
+    return lp.IterativeMagnitudePruning(schedule or Geometric(0.3), **{"rounds": 2, **options})
+
+
+class Diary(Callback):
+    """What this rank trains on, and its weights and masks before and after each pruning."""
+
+    def __init__(self, pruner):
+        self.pruner, self.batches, self.before, self.masks, self.after = pruner, [], [], [], []
+        self.gradients = []  # those of dead weights, as an optimizer steps
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        self.batches.append(batch[0].clone())
+
+    def on_train_epoch_end(self, trainer, model):
+        self.before.append(weights(model, self.pruner.masks))
+
+    def on_before_optimizer_step(self, trainer, model, optimizer):
+        for name, mask in self.pruner.masks.items():
+            if (grad := model.get_parameter(name).grad) is not None:
+                self.gradients.append(int(bits_of(grad)[~mask].count_nonzero()))
+
+    def on_prune(self, trainer, model, masks):
+        self.masks.append({n: m.clone() for n, m in masks.items()})
+
+
+def weights(model, names):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
+
+
+def fit(pruner, *others, model=None, world, epochs=3, ddp=None, ckpt_path=None, **options):
+    """Fit on all processes, and say what this one saw."""
+    model, diary = model or Net(), Diary(pruner)
+    start = weights(model, [n for n, _ in model.named_parameters()])
+    strategy = DDPStrategy(process_group_backend="gloo", **(ddp or {}))
+    options = {"devices": world, "strategy": strategy, **options}
+    trainer = fitter(pruner, *others, diary, epochs=epochs, **options)
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return {
+        "start": start,
+        "batches": diary.batches,
+        "before": diary.before,
+        "prunings": diary.masks,
+        "gradients": diary.gradients,
+        "masks": pruner.masks,
+        "weights": dict(model.state_dict()),
+        "optimizers": [o.state_dict() for o in trainer.optimizers],
+        "random": torch.get_rng_state(),
+        "round": pruner.round,
+        "seed": pruner._seed,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- trainings
+
+
+@run
+def magnitude(world, rank, folder):
+    """Rewinding, clipping, a data set whose last batch is short (Lightning's sampler fills it up)."""
+    return fit(pruning(), lp.LotteryTicketRewind(1), model=Net(n=59), world=world, gradient_clip_val=0.1)
+
+
+@run
+def weights_that_stand_still(world, rank, folder):
+    """So that the masks of every round can be compared with those of one process."""
+    return fit(pruning(), model=Net(still), world=world)
+
+
+still = partial(torch.optim.SGD, lr=0.0)
+
+
+@run
+def random(world, rank, folder):
+    return fit(pruning(criterion=lp.criteria.Random(seed=3)), world=world)
+
+
+def drawn(params, generator):
+    return {n: torch.rand(p.shape, generator=generator) for n, p in params.items()}
+
+
+@run
+def drawn_from_the_generator(world, rank, folder):
+    return fit(pruning(criterion=drawn), world=world)
+
+
+def data_driven(criterion, world, **options):
+    seen = {}
+
+    def spy(params, grads, batches):
+        if not seen:
+            seen.update(batches=[tuple(t.clone() for t in b) for b in batches], weights=params)
+            seen["weights"] = {n: p.clone() for n, p in params.items()}
+        return criterion(params, grads)
+
+    model = Net(dropout=0.0)
+    model.norm = nn.Identity()
+    pruner = pruning(Explicit([0.5]), rounds=0, criterion=spy, score_batches=2)
+    return {**fit(pruner, model=model, world=world, epochs=1, **options), "seen": seen}
+
+
+@run
+def snip(world, rank, folder):
+    return data_driven(lp.criteria.snip, world)
+
+
+class Own(Net):
+    """Each rank has data of its own, and their last batches are of different sizes."""
+
+    def __init__(self, rank, **options):
+        super().__init__(**options)
+        self.rank = rank
+
+    def train_dataloader(self):
+        return DataLoader(samples(16 + 3 + self.rank, seed=self.rank), batch_size=8, shuffle=True)
+
+
+@run
+def uneven(world, rank, folder):
+    options = {"use_distributed_sampler": False}
+    return fit(pruning(), lp.LotteryTicketRewind(1), model=Own(rank), world=world, **options)
+
+
+class Branched(Net):
+    """Every second batch leaves a layer unused."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.calls = nn.Linear(16, 16), 0
+
+    def forward(self, x):
+        self.calls += 1
+        layer = self.other if self.calls % 2 else self.body
+        return self.head(torch.relu(layer(self.drop(torch.relu(self.norm(self.stem(x)))))))
+
+
+@run
+def unused_parameters(world, rank, folder):
+    ddp = {"find_unused_parameters": True}
+    return fit(pruning(), model=Branched(), world=world, ddp=ddp)
+
+
+class Checkpointed(Net):
+    def forward(self, x):
+        hidden = self.drop(torch.relu(self.norm(self.stem(x))))
+        return self.head(checkpoint(lambda h: torch.relu(self.body(h)), hidden, use_reentrant=False))
+
+
+@run
+def static_graph(world, rank, folder):
+    ddp = {"static_graph": True}
+    options = {"model": Checkpointed(n=64), "world": world, "gradient_clip_val": 0.1}
+    return fit(pruning(), lp.LotteryTicketRewind(1), ddp=ddp, **options)
+
+
+@run
+def gradients_in_buckets(world, rank, folder):
+    ddp = {"gradient_as_bucket_view": True}
+    return fit(pruning(), world=world, ddp=ddp, gradient_clip_val=0.1, accumulate_grad_batches=2)
+
+
+@run
+def channels(world, rank, folder):
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    class Small(Net):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm, self.drop = model, nn.Identity(), nn.Identity()
+            del self.body, self.head
+
+        def forward(self, x):
+            return self.stem(x)
+
+    pruner = lp.StructuredChannelPruning(OneShot(0.5))
+    return {**fit(pruner, model=Small(), world=world, epochs=2), "masks": pruner.channels}
+
+
+def own_random(params):
+    """What must not be: numbers of the process's own generator."""
+    return {n: torch.rand(p.shape) for n, p in params.items()}
+
+
+@run
+def rank_local(world, rank, folder):
+    """A criterion that draws for itself: the masks of rank 0 hold; without that step, they would differ."""
+    result = fit(pruning(criterion=own_random), world=world)
+    agreed = callback_module.agreed
+    callback_module.agreed = lambda trainer, masks: masks
+    try:
+        result["alone"] = fit(pruning(criterion=own_random, verify=False), world=world)["masks"]
+        try:
+            fit(pruning(criterion=own_random), world=world)
+        except RuntimeError as error:
+            result["error"] = str(error)
+    finally:
+        callback_module.agreed = agreed
+    return result
+
+
+@run
+def other_masks_on_every_rank(world, rank, folder):
+    model = Net()
+    masks = {n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters() if n.endswith("t")}
+    masks = {n: m for n, m in masks.items() if m.dim() > 1}
+    try:
+        return fit(pruning(masks=masks), model=model, world=world)
+    except RuntimeError as error:
+        return {"error": str(error)}
+
+
+class Loaded(Own):
+    """Its loader shuffles with a generator of its own."""
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        generator = torch.Generator().manual_seed(self.rank)
+        return DataLoader(loader.dataset, batch_size=8, shuffle=True, generator=generator)
+
+
+def resumable(world, rank, folder, epoch=None, **options):
+    """Dropout, shuffling and a schedule; from the checkpoint of an epoch, if one is given."""
+    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    model = Loaded(rank, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5))
+    path = None if epoch is None else f"{folder}/epoch={epoch}.ckpt"
+    callbacks = pruning(every_n_epochs=2, save_sparse="end.safetensors"), lp.LotteryTicketRewind(2)
+    # DDP adds up in another order in the first step, before it has put its buckets in order: with more than
+    # two summands that rounds differently, unless each parameter has a bucket of its own.
+    options |= {
+        "ddp": {"bucket_cap_mb": 1e-6},
+        "enable_checkpointing": True,
+        "use_distributed_sampler": False,
+        "ckpt_path": path,
+    }
+    return fit(*callbacks, *([saver] if epoch is None else []), model=model, world=world, epochs=6, **options)
+
+
+@run
+def straight(world, rank, folder):
+    return resumable(world, rank, folder / str(world), num_sanity_val_steps=2)
+
+
+@run
+def resumed(world, rank, folder):
+    result = []
+    for epoch in (0, 1, 4):
+        torch.manual_seed(77)  # nothing may come from here
+        result.append(resumable(world, rank, folder / str(world), epoch, num_sanity_val_steps=2))
+    return result
+
+
+@run
+def resumed_by_more(world, rank, folder):
+    """From a checkpoint of two processes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = resumable(world, rank, folder / "2", 1)
+    return {**result, "warnings": [str(w.message) for w in caught]}
+
+
+# ----------------------------------------------------------------------------------------------- processes
+
+
+def work(rank, world, port, folder, names):
+    """All trainings, in a process of its own."""
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"},
+        **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    results = {}
+    for name in names:
+        torch.manual_seed(1000 * world + rank)  # other weights, other dropout on every rank
+        try:
+            results[name] = RUNS[name](world, rank, folder)
+        except Exception:  # the others run all the same, so that all failures are seen
+            results[name] = {"failed": traceback.format_exc()}
+    torch.save(results, folder / f"{world}-{rank}.pt")
+
+
+def processes(world, folder, names=tuple(RUNS)):
+    """Start them, wait, and bring what they saw: {name of a training: what each rank saw}."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    started = [context.Process(target=work, args=(rank, world, port, folder, names)) for rank in range(world)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(600)
+    assert [process.exitcode for process in started] == [0] * world
+    ranks = [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}

@@ -1,0 +1,235 @@
+"""Ranks agree: real processes, by gloo, with other data, other weights and other random numbers on each."""
+
+import itertools
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+import lightning_prune as lp
+from lightning_prune.masks import alive
+from lightning_prune.pruning import next_masks
+from tests.networks import Net, bits_of, dead_are_zero, fitter, same
+from tests.ranks import RUNS, Loaded, drawn, processes, pruning, still
+from tests.reference import global_selection
+
+ONLY_2 = ["channels", "gradients_in_buckets", "unused_parameters"]
+TRAINED = ["magnitude", "weights_that_stand_still", "random", "drawn_from_the_generator", "snip", "uneven"]
+TRAINED += ["unused_parameters", "static_graph", "gradients_in_buckets", "rank_local", "straight"]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What the ranks of two and of four processes saw, all in one folder."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "2").mkdir(), (folder / "4").mkdir()
+    names = {2: [n for n in RUNS if n != "resumed_by_more"], 4: [n for n in RUNS if n not in ONLY_2]}
+    results = {world: processes(world, folder, names[world]) for world in (2, 4)}
+    failed = {
+        f"{name} of {world}: {rank['failed']}"
+        for world, its in results.items()
+        for name, ranks in its.items()
+        for rank in ranks
+        if isinstance(rank, dict) and "failed" in rank
+    }
+    assert not failed, "\n".join(failed)
+    return {**results, "folder": folder}
+
+
+def equal(ranks, *keys):
+    first, *others = ranks
+    return all(same(rank[key], first[key]) for rank in others for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "world"), [(name, w) for name in TRAINED for w in (2, 4) if w == 2 or name not in ONLY_2]
+)
+def test_ranks_agree(name, world, seen):
+    ranks = seen[world][name]
+    # they began with other random numbers and saw other data; DDP made their weights one
+    assert not any(same(a["random"], b["random"]) for a, b in itertools.combinations(ranks, 2))
+    if name != "snip":  # without dropout
+        assert not any(same(a["batches"], b["batches"]) for a, b in itertools.combinations(ranks, 2))
+    assert not any(same(a["start"], b["start"]) for a, b in itertools.combinations(ranks, 2))
+    assert equal(ranks, "masks", "prunings", "before", "round")
+    buffers = {"norm.running_mean", "norm.running_var"}  # which DDP keeps apart
+    for rank in ranks:
+        assert dead_are_zero(rank["weights"], rank["masks"])
+        mine, first = ({n: v for n, v in r["weights"].items() if n not in buffers} for r in (rank, ranks[0]))
+        assert same(mine, first)
+    expected = 200 if name == "snip" else round(0.7**2 * sum(m.numel() for m in ranks[0]["masks"].values()))
+    assert alive(ranks[0]["masks"]) == expected
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", ["magnitude", "uneven", "static_graph", "straight"])
+def test_masks_are_those_that_one_process_makes_of_these_weights(name, world, seen):
+    masks = None
+    diary = seen[world][name][0]
+    step = 2 if name == "straight" else 1  # epochs a round
+    for r, its in enumerate(diary["prunings"], 1):
+        before = diary["before"][step * r - 1]
+        dense = {n: torch.ones_like(p, dtype=torch.bool) for n, p in before.items()}
+        scores = {n: p.abs().masked_fill(~(masks or dense)[n], -torch.inf) for n, p in before.items()}
+        masks = global_selection(scores, round(0.7**r * 400))
+        assert same(masks, its)
+
+
+def alone(seed, start, pruner, **options):
+    """The same training on one process."""
+    torch.manual_seed(seed)
+    model = Net(**options)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name])
+    fitter(pruner, epochs=3).fit(model)
+    return pruner.masks
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_masks_of_equal_weights_equal_those_of_one_process(world, seen):
+    ranks = seen[world]["weights_that_stand_still"]
+    start = ranks[0]["start"]
+    assert same(alone(1000 * world, start, pruning(), make=still), ranks[0]["masks"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_random_masks_equal_those_of_one_process(world, seen):
+    for name, criterion in (("random", lp.criteria.Random(seed=3)), ("drawn_from_the_generator", drawn)):
+        first = seen[world][name][0]
+        expected = alone(first["seed"], first["start"], pruning(criterion=criterion))
+        assert same(expected, first["masks"])
+        assert first["seed"] == 1000 * world  # of rank 0
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_scores_from_data_are_those_of_all_ranks_data_on_one_process(world, seen):
+    ranks = seen[world]["snip"]
+    evidence, masks = ranks[0]["seen"], ranks[0]["masks"]
+    assert len(evidence["batches"]) == 2 * world or len(evidence["batches"]) == world
+    assert all(same(rank["seen"], evidence) for rank in ranks)
+    assert len({tuple(x.flatten().tolist()) for x, _ in evidence["batches"]}) == len(evidence["batches"])
+    model = Net(dropout=0.0)
+    model.norm = nn.Identity()
+    model.load_state_dict(evidence["weights"], strict=False)
+    total = {n: torch.zeros_like(p) for n, p in evidence["weights"].items()}
+    for x, y in evidence["batches"]:
+        model.zero_grad()
+        with torch.no_grad():
+            for name, p in ranks[0]["start"].items():
+                model.get_parameter(name).copy_(p)
+        nn.functional.cross_entropy(model(x), y).backward()
+        for name, g in total.items():
+            g += model.get_parameter(name).grad
+    scores = {n: (evidence["weights"][n] * g / len(evidence["batches"])).abs() for n, g in total.items()}
+    expected = next_masks(
+        evidence["weights"],
+        {n: torch.ones_like(m) for n, m in masks.items()},
+        [(list(masks), 0.5)],
+        criterion=lambda params: scores,
+    )
+    assert same(masks, expected)
+
+
+def test_channels_are_the_same_on_every_rank(seen):
+    ranks = seen[2]["channels"]
+    assert equal(ranks, "masks", "weights")
+    assert alive(ranks[0]["masks"]) == 8
+    assert ranks[0]["weights"]["stem.0.weight"].shape == (8, 6)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "static_graph", "gradients_in_buckets"])
+def test_gradients_of_the_dead_are_zero_after_they_were_averaged(name, seen):
+    for rank in seen[2][name]:
+        assert len(rank["gradients"]) >= 9
+        assert not any(rank["gradients"])
+
+
+def test_a_rank_local_random_mask_would_fail_these_tests(seen):
+    for world in (2, 4):
+        ranks = seen[world]["rank_local"]
+        assert not any(same(a["alone"], b["alone"]) for a, b in itertools.combinations(ranks, 2))
+        for rank in ranks:
+            assert "masks differ between processes: those of rank 1" in rank["error"]
+
+
+def test_masks_that_differ_between_ranks_are_refused_on_all_of_them(seen):
+    for rank in seen[4]["other_masks_on_every_rank"]:
+        assert "those of rank 1, 2, 3 are not those of rank 0. Give all the same masks=" in rank["error"]
+
+
+# ----------------------------------------------------------------------------------- checkpoints and resuming
+
+
+ENDS = ("masks", "prunings", "weights", "optimizers", "random", "round")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_resumed_run_of_several_processes_ends_with_the_same_bits_on_each(world, seen):
+    """Dropout, shuffling by a generator of the loader, and what is left of the random numbers."""
+    straight = seen[world]["straight"]
+    for place, epoch in enumerate((0, 1, 4)):
+        for rank, expected in zip(seen[world]["resumed"], straight, strict=True):
+            result = rank[place]
+            prunings = expected["prunings"][epoch // 2 :]
+            assert same(result["prunings"], prunings)
+            assert [key for key in ENDS if key != "prunings" and not same(result[key], expected[key])] == []
+            assert same(result["batches"], expected["batches"][3 * (epoch + 1) :])
+
+
+def test_rank_0_writes_and_nobody_else(seen):
+    for world in (2, 4):
+        (seen["folder"] / str(world) / "end.safetensors").unlink()  # save_sparse, by rank 0, too
+        files = sorted(path.name for path in (seen["folder"] / str(world)).iterdir())
+        assert files == [*(f"epoch={epoch}.ckpt" for epoch in range(6))]
+        file = torch.load(seen["folder"] / str(world) / "epoch=5.ckpt", weights_only=True)
+        assert same(dict(file["state_dict"]), seen[world]["straight"][0]["weights"])
+        state = next(v for k, v in file["callbacks"].items() if k.startswith("Iterative"))
+        assert len(state["rng"]) == world
+        assert same([s["torch"] for s in state["rng"]], [r["random"] for r in seen[world]["straight"]])
+
+
+def test_a_checkpoint_goes_on_with_more_processes_and_says_what_does_not(seen):
+    ranks = seen[4]["resumed_by_more"]
+    assert equal(ranks, "masks", "prunings", "round")
+    assert same(ranks[0]["prunings"][0], seen[2]["straight"][0]["prunings"][0])  # of the checkpoint's weights
+    assert alive(ranks[0]["masks"]) == round(0.49 * 400)
+    for rank in ranks:
+        assert dead_are_zero(rank["weights"], rank["masks"])
+    told = [text for text in ranks[0]["warnings"] if "2 processes, and here are 4" in text]
+    assert len(told) == 1
+
+
+def test_a_checkpoint_goes_on_with_one_process(seen):
+    pruner, model = pruning(every_n_epochs=2), Loaded(0)
+    model.schedule = lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5)
+    path = seen["folder"] / "2" / "epoch=1.ckpt"
+    be_aware = pytest.warns(UserWarning, match="Be aware that")  # of ModelCheckpoint, which is not here
+    with be_aware, pytest.warns(UserWarning, match="generators of 2 processes, and here are 1"):
+        fitter(pruner, lp.LotteryTicketRewind(2), epochs=6).fit(model, ckpt_path=path)
+    assert alive(pruner.masks) == round(0.49 * 400)
+    assert dead_are_zero(dict(model.state_dict()), pruner.masks)
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("kind", [lp.IterativeMagnitudePruning, lp.StructuredChannelPruning])
+def test_strategies_that_shard_parameters_are_refused(kind, strategy):
+    pruner, trainer = kind(), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.__class__ = strategy  # an instance takes devices, or a package, that are not here
+    with pytest.raises(
+        ValueError, match=f"strategy: {strategy.__name__} may shard .* a single device and DDP"
+    ):
+        pruner.setup(trainer, Net(), "fit")
+
+
+def test_bits_are_compared(seen):
+    """Equal here means bit for bit: the comparison of these tests can fail."""
+    first = seen[2]["magnitude"][0]["weights"]
+    other = {n: v.clone() for n, v in first.items()}
+    bits_of(other["head.weight"]).view(-1)[0] += 1
+    assert not same(first, other)

@@ -1,0 +1,329 @@
+"""The report: its numbers, what it does with broken runs, and the page in a real browser."""
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments import figures, report
+from experiments.measure import measure
+from experiments.runs import load
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {"net.fc1.weight": (64, 49), "net.out.weight": (10, 64)}
+TOTAL = 64 * 49 + 640
+
+
+def written(folder, kinds=("ticket", "reinit"), seeds=(1, 2, 3), rounds=3, config=(), evaluations=5):
+    """A folder of runs as `experiments.run` leaves it, with made-up numbers."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        base = compose("config", ["experiment=lenet_mnist", f"rounds={rounds}", *config])
+    generator = torch.Generator().manual_seed(0)
+    for kind in kinds:
+        for seed in seeds:
+            run = folder / "lenet_mnist" / f"{kind}-{seed}"
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text(
+                OmegaConf.to_yaml(OmegaConf.merge(base, {"kind": kind, "seed": seed}), resolve=True)
+            )
+            versions = {"torch": "2.14.1", "lightning": "2.6.6"}
+            made = {
+                "command": f"python -m experiments.run kind={kind}",
+                "commit": "0123456789abcdef",
+                "versions": versions,
+            }
+            (run / "run.json").write_text(json.dumps({**made, "date": "2026-11-25T20:00:00+00:00"}))
+            survived = {
+                n: torch.randint(rounds + 1, size, generator=generator, dtype=torch.uint8)
+                for n, size in SHAPES.items()
+            }
+            with (run / "records.jsonl").open("w") as file:
+                for r in range(rounds + 1):
+                    layers = dict.fromkeys(SHAPES, 0.8**r)
+                    steps = list(range(10, 10 * evaluations + 1, 10))
+                    noise = torch.rand(evaluations, generator=generator).tolist()
+                    loss = [0.5 - 0.02 * r + 0.1 * x + (kind != "ticket") * 0.05 * r for x in noise]
+                    metrics = {"val_loss": loss[-1], "test_loss": loss[-1] + 0.1, "test_acc": 1 - loss[-1]}
+                    metrics |= {
+                        "early_stop_step": 10 * (1 + loss.index(min(loss))),
+                        "censored": loss[-1] == min(loss),
+                    }
+                    record = {
+                        "kind": kind,
+                        "seed": seed,
+                        "round": r,
+                        "alive": round(0.8**r * TOTAL),
+                        "total": TOTAL,
+                    }
+                    record |= {
+                        "sparsity": 1 - round(0.8**r * TOTAL) / TOTAL,
+                        "layers": layers,
+                        "metrics": metrics,
+                    }
+                    curve = {"step": steps, "val_loss": loss, "test_acc": [1 - x for x in loss]}
+                    file.write(json.dumps({**record, "curve": curve, "seconds": 60.0}) + "\n")
+            torch.save(survived, run / "survived.pt")
+            (run / "DONE").write_text("0\n")
+    return folder / "lenet_mnist"
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A sweep with everything that can be wrong with one, and its report."""
+    folder = written(tmp_path_factory.mktemp("runs"))
+    with (folder / "ticket-2" / "records.jsonl").open("a") as file:
+        file.write('{"round": 4, "kind": "ti\n[1, 2]\n\n')
+        file.write('{"round": "5", "kind": "ticket", "metrics": {}, "alive": 1, "total": 2}\n')
+    (folder / "reinit-1" / "DONE").unlink()
+    (folder / "reinit-2" / "DONE").unlink()
+    (folder / "reinit-2" / "FAILED").write_text("Traceback\nValueError: <b>the loss</b> is NaN\n")
+    (folder / "reinit-3" / "survived.pt").write_bytes(b"half")
+    measured = [
+        {
+            "kind": "ticket",
+            "round": r,
+            "sparsity": 1 - 0.8**r,
+            "gzip_bytes": 9000 - r,
+            "sparse_bytes": 8000 - r,
+            "theoretical_speed_up": 1 / 0.8**r,
+            "accelerated_us": 100 - r,
+        }
+        for r in range(4)
+    ]
+    (folder / "measured.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured))
+    out = tmp_path_factory.mktemp("out")
+    report.report(folder, out)
+    return folder, out, (out / "report.html").read_text()
+
+
+def specs(html):
+    return json.loads(re.search(r'id="specs">(.*?)</script>', html, re.DOTALL)[1].replace("<\\/", "</"))
+
+
+def values_of(spec):
+    return (
+        spec["data"]["values"]
+        if "data" in spec
+        else next(layer for layer in spec["layer"] if len(layer["data"]["values"]) > 1)["data"]["values"]
+    )
+
+
+def test_it_writes_a_page_figures_and_tables(reported):
+    folder, out, html = reported
+    names = {"figure", "relative_loss", "sizes", "pareto", "density", "overlap", "curves"}
+    assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == names
+    for path in out.glob("*.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        assert (out / f"{path.stem}.svg").read_text().startswith("<svg")
+    assert {key.rpartition("-")[0] for key in specs(html)} == names
+    rows = list(csv.DictReader(io.StringIO((out / "records.csv").read_text())))
+    assert len(rows) == 6 * 4
+    assert float(rows[1]["density net.out.weight"]) == 0.8
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra report is not installed")
+    table = parquet.read_table(out / "records.parquet").to_pylist()
+    assert [row["test_acc"] for row in table] == [float(row["test_acc"]) for row in rows]
+    for claim in load(folder).config.claims:
+        assert str(claim.name).split("'")[0] in html
+    assert html.count("undecided") + html.count("not held") + html.count(">held<") >= 5
+    assert "commit 0123456789abcdef" in html
+    assert "python -m experiments.run kind=reinit" in html
+    assert "torch 2.14.1" in html
+    assert "http://" not in re.sub(r"http://www\.w3\.org/[\w/.]+", "", html.split("<script>")[0])
+
+
+def test_what_is_wrong_with_a_sweep_is_said_and_the_rest_is_shown(reported, capsys):
+    folder, _, html = reported
+    text = re.sub(r"\s+", " ", html)
+    assert "6 runs (1 unfinished, 1 failed, 4 finished)" in text
+    assert "1 unfinished run: reinit-1." in text
+    assert "1 failed run: reinit-2." in text
+    assert "ValueError: &lt;b&gt;the loss&lt;/b&gt; is NaN" in text
+    assert "ticket-2/records.jsonl: 3 lines no record and skipped (number 5, 6, 8)" in text
+    assert len(load(folder).records) == 24
+    report.say(load(folder), [], [])
+    assert (
+        "ticket-2/records.jsonl: 3 lines are no records and were skipped: 5, 6, 8" in capsys.readouterr().out
+    )
+
+
+def test_the_lines_show_means_and_intervals(reported):
+    folder, _, html = reported
+    drawn = {(p["kind"], p["round"]): p for p in values_of(specs(html)["figure-0"])}
+    for kind, label in (("ticket", "ticket"), ("reinit", "re-initialised")):
+        for r in range(4):
+            values = [
+                x["metrics"]["test_acc"] for x in load(folder).records if (x["kind"], x["round"]) == (kind, r)
+            ]
+            point = drawn[label, r]
+            half = 4.302652729911275 * statistics.stdev(values) / 3**0.5  # Student's t at 97.5 %, two degrees
+            assert point["y"] == pytest.approx(statistics.fmean(values))
+            assert point["high"] - point["y"] == point["y"] - point["low"] == pytest.approx(half)
+            assert point["x"] == pytest.approx(100 * 0.8**r, abs=0.02)
+            assert point["seeds"] == 3
+    relative = {(p["kind"], p["round"]): p["y"] for p in values_of(specs(html)["relative_loss-0"])}
+    losses = {
+        (x["seed"], x["round"]): x["metrics"]["test_loss"]
+        for x in load(folder).records
+        if x["kind"] == "ticket"
+    }
+    assert relative["ticket", 2] == pytest.approx(
+        statistics.fmean(losses[s, 2] / losses[s, 0] for s in (1, 2, 3))
+    )
+    density = {(p["round"], p["layer"]): p["density"] for p in values_of(specs(html)["density-0"])}
+    assert density == {(r, layer): pytest.approx(0.8**r) for r in range(4) for layer in SHAPES}
+
+
+def test_the_front_is_what_no_other_beats(reported):
+    rows = values_of(specs(reported[2])["pareto-0"])
+    for row in rows:
+        beaten = any(o["cost"] <= row["cost"] and o["y"] >= row["y"] and o is not row for o in rows)
+        assert row["front"] == (not beaten)
+
+
+def test_the_overlap_is_that_of_the_masks(reported):
+    folder, _, html = reported
+    a, b = (torch.load(folder / f"ticket-{s}" / "survived.pt", weights_only=True) for s in (1, 2))
+    both = sum(int(((a[n] >= 3) & (b[n] >= 3)).sum()) for n in a)
+    either = sum(int(((a[n] >= 3) | (b[n] >= 3)).sum()) for n in a)
+    last = max(
+        (key for key in specs(html) if key.startswith("overlap")), key=lambda key: int(key.split("-")[1])
+    )
+    pairs = {(p["mask"], p["other mask"]): p["overlap"] for p in values_of(specs(html)[last])}
+    assert pairs["ticket 1", "ticket 2"] == pytest.approx(both / either)
+    assert pairs["ticket 1", "ticket 1"] == 1
+
+
+def test_one_seed_one_round_and_nothing_beside_the_records(tmp_path, capsys):
+    folder = written(tmp_path / "runs", kinds=["ticket"], seeds=[7], rounds=0)
+    (folder / "ticket-7" / "survived.pt").unlink()
+    report.report(folder, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "One seed: no intervals" in html
+    assert all(
+        "low" not in p
+        for p in values_of(specs(html)["figure-0"] | {"data": specs(html)["figure-0"]["layer"][-1]["data"]})
+    )
+    shutil.copytree(tmp_path / "out", tmp_path / "merged")
+    report.report(tmp_path / "merged", tmp_path / "again")  # of the merged records alone
+    assert (tmp_path / "again" / "records.jsonl").read_text() == (
+        tmp_path / "out" / "records.jsonl"
+    ).read_text()
+    with pytest.raises(SystemExit, match="no records"):
+        report.report(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_run_that_diverged_breaks_nothing(tmp_path):
+    folder = written(tmp_path / "runs", kinds=["ticket"], seeds=[1, 2], rounds=1)
+    path = folder / "ticket-1" / "records.jsonl"
+    path.write_text(re.sub(r'"test_acc": [\d.]+', '"test_acc": NaN', path.read_text()))
+    report.report(folder, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert values_of(specs(html)["figure-0"])[0]["seeds"] == 1
+    assert figures.finite({"a": [math.nan, 1.0, -math.inf]}) == {"a": [None, 1.0, None]}
+
+
+def test_what_masks_are_worth_is_measured(tmp_path, monkeypatch):
+    from hydra import compose as composed
+
+    from tests.sweeping import SMALL
+
+    folder = written(tmp_path / "runs", kinds=["ticket"], seeds=[1], rounds=2)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = composed("config", [*SMALL, "model.hidden=20"])
+    runs = load(folder)
+    runs.config = cfg
+    task_shapes = {"net.fc1.weight": (20, 40), "net.fc2.weight": (20, 20), "net.out.weight": (10, 20)}
+    generator = torch.Generator().manual_seed(0)
+    runs.runs[0].survived = {
+        n: torch.randint(0, 3, s, generator=generator, dtype=torch.uint8) for n, s in task_shapes.items()
+    }
+    rows = measure(runs, examples=8)
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    alive = [sum(int((s >= r).sum()) for s in runs.runs[0].survived.values()) for r in range(3)]
+    assert [1 - row["sparsity"] for row in rows] == pytest.approx([n / 1400 for n in alive], rel=1e-3)
+    assert [row["theoretical_speed_up"] for row in rows] == pytest.approx([1400 / n for n in alive], rel=1e-3)
+    assert rows[0]["sparse_bytes"] > rows[1]["sparse_bytes"] > rows[2]["sparse_bytes"] > 0
+    assert all(row["accelerated_us"] > 0 and "threads" in row["where"] for row in rows)
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_fit_on_a_page(tmp_path):
+    folder = written(
+        tmp_path / "runs", kinds=[f"kind{k}" for k in range(10)], seeds=range(100), rounds=10, evaluations=50
+    )
+    report.report(folder, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert len(html) < 20e6
+    assert html.count('<td class="finished">') == 1000
+
+
+# ------------------------------------------------------------------------------------------------ the browser
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if (path := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        pytest.skip("there is no Chromium here")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+def test_the_page_works_in_a_browser_without_a_network(reported, browser):
+    _, out, _ = reported
+    said, asked = [], []
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = context.new_page()
+    page.set_default_timeout(180_000)  # other work may be going on
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"file://{out / 'report.html'}")
+    charts = page.locator("[data-chart]")
+    for i in range(charts.count()):
+        charts.nth(i).scroll_into_view_if_needed()
+        charts.nth(i).locator("svg.marks").wait_for()
+    assert charts.count() == len(specs((out / "report.html").read_text()))
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # on a phone, nothing sideways
+
+    page.fill("[data-filter=runs]", "reinit failed")
+    rows = page.locator("[data-table=runs] tbody tr:visible")
+    assert rows.count() == 1
+    assert "2" in rows.first.inner_text()
+    assert page.locator("[data-count=runs]").inner_text() == "1 of 6"
+    page.fill("[data-filter=runs]", "")
+    assert rows.count() == 6
+
+    head = page.locator("[data-table=rounds] th button", has_text="test accuracy at the end")
+    for order, sign in (("ascending", 1), ("descending", -1)):
+        head.focus()
+        page.keyboard.press("Enter")
+        assert page.locator(f"[data-table=rounds] th[aria-sort={order}]").count() == 1
+        cells = page.locator("[data-table=rounds] tbody tr td:nth-child(5)").all_inner_texts()
+        numbers = [sign * float(cell.split("%")[0]) for cell in cells]
+        assert len(numbers) == 8
+        assert numbers == sorted(numbers)
+
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    with page.expect_download() as download:
+        page.click("#csv")
+    assert Path(download.value.path()).read_text() == (out / "records.csv").read_text()
+    context.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith("blob:")] == [f"file://{out / 'report.html'}"]

@@ -1,0 +1,337 @@
+"""Sweeps that survive: kills, failures, several workers, shared work, launchers."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments import records, sweeps
+from experiments.run import run, state_of
+from experiments.tasks import Classification
+from tests.sweeping import CONTEXT, SMALL, start
+
+ROOT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
+
+
+def config(folder, *overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [*SMALL, f"runs={folder}", *overrides])
+
+
+def multirun(output, folder, *arguments, launcher="serial"):
+    return start(output, "--multirun", *SMALL, f"runs={folder}", f"hydra/launcher={launcher}", *arguments)
+
+
+def finished(process, output, seconds=600):
+    process.join(seconds)
+    assert process.exitcode == 0, Path(output).read_text()
+
+
+def results(folder):
+    """Everything that the runs below a folder ended with: records, survivors, weights."""
+    found = {}
+    for path in sorted(folder.glob("*/*/records.jsonl")):
+        rows, broken = records.read(path)
+        assert not broken
+        assert (path.parent / "DONE").is_file()
+        assert not list(path.parent.glob("*.tmp"))
+        tensors = {}
+        if (path.parent / "final.ckpt").is_file():  # controls have records alone
+            tensors = torch.load(path.parent / "survived.pt", weights_only=True)
+            tensors |= torch.load(path.parent / "final.ckpt", weights_only=True)["state_dict"]
+        tensors = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+        found[path.parent.name] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows], tensors
+    return found
+
+
+# ------------------------------------------------------------------------------------- killed, and failed
+
+
+def killed_and_restarted(tmp_path, arguments, kills, seed):
+    finished(multirun(tmp_path / "log", tmp_path / "straight", *arguments), tmp_path / "log")
+    expected = results(tmp_path / "straight")
+    moments, killed = random.Random(seed), 0
+    began = time.monotonic()
+    while killed < kills:
+        process = multirun(tmp_path / "log", tmp_path / "runs", *arguments)
+        process.join(moments.uniform(0, 6))
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+    assert killed
+    finished(multirun(tmp_path / "log", tmp_path / "runs", *arguments), tmp_path / "log")
+    print(f"{killed} kills in {time.monotonic() - began:.0f} s")
+    assert results(tmp_path / "runs") == expected
+    return expected
+
+
+@posix
+def test_a_sweep_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_path):
+    assert len(killed_and_restarted(tmp_path, ["kind=ticket,reinit", "seed=1,2"], kills=4, seed=0)) == 4
+
+
+@posix
+@pytest.mark.slow
+def test_a_long_sweep_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_path):
+    arguments = ["kind=ticket,reinit,class_random,class_blind", "seed=1,2,3,4,5,6"]
+    assert len(killed_and_restarted(tmp_path, arguments, kills=60, seed=1)) == 24
+
+
+@posix
+def test_two_workers_never_make_the_same_run(tmp_path):
+    logs = [tmp_path / "a", tmp_path / "b"]
+    workers = [multirun(log, tmp_path / "runs", "kind=ticket,class_random", "seed=1") for log in logs]
+    for worker, log in zip(workers, logs, strict=True):
+        finished(worker, log)
+    said = "".join(log.read_text() for log in logs)
+    assert len(results(tmp_path / "runs")) == 2
+    assert said.count("written: ") == 2
+    assert said.count("is finished already") == 2
+
+
+def test_done_is_written_last_and_holds_the_hash_of_the_config(tmp_path, monkeypatch):
+    on_disk = []
+    monkeypatch.setattr("experiments.run.sync", lambda path: on_disk.append(path.name))
+    cfg = config(tmp_path, "rounds=0")
+    folder = run(cfg)
+    assert {"records.jsonl", "final.ckpt", "survived.pt", "resume.ckpt"} <= set(on_disk)
+    assert not (tmp_path / "mnist1d" / "ticket-1" / "FAILED").exists()
+    from experiments.run import _FREE
+
+    assert (folder / "DONE").read_text().strip() == sweeps.digest(sweeps.plain(cfg, _FREE))
+    other = config(tmp_path, "rounds=0", "batch_size=50")
+    assert sweeps.digest(sweeps.plain(other, _FREE)) != (folder / "DONE").read_text().strip()
+    assert state_of(config(tmp_path, "rounds=0", "progress=true")) == "finished"
+    (folder / "DONE").write_text("0123456789abcdef\n")
+    with pytest.raises(ValueError, match="DONE is that of another config"):
+        run(cfg)
+
+
+def test_what_failed_is_started_anew_and_what_was_interrupted_goes_on(tmp_path, monkeypatch):
+    calls, faults = [], []
+
+    def step(self, batch, batch_idx, original=Classification.training_step):
+        calls.append(self.trainer.global_step)
+        if len(calls) == 70:
+            raise faults[-1]
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "training_step", step)
+    for fault, ends, state, again in (
+        (ValueError("a bug"), ValueError, "failed", 0),
+        (KeyboardInterrupt(), SystemExit, "interrupted", 40),
+    ):
+        faults.append(fault)
+        cfg = config(tmp_path / state, "rounds=1")
+        with pytest.raises(ends):
+            run(cfg)
+        folder = tmp_path / state / "mnist1d" / "ticket-1"
+        assert state_of(cfg) == state
+        assert (folder / "FAILED").is_file() == (state == "failed")
+        if state == "failed":
+            assert "a bug" in (folder / "FAILED").read_text()
+            shutil.rmtree(tmp_path / state / ".dense")  # which is not to be done again
+        before = len(calls)
+        run(cfg)
+        assert calls[before] == again
+        assert state_of(cfg) == "finished"
+        assert not (folder / "FAILED").exists()
+        calls.clear()
+
+
+def hold(path, ready):
+    lock = sweeps.locked(path, "it")
+    ready.set()
+    time.sleep(600)
+    lock.release()
+
+
+@posix
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    ready = CONTEXT.Event()
+    process = CONTEXT.Process(target=hold, args=(tmp_path / "lock", ready))
+    process.start()
+    assert ready.wait(120)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (tmp_path / "lock").exists()
+    sweeps.locked(tmp_path / "lock", "it").release()
+
+
+def test_checkpoints_and_texts_appear_whole(tmp_path, monkeypatch):
+    def cut(path):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sweeps, "sync", cut)
+    for write in (lambda p: sweeps.write(p, "new"), lambda p: sweeps.Checkpoints().save_checkpoint({}, p)):
+        (tmp_path / "file").write_text("old")
+        with pytest.raises(OSError, match="full"):
+            write(tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "old"
+
+
+# ------------------------------------------------------------------------------------------- shared work
+
+
+def test_the_dense_round_is_trained_once_and_changes_nothing(tmp_path, monkeypatch):
+    steps = []
+
+    def step(self, batch, batch_idx, original=Classification.training_step):
+        steps.append(batch_idx)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "training_step", step)
+    run(config(tmp_path / "shared"))
+    assert len(steps) == 120
+    run(config(tmp_path / "shared", "kind=class_random"))
+    assert len(steps) == 120 + 80
+    run(config(tmp_path / "alone", "kind=class_random"))
+    assert len(steps) == 120 + 80 + 120
+    alone = results(tmp_path / "alone")["class_random-1"]
+    assert results(tmp_path / "shared")["class_random-1"] == alone
+    # a round of 60 steps ends in the middle of an epoch of 40: the first epoch is shared
+    for n, kind in enumerate(("ticket", "class_random")):
+        run(config(tmp_path / "longer", f"kind={kind}", "rounds=1", "steps_per_round=60"))
+        assert len(steps) == 320 + (n + 1) * 120 - n * 40
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        (["kind=class_random"], True),
+        (["schedule=one_shot", "rounds=1", "allocation=global_rank", "name=other"], True),
+        (["seed=2"], False),
+        (["optimizer.lr=0.1"], False),
+        (["steps_per_round=20"], False),
+        (["criterion=movement"], False),  # keeps the initial weights in its checkpoint
+        (["rewind=none"], False),
+    ],
+)
+def test_a_dense_round_is_shared_by_what_begins_with_the_same(overrides, same, tmp_path):
+    from hydra.utils import instantiate
+
+    from experiments.dense import dense_round
+
+    def path(*given):
+        cfg = config(tmp_path, *given)
+        return dense_round(cfg, tmp_path / "a" / "b", instantiate(cfg.pruner)).path
+
+    assert (path() == path(*overrides)) == same
+
+
+def test_a_pruning_at_initialization_has_no_dense_round_to_share(tmp_path):
+    run(config(tmp_path, "schedule=at_initialization", "rounds=0"))
+    assert not (tmp_path / ".dense").exists()
+
+
+@posix
+def test_a_control_makes_the_ticket_that_it_starts_from(tmp_path):
+    finished(multirun(tmp_path / "log", tmp_path / "runs", "kind=reinit", "seed=1"), tmp_path / "log")
+    assert set(results(tmp_path / "runs")) == {"reinit-1", "ticket-1"}
+
+
+# ---------------------------------------------------------------------------------------- plans and launchers
+
+
+@posix
+def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
+    run(config(tmp_path / "runs"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    sweep = [
+        "--multirun",
+        "--dry-run",
+        *SMALL,
+        f"runs={tmp_path / 'runs'}",
+        "kind=ticket,reinit,class_random",
+        "seed=1,2",
+    ]
+    finished(start(tmp_path / "log", *sweep, "hydra/launcher=parallel"), tmp_path / "log")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == before
+    rows = [line.strip("│ \n") for line in (tmp_path / "log").read_text().split("\n") if "mnist1d/" in line]
+    cells = [[cell.strip() for cell in row.split("│")] for row in rows]
+    assert [c[:4] for c in cells] == [
+        ["mnist1d/ticket-1", "finished", "0", "24965 (49.93%)"],
+        ["mnist1d/ticket-2", "new", "3 of 3", "24965 (49.93%)"],
+        ["mnist1d/reinit-1", "new", "3 of 3", "24965 (49.93%)"],
+        ["mnist1d/reinit-2", "new", "3 of 3", "24965 (49.93%)"],
+        ["mnist1d/class_random-1", "new", "2 of 3", "24965 (49.93%)"],
+        ["mnist1d/class_random-2", "new", "2 of 3", "24965 (49.93%)"],
+    ]
+    assert all("MB" in c[4] and c[5].endswith(" s") for c in cells[1:])
+    expected = sum(
+        (tmp_path / "runs" / "mnist1d" / "ticket-1" / name).stat().st_size
+        for name in ("final.ckpt", "resume.ckpt", "survived.pt")
+    )
+    assert float(cells[1][4].split()[0]) == pytest.approx(expected / 1e6, rel=0.1)
+
+
+def launched(launcher, tmp_path, *more):
+    log = tmp_path / "log"
+    short = ["rounds=1", "steps_per_round=40", "kind=ticket", "seed=1,2", *more]
+    finished(multirun(log, tmp_path / "runs", *short, launcher=launcher), log)
+    assert set(results(tmp_path / "runs")) == {"ticket-1", "ticket-2"}
+
+
+@posix
+@pytest.mark.parametrize(
+    ("launcher", "package"), [("parallel", "joblib"), ("submitit", "submitit"), ("ray_local", "ray")]
+)
+def test_a_sweep_runs_with_every_launcher(launcher, package, tmp_path):
+    if find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
+        pytest.skip(f"hydra-{package}-launcher is not installed")
+    launched(launcher, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="there is no Slurm here")
+def test_a_sweep_runs_on_slurm(tmp_path):
+    launched("slurm", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "launcher", sorted(p.stem for p in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
+)
+def test_every_launcher_composes(launcher):
+    package = {"parallel": "joblib", "submitit": "submitit", "slurm": "submitit", "ray_local": "ray"}.get(
+        launcher
+    )
+    if package and find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
+        pytest.skip(f"hydra-{package}-launcher is not installed")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose(
+            "config", [*SMALL, "seed=1", f"hydra/launcher={launcher}", "threads=1"], return_hydra_config=True
+        )
+    assert cfg.hydra.launcher._target_.endswith("Launcher")
+    if launcher == "parallel":
+        assert 1 <= cfg.hydra.launcher.n_jobs <= os.cpu_count()
+        cfg.threads = 10**6
+        assert cfg.hydra.launcher.n_jobs == 1
+
+
+@posix
+def test_two_jobs_with_two_processes_each_finish_and_leave_none_behind(tmp_path):
+    log = tmp_path / "log"
+    sweep = ["trainer=ddp", "rounds=1", "seed=1,2"]
+    process = multirun(log, tmp_path / "runs", *sweep)
+    finished(process, log)
+    with pytest.raises(ProcessLookupError):  # its group is empty
+        os.killpg(process.pid, 0)
+    for rows, _ in results(tmp_path / "runs").values():
+        assert [r["round"] for r in rows] == [0, 1]
+        assert rows[1]["sparsity"] > 0.2
+    assert len(results(tmp_path / "runs")) == 2
+
+
+def test_a_strategy_that_starts_the_command_again_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer\.strategy=ddp: .* Allowed are .* ddp_fork"):
+        run(config(tmp_path, "trainer=ddp", "trainer.strategy=ddp"))
