@@ -18,7 +18,7 @@ ALLOWED = re.compile(
 )
 ORDERS = """
     add ask build call cap change choose compare connect convert cut delete divide exclude fit give keep load
-    leave look lower make name pass prune put raise read remove resume return run save set sort start
+    leave look lower make mend name pass prune put raise read remove resume return run save set sort start
     take train use write
 """
 DO = re.compile(
