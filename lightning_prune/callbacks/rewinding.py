@@ -6,12 +6,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.optim import lr_scheduler
 from typing_extensions import override
 
 from lightning_prune import rewind, rng
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of
+from lightning_prune.callbacks.evidence import loader_generators
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
@@ -130,8 +131,9 @@ class LotteryTicketRewind(Callback):
         if self.same_batches and pruner._resumed:
             # From here Lightning may go on with a batch, not with the start of an epoch.
             if self._random is None and self._now(trainer) == self._k:
-                self._random = {**pruner._resumed, "loaders": []}
-            elif pruner.round < pruner.rounds and pruner.is_over(trainer):
+                self._random = pruner._resumed[0]
+            elif self._random is not None and pruner.round < pruner.rounds and pruner.is_over(trainer):
+                pruner._resumed = [self._random]  # which it restores too, if its turn is later
                 self._replay(trainer)
                 _draw_anew(trainer)
                 self._replayed = True
@@ -199,7 +201,7 @@ class LotteryTicketRewind(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_if_over(trainer)
         if self.same_batches and self._random is None and self._now(trainer) == self._k:
-            self._random = {**rng.capture(), "loaders": [g.get_state() for g in _generators(trainer)]}
+            self._random = rng.capture(loader_generators(trainer))
             if trainer.current_epoch == 0:  # Lightning has drawn the order of this one epoch before
                 _draw_anew(trainer)
 
@@ -299,9 +301,7 @@ class LotteryTicketRewind(Callback):
 
     def _replay(self, trainer: Trainer) -> None:
         assert self._random is not None
-        rng.restore(self._random)
-        for generator, its in zip(_generators(trainer), self._random["loaders"], strict=False):
-            generator.set_state(its)
+        rng.restore(self._random, loader_generators(trainer))
 
     def _hold_rates(self, trainer: Trainer) -> None:
         for optimizer, groups in zip(trainer.optimizers, self._rates, strict=True):
@@ -358,15 +358,6 @@ def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...]:
 def _steps_per_epoch(trainer: Trainer) -> int | float:
     batches = trainer.num_training_batches
     return batches if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
-
-
-def _generators(trainer: Trainer) -> list[Generator]:
-    """Those that the loaders of the training draw from, where they have generators of their own."""
-    loader = trainer.fit_loop._combined_loader
-    assert loader is not None
-    drawing = [its for loader in loader.flattened for its in (loader, getattr(loader, "sampler", None))]
-    found = [getattr(its, "generator", None) for its in drawing]
-    return list({id(its): its for its in found if isinstance(its, Generator)}.values())
 
 
 def _draw_anew(trainer: Trainer) -> None:
