@@ -96,7 +96,12 @@ def each_round(
             continue
         own = folder / f"round-{round:02}"
         own.mkdir(exist_ok=True)
-        records += train_one(round, own)
+        trained = train_one(round, own)
+        if not trained:  # it was killed after its last checkpoint and before its record
+            shutil.rmtree(own)
+            own.mkdir()
+            trained = train_one(round, own)
+        records += trained
         write(path, sorted(records, key=lambda r: r["round"]))
         shutil.rmtree(own)
 

@@ -124,7 +124,11 @@ def report(found: Sequence[str]) -> None:
         RuntimeError: then, with all of it.
     """
     if found:
-        raise RuntimeError("\n".join([*found, "(verify=True found this; verify=False does not look.)"]))
+        raise RuntimeError(
+            "\n".join(
+                [*found, "(verify=True found this. Mend what must be mended; verify=False does not look.)"]
+            )
+        )
 
 
 def _left(mask: Tensor) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_prune.masks import alive, overlap
+from lightning_prune.masks import overlap
 
 
 class _Counts(Metric):
@@ -42,7 +42,7 @@ class Sparsity(_Counts):
 
     @override
     def update(self, tensors: Mapping[str, Tensor]) -> None:
-        self.part += alive(tensors)
+        self.part += sum(int(t.count_nonzero()) for t in tensors.values())
         self.whole += sum(t.numel() for t in tensors.values())
 
     @override

@@ -115,7 +115,7 @@ def targets(
     excluded = matching(candidates, "exclude", exclude or [])
     for name in unfit:
         if name in included and name not in excluded:
-            raise ValueError(f"{name} {unfit[name]} first, or exclude it.")
+            raise ValueError(f"{name} {unfit[name]} first, or exclude it; plain weights are needed.")
     if not set(included) - set(excluded):
         raise ValueError(
             f"include={_shown(include)}, exclude={_shown(exclude)} leave nothing to prune. "

@@ -338,7 +338,8 @@ def test_a_small_dense_network_may_be_convolutional():
         assert narrow == pytest.approx(share * full, rel=0.15)
 
 
-def test_an_interrupted_control_goes_on_to_the_same_records(runs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("hook", "n"), [("on_validation_end", 4), ("on_train_end", 2)])
+def test_an_interrupted_control_goes_on_to_the_same_records(hook, n, runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "mnist1d" / "ticket-1", tmp_path / "mnist1d" / "ticket-1")
     again = ["kind=shuffled", "steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1"]
     straight = lines(run(config(tmp_path, *again)))
@@ -346,15 +347,15 @@ def test_an_interrupted_control_goes_on_to_the_same_records(runs, tmp_path, monk
 
     from experiments import records
 
-    evaluated, original = [], records.Records.on_validation_end
+    calls, original = [], getattr(records.Records, hook)
 
     def crash(self, trainer, module):
-        original(self, trainer, module)
-        evaluated.append(trainer.global_step)
-        if len(evaluated) == 4:
+        calls.append(trainer.global_step)
+        if len(calls) == n:
             raise RuntimeError("power cut")
+        original(self, trainer, module)
 
-    monkeypatch.setattr(records.Records, "on_validation_end", crash)
+    monkeypatch.setattr(records.Records, hook, crash)
     with pytest.raises(RuntimeError, match="power cut"):
         run(config(tmp_path, *again))
     folder = tmp_path / "mnist1d" / "shuffled-1"

@@ -18,7 +18,7 @@ ALLOWED = re.compile(
 )
 ORDERS = """
     add ask build call cap change choose compare connect convert cut delete divide exclude fit give keep load
-    leave look lower make name pass prune put raise read remove return run save set sort start
+    leave look lower make mend name pass prune put raise read remove resume return run save set sort start
     take train use write
 """
 DO = re.compile(
@@ -34,6 +34,8 @@ def text(node, known):
         return "".join(text(part, known) for part in node.values)
     if isinstance(node, ast.BinOp):
         return text(node.left, known) + text(node.right, known)
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.List):  # "...".join([...])
+        return "\n".join(text(part, known) for part in node.args[0].elts)
     if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
         return known.get(node.value.id, VALUE)
     if isinstance(node, ast.Name):

@@ -74,6 +74,7 @@ def test_weights_are_taken_as_masks_are():
     weights = dict(lp.pruning.prunable(model))
     assert Sparsity()(pruned).item() == Sparsity()(weights).item() == 0.75
     assert CompressionRatio()(weights).item() == 4
+    assert CompressionRatio()({n: p.bfloat16() for n, p in weights.items()}).item() == 4
 
 
 def test_what_is_empty():

@@ -46,7 +46,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             kept = "the one that was there is as it was" if target.exists() else "there was none before"
             raise OSError(
                 f"the checkpoint {str(target)!r} could not be written ({cause}); {kept}. "
-                "Make room, or give ModelCheckpoint another dirpath, and resume."
+                "A place with room is needed. Make room, or give ModelCheckpoint another dirpath, and resume."
             ) from error
         finally:
             beside.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         ):
             raise ValueError(
                 f"ckpt_path={str(path)!r}: it is no checkpoint of a Trainer. Load a bare state_dict into the "
-                "model before `fit`, without ckpt_path."
+                "model before `fit`, without ckpt_path, which needs a Trainer's."
             )
         return checkpoint
 

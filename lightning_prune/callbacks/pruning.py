@@ -214,7 +214,7 @@ class IterativeMagnitudePruning(Callback):
         if not whole or isinstance(strategy, DeepSpeedStrategy):
             raise ValueError(
                 f"strategy: {type(strategy).__name__} may shard parameters over devices, and masks need "
-                "whole ones. Allowed are a single device and DDP."
+                "whole ones. Allowed are a single device and DDP. Use one of them."
             )
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
@@ -534,7 +534,7 @@ class IterativeMagnitudePruning(Callback):
         if its and self.state_key not in its:
             raise ValueError(
                 f"ckpt_path: the checkpoint holds the masks of {', '.join(its)}, and this callback is "
-                f"{self.state_key}. Give include and exclude as they were."
+                f"{self.state_key}; the same is needed. Give include and exclude as they were."
             )
 
     @override

@@ -38,5 +38,5 @@ def check_ranks(trainer: Trainer, masks: Masks) -> None:
         raise RuntimeError(
             f"masks differ between processes: those of rank {', '.join(map(str, wrong))} are not those of "
             "rank 0. Give all the same masks=, change none in on_prune, and draw random numbers from the "
-            "`generator` that a criterion may ask for."
+            "`generator` that a criterion may ask for: all must come to the same."
         )
