@@ -15,7 +15,6 @@ from typing import Any
 import vl_convert
 from hydra.utils import instantiate
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,7 @@ from experiments.measure import measure
 from experiments.records import Record, by_round, kinds_of, write
 from experiments.runs import Run, Runs, load
 from experiments.statistics import interval, paired_by_round
-from experiments.sweeps import plain
+from experiments.sweeps import flattened
 
 Cell = str | int | float | None
 
@@ -121,7 +120,7 @@ def listed(runs: Runs) -> list[dict[str, Cell]]:
 
 def made(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The config that all runs have in common, and for each run what made it and where its config differs."""
-    configs = [plain(OmegaConf.create(run.config)) if run.config else {} for run in runs]
+    configs = [flattened(run.config) if run.config else {} for run in runs]
     there = [config for config in configs if config]
     same = {k: v for k, v in (there[0] if there else {}).items() if all(c.get(k, ...) == v for c in there)}
     details = []

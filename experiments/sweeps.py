@@ -22,14 +22,15 @@ def plain(cfg: DictConfig | Any, without: Sequence[str] = ()) -> dict[str, Any]:
     >>> plain(OmegaConf.create({"a": {"b": 1, "c": 2}, "d": "${a.b}"}), without=["a.c"])
     {'a.b': 1, 'd': 1}
     """
-    flat = _flat(OmegaConf.to_container(cfg, resolve=True))
+    flat = flattened(OmegaConf.to_container(cfg, resolve=True))
     return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{out}.") for out in without)}
 
 
-def _flat(node: object, prefix: str = "") -> dict[str, Any]:
+def flattened(node: object, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {dotted key: value}."""
     if not isinstance(node, Mapping):
         return {prefix: node}
-    below = [_flat(child, f"{prefix}.{key}".lstrip(".")) for key, child in node.items()]
+    below = [flattened(child, f"{prefix}.{key}".lstrip(".")) for key, child in node.items()]
     return {k: v for part in below for k, v in part.items()}
 
 

@@ -80,8 +80,8 @@ def die_in_a_write(n, share):
             self.file.flush()
 
     def deadly(value, file):
-        calls.append(1)
-        return save(value, Deadly(file) if len(calls) == n else file)
+        calls.extend([1] * hasattr(file, "write"))  # a checkpoint: other files are given by their path
+        return save(value, Deadly(file) if len(calls) == n and hasattr(file, "write") else file)
 
     torch.save = deadly
 
