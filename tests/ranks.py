@@ -253,8 +253,6 @@ def resumable(world, rank, folder, epoch=None, **options):
     model = Loaded(rank, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5))
     path = None if epoch is None else f"{folder}/epoch={epoch}.ckpt"
     callbacks = pruning(every_n_epochs=2, save_sparse="end.safetensors"), lp.LotteryTicketRewind(2)
-    # DDP adds up in another order in the first step, before it has put its buckets in order: with more than
-    # two summands that rounds differently, unless each parameter has a bucket of its own.
     options |= {
         "ddp": {"bucket_cap_mb": 1e-6},
         "enable_checkpointing": True,
