@@ -23,7 +23,7 @@ from experiments.figures import CONFIG, LABELS, PANELS, STANDARD, Figure, finite
 from experiments.measure import measure
 from experiments.records import Record, by_round, kinds_of, write
 from experiments.runs import Run, Runs, load
-from experiments.statistics import interval
+from experiments.statistics import interval, paired_by_round
 from experiments.sweeps import flattened
 
 Cell = str | int | float | None
@@ -42,6 +42,24 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
             values = [r["metrics"][metric] for r in its]
             low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
             row.append(f"{mean} ({low} to {high})" if len(values) > 1 else mean)
+        rows.append(row)
+    return rows
+
+
+def differences(records: list[Record], metric: str, against: str = "ticket") -> list[list[str]]:
+    """Rows of text: round, and of each other kind the mean difference, paired by seed, with its interval."""
+    kinds = [kind for kind in kinds_of(records) if kind != against]
+    found = {kind: paired_by_round(records, metric, kind, against) for kind in kinds}
+    found = {kind: its for kind, its in found.items() if its}
+    rows = [["round", *(LABELS.get(kind, kind) for kind in found)]]
+    for round in sorted({round for its in found.values() for round in its}):
+        row = [str(round)]
+        for its in found.values():
+            spread = its[round][1] if round in its else None
+            ends = [shown(metric, end) for end in spread.interval] if spread and spread.n > 1 else []
+            row.append(
+                shown(metric, spread.mean) + (f" [{', '.join(ends)}]" if ends else "") if spread else ""
+            )
         rows.append(row)
     return rows
 
@@ -237,6 +255,12 @@ def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
     for metric, label in tables(runs).items():
         spread = f", mean over {seeds} seeds (lowest to highest)" if seeds > 1 else ""
         parts += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(runs.records, metric))]
+    metric, label = next(iter(tables(runs).items()))
+    if len(rows := differences(runs.records, metric)) > 1:
+        parts += [
+            f"Less the ticket's of the same seed, {label} (mean and its 95 % interval):\n",
+            markdown(rows),
+        ]
     if timed := [r for r in runs.records if "censored" in r["metrics"]]:
         censored = sum(r["metrics"]["censored"] for r in timed)
         parts += [

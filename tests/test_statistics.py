@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 
+from experiments.report import differences
 from experiments.statistics import (
     by_seed,
     interval,
@@ -54,6 +55,18 @@ def test_differences_are_paired_by_seed_and_not_by_place():
     assert left == 0.8
     assert (found.n, found.mean) == (2, pytest.approx(0.4))
     assert found.highest - found.lowest < 1e-9  # unpaired it would be 1
+
+
+def test_the_report_tabulates_paired_differences_to_the_ticket():
+    rows = [record("ticket", s, r, 0.8**r, test_acc=0.9 + 0.01 * s) for s in (1, 2) for r in (0, 1)]
+    rows += [record("reinit", s, 1, 0.8, test_acc=0.85 + 0.01 * s) for s in (1, 2, 3)]
+    rows += [record("random", 1, r, 0.8**r, test_acc=0.81) for r in (0, 1)]
+    assert differences(rows, "test_acc") == [
+        ["round", "re-initialised", "random mask"],
+        ["0", "", "-10.00%"],
+        ["1", "-5.00% [-5.00%, -5.00%]", "-10.00%"],
+    ]
+    assert len(differences(rows[:4], "test_acc")) == 1
 
 
 def test_the_nearest_round_within_a_fifth_is_read():
