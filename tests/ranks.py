@@ -295,6 +295,7 @@ def work(rank, world, port, folder, names):
         **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of another test: Lightning would seed every rank alike
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     results = {}
