@@ -253,8 +253,6 @@ def resumable(world, rank, folder, epoch=None, **options):
     model = Loaded(rank, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5))
     path = None if epoch is None else f"{folder}/epoch={epoch}.ckpt"
     callbacks = pruning(every_n_epochs=2, save_sparse="end.safetensors"), lp.LotteryTicketRewind(2)
-    # DDP adds up in another order in the first step, before it has put its buckets in order: with more than
-    # two summands that rounds differently, unless each parameter has a bucket of its own.
     options |= {
         "ddp": {"bucket_cap_mb": 1e-6},
         "enable_checkpointing": True,
@@ -297,6 +295,7 @@ def work(rank, world, port, folder, names):
         **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of another test: Lightning would seed every rank alike
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     results = {}

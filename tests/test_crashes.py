@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on_from_it(si
     folder = tmp_path / "full"
     try:
         with pytest.raises(
-            OSError, match=r"one.ckpt' could not be written .*File too large.*is as it was. Make room"
+            OSError, match=r"one.ckpt' could not be written .*File too large.*is as it was.*Make room"
         ):
             go(folder, Full(2, size))
     finally:

@@ -251,7 +251,7 @@ def test_stochastic_weight_averaging_within_the_last_round_leaves_zeros(first):
 
 def test_stochastic_weight_averaging_over_a_rewind_is_refused():
     averaging = StochasticWeightAveraging(0.01, swa_epoch_start=2)
-    with pytest.raises(ValueError, match="schedulers: the snapshot has others than this training"):
+    with pytest.raises(ValueError, match="StochasticWeightAveraging replaces the learning rate scheduler"):
         fitter(averaging, pruning(), lp.LotteryTicketRewind(0), epochs=4).fit(Plain())
 
 

@@ -476,9 +476,13 @@ class IterativeMagnitudePruning(Callback):
     def _doubts(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
         """Where weights, masks and log of a checkpoint are not of one state."""
         stored = checkpoint["state_dict"]
-        masks = {name: mask for name, mask in self.masks.items() if name in stored}
+        # not what the module leaves out of its checkpoints, nor what has been cut since
+        masks = {n: m for n, m in self.masks.items() if n in stored and stored[n].shape == m.shape}
         found = awake(stored, masks, "The checkpoint was not written.")
-        if self._hold and not self._announce and not trainer.barebones:
+        alone = not any(
+            isinstance(c, IterativeMagnitudePruning) and c is not self for c in callbacks_of(trainer)
+        )
+        if alone and self._hold and not self._announce and not trainer.barebones:
             its = {"round": float(self.round), "sparsity": self.sparsity}
             found += disagreeing(trainer.callback_metrics, its)
         return found
