@@ -202,7 +202,7 @@ def page(
         csv=_script(as_csv(rows)),
         specs=_script(specs),
         config=_script({k: v for k, v in CONFIG.items() if k != "background"}),
-        library=vl_convert.javascript_bundle(None).replace("</script", "<\\/script"),
+        library=vl_convert.javascript_bundle().replace("</script", "<\\/script"),
     )
 
 
