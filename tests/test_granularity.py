@@ -128,7 +128,7 @@ def test_half_precision_does_not_overflow():
         (lambda: Block(1, 2.5), "columns=2.5: allowed are whole numbers from 1 on"),
         (lambda: Filter(n=0), "n=0: allowed are numbers above 0"),
         (lambda: Filter(dim="0"), "dim='0': allowed are whole numbers"),
-        (lambda: Filter(2)(torch.rand(2, 3)), "dim=2: the weight has 2 dimensions"),
+        (lambda: Filter(2)(torch.rand(2, 3)), "dim=2: allowed are -2 to 1"),
     ],
 )
 def test_bad_parameters_are_refused(make, message):

@@ -261,7 +261,10 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_is_changed():
     good = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
     before = deepcopy(model.state_dict())
     for masks, message in (
-        ({**good, "3.weight": good["0.weight"]}, r"masks: 3\.weight not among the parameters of Sequential"),
+        (
+            {**good, "3.weight": good["0.weight"]},
+            r"masks: 3\.weight not in the model; allowed are parameters of Sequential",
+        ),
         (
             {**good, "0.weight": good["0.weight"].t()},
             r"masks: 0\.weight is torch.bool \(6, 12\); allowed is .*\(12, 6\)",
