@@ -5,6 +5,7 @@ With `--dry-run` it says what there is to do, and does nothing. The same command
 finished, goes on with those that were interrupted and starts those anew that failed.
 """
 
+import gc
 import json
 import logging
 import os
@@ -57,6 +58,7 @@ def run(cfg: DictConfig) -> Path:
         _run(cfg, folder)
     finally:
         lock.release()
+        gc.collect()  # a Trainer and its callbacks refer to each other, and would keep the data
     return folder
 
 
