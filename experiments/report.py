@@ -4,7 +4,7 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from math import isfinite, nan
@@ -202,8 +202,13 @@ def page(
         csv=_script(as_csv(rows)),
         specs=_script(specs),
         config=_script({k: v for k, v in CONFIG.items() if k != "background"}),
-        library=vl_convert.javascript_bundle(None).replace("</script", "<\\/script"),
+        library=_library(),
     )
+
+
+def _library() -> str:
+    bundle: Callable[[], str] = vl_convert.javascript_bundle  # type: ignore[assignment]  # has a default
+    return bundle().replace("</script", "<\\/script")
 
 
 def _script(content: Any) -> str:
