@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
-from typing_extensions import override
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +65,3 @@ def sync(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-class Checkpoints(TorchCheckpointIO):
-    """Checkpoints that are there or not: Lightning's own way moves them across file systems, which copies."""
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        temporary = Path(f"{path}.tmp")
-        super().save_checkpoint(checkpoint, temporary, storage_options)
-        sync(temporary)
-        temporary.replace(path)

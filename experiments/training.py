@@ -22,7 +22,6 @@ from experiments.oneshot import sweep
 from experiments.pictures import MaskImages
 from experiments.progress import ExperimentProgress
 from experiments.records import Records, read, write
-from experiments.sweeps import Checkpoints
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
@@ -134,7 +133,7 @@ def _callbacks(cfg: DictConfig) -> list[Any]:
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
-    given: dict[str, Any] = {"callbacks": callbacks, "plugins": [Checkpoints()], "max_steps": steps}
+    given: dict[str, Any] = {"callbacks": callbacks, "max_steps": steps}
     trainer: Trainer = instantiate(cfg.trainer, **given, **options)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ValueError(
