@@ -29,6 +29,9 @@ def command(output, *arguments):
         run.dry_run([a for a in arguments if a != "--dry-run"])
     else:
         run.main()
+    if loky := sys.modules.get("joblib.externals.loky"):
+        # multiprocessing waits for all children, and joblib's live on idle for five minutes
+        loky.get_reusable_executor().shutdown()
 
 
 def start(output, *arguments):
