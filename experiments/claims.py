@@ -106,26 +106,28 @@ class Ratio(Difference):
 
 @dataclass(frozen=True)
 class Ladder:
-    """The fraction of weights left in rounds 0, 1, 2, ... is the published one, in every run.
+    """The fraction of weights left in rounds 0, 1, 2, ... is the published one, in every run of a kind.
 
     Args:
         name: the claim in words.
         source: paper, and figure or table.
         left: the published fractions.
         within: allowed deviation.
+        of: kind of run. None: every kind.
     """
 
     name: str
     source: str
     left: Sequence[float]
     within: float = 0.0005
+    of: str | None = None
 
     def check(self, records: Iterable[Record]) -> Verdict:
         """Hold the claim against records."""
         off = [
             abs(r["alive"] / r["total"] - self.left[r["round"]])
             for r in records
-            if r["round"] < len(self.left)
+            if r["round"] < len(self.left) and self.of in (None, r["kind"])
         ]
         if not off:
             return Verdict(self.name, self.source, "undecided", "no records")
