@@ -33,8 +33,20 @@ LABELS = {
     "signed_reinit": "re-initialised, same signs",
     "small_dense": "small dense",
 }
-# Okabe & Ito's palette, safe for colour-blind readers, without its yellow, which white paper swallows
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+# Okabe & Ito's palette, safe for colour-blind readers, without its yellow, which white paper swallows, and
+# three darker colours for those who compare ten kinds
+PALETTE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+    "#882255",
+    "#999933",
+    "#6a51a3",
+)
 PANELS = {
     "test_acc": "test accuracy at the end of the round",
     "test_acc_at_early_stop": "test accuracy at minimum validation loss",
