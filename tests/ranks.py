@@ -5,6 +5,7 @@ import os
 import socket
 import traceback
 import warnings
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -38,9 +39,15 @@ class Diary(Callback):
     def __init__(self, pruner):
         self.pruner, self.batches, self.before, self.masks, self.after = pruner, [], [], [], []
         self.gradients = []  # those of dead weights, as an optimizer steps
+        self.early = {}  # the weights after the first step
 
     def on_train_batch_start(self, trainer, model, batch, batch_idx):
         self.batches.append(batch[0].clone())
+        if trainer.global_step == 1:
+            self.early = weights(model, self.pruner.masks)
+        if len(self.after) < len(self.masks):
+            optimizers = deepcopy([o.state_dict() for o in trainer.optimizers])
+            self.after.append({"weights": weights(model, self.pruner.masks), "optimizers": optimizers})
 
     def on_train_epoch_end(self, trainer, model):
         self.before.append(weights(model, self.pruner.masks))
@@ -71,6 +78,8 @@ def fit(pruner, *others, model=None, world, epochs=3, ddp=None, ckpt_path=None, 
         "batches": diary.batches,
         "before": diary.before,
         "prunings": diary.masks,
+        "early": diary.early,
+        "after": diary.after,
         "gradients": diary.gradients,
         "masks": pruner.masks,
         "weights": dict(model.state_dict()),
@@ -88,6 +97,23 @@ def fit(pruner, *others, model=None, world, epochs=3, ddp=None, ckpt_path=None, 
 def magnitude(world, rank, folder):
     """Rewinding, clipping, a data set whose last batch is short (Lightning's sampler fills it up)."""
     return fit(pruning(), lp.LotteryTicketRewind(1), model=Net(n=59), world=world, gradient_clip_val=0.1)
+
+
+def rewound(rewind, world, rank, folder):
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    model = Net(make, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5), n=64)
+    return fit(pruning(every_n_epochs=3), rewind, model=model, world=world, epochs=9)
+
+
+POLICIES = {
+    "policy_everything": lp.LotteryTicketRewind(1),
+    "policy_weights": lp.LotteryTicketRewind(policy=lp.rewind.weights),
+    "policy_learning_rate": lp.LotteryTicketRewind(policy=lp.rewind.learning_rate),
+    "policy_fine_tune": lp.LotteryTicketRewind(policy=lp.rewind.fine_tune),
+    "policy_nothing": lp.LotteryTicketRewind(policy=lp.rewind.nothing),
+    "policy_early_bird": lp.LotteryTicketRewind(until=lp.rewind.EarlyBird(distance=0.5, masks=2)),
+}
+RUNS |= {name: partial(rewound, rewind) for name, rewind in POLICIES.items()}
 
 
 @run
@@ -254,7 +280,9 @@ def resumable(world, rank, folder, epoch=None, **options):
     path = None if epoch is None else f"{folder}/epoch={epoch}.ckpt"
     callbacks = pruning(every_n_epochs=2, save_sparse="end.safetensors"), lp.LotteryTicketRewind(2)
     options |= {
-        "ddp": {"bucket_cap_mb": 1e-6},
+        # By default DDP arranges its buckets anew after its first step, so that a resumed run adds more than
+        # two gradients up in another order; where parameters may be unused it leaves them.
+        "ddp": {"bucket_cap_mb": 1e-6, "find_unused_parameters": world > 2},
         "enable_checkpointing": True,
         "use_distributed_sampler": False,
         "ckpt_path": path,
