@@ -64,13 +64,7 @@ def mnist(root: str, download: bool = True, seed: int = 0) -> Splits:
     """
     from torchvision.datasets import MNIST
 
-    try:
-        train, test = (MNIST(root, train=t, download=download) for t in (True, False))
-    except (RuntimeError, OSError) as error:
-        raise FileNotFoundError(
-            f"data.root={root}: MNIST is not in {Path(root).resolve() / 'MNIST' / 'raw'} and could not be "
-            f"downloaded ({error}). Set data.root to a folder that holds it, or connect to the internet."
-        ) from error
+    train, test = _downloaded(MNIST, root, "MNIST/raw", download)
     order = torch.randperm(len(train.data), generator=torch.Generator().manual_seed(seed))
     x, y = train.data[order] / 255, train.targets[order]
     return Splits((x[5000:], y[5000:]), (x[:5000], y[:5000]), (test.data / 255, test.targets))
@@ -92,19 +86,23 @@ def cifar10(
     """
     from torchvision.datasets import CIFAR10
 
-    try:
-        train, test = (CIFAR10(root, train=t, download=download) for t in (True, False))
-    except (RuntimeError, OSError) as error:
-        raise FileNotFoundError(
-            f"data.root={root}: CIFAR-10 is not in {Path(root).resolve() / 'cifar-10-batches-py'} and could "
-            f"not be downloaded ({error}). Set data.root to a folder that holds it, or connect to the "
-            "internet."
-        ) from error
+    train, test = _downloaded(CIFAR10, root, "cifar-10-batches-py", download)
     order = np.random.default_rng(seed).permutation(len(train.data))
     x, y = train.data.transpose(0, 3, 1, 2)[order], np.asarray(train.targets)[order]
     held_out = _pair(test.data.transpose(0, 3, 1, 2), np.asarray(test.targets))
     splits = Splits(_pair(x[5000:], y[5000:]), _pair(x[:5000], y[:5000]), held_out)
     return normalize(splits) if normalize else splits
+
+
+def _downloaded(dataset: Any, root: str, folder: str, download: bool) -> list[Any]:
+    """The training and the test part of a data set of torchvision."""
+    try:
+        return [dataset(root, train=train, download=download) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"data.root={root}: {dataset.__name__} is not in {Path(root).resolve() / folder} and could not be downloaded "
+            f"({error}). Set data.root to a folder that holds it, or connect to the internet."
+        ) from error
 
 
 def npz(

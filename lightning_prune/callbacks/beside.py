@@ -32,6 +32,19 @@ def mask_averages(trainer: Trainer, masks: Masks) -> None:
             zero_dead_(p := average.get_parameter(name), bits(mask, like=p))
 
 
+def show(trainer: Trainer, values: dict[str, float], more: dict[str, float]) -> None:
+    """Write values to bar, callback metrics and loggers, and more to the loggers alone.
+
+    Not by `log`: what is logged on a step costs Lightning time on every step after it.
+    """
+    trainer.progress_bar_metrics.update(values)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    values = {**values, **more}
+    trainer.logged_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
+
+
 def compare_anew(trainer: Trainer) -> None:
     """As a round begins: patience and best score of `EarlyStopping` are those of the round.
 

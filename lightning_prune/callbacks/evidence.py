@@ -35,18 +35,6 @@ def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
         )
 
 
-def loader_generators(trainer: Trainer) -> list[torch.Generator]:
-    """The generators that training data are drawn with, where they have some of their own."""
-    running = trainer.fit_loop._combined_loader
-    found: dict[int, torch.Generator] = {}
-    for loader in running.flattened if running is not None else ():
-        batches = getattr(loader, "batch_sampler", None)
-        for its in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-            if isinstance(generator := getattr(its, "generator", None), torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
-
-
 @contextmanager
 def evidence_of(
     trainer: Trainer, pl_module: LightningModule, criterion: Criterion, n_batches: int, seed: int

@@ -9,16 +9,16 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune import allocation, criteria, rng, storage
+from lightning_prune import allocation, criteria, storage
 from lightning_prune.allocation import AtLeast
-from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages
+from lightning_prune.callbacks import generators
+from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages, show
 from lightning_prune.callbacks.checkpoint_io import WholeCheckpointIO
-from lightning_prune.callbacks.evidence import check_run, evidence_of, loader_generators
+from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.ranks import agreed, check_ranks, of_ranks
 from lightning_prune.doctor import awake, disagreeing, emptied, missed, replaced, report
 from lightning_prune.evidence import asked
@@ -259,25 +259,13 @@ class IterativeMagnitudePruning(Callback):
             dict(self._start_from) if isinstance(self._start_from, Mapping) else load_masks(self._start_from)
         )
 
-    def _restore_generators(self, trainer: Trainer) -> None:
-        if self._resumed and len(self._resumed) == trainer.world_size:
-            rng.restore(self._resumed[trainer.global_rank], loader_generators(trainer))
-
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed is None:  # only now does the clock show the truth
             self.round_ends = self.clock(trainer) + self._rest
             self._began = trainer.global_step
             return
-        if len(self._resumed) != trainer.world_size:
-            rank_zero_warn(
-                f"the checkpoint has the random number generators of {len(self._resumed)} processes, and "
-                f"here are {trainer.world_size}: masks, weights and rounds go on, random numbers do not."
-            )
-        self._restore_generators(trainer)
-        loader, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
-        if loader is not None and fetcher is not None and not loader._state_dicts():
-            iter(fetcher)  # the iterator of this epoch is there already, and drew other numbers
+        generators.go_on(trainer, self._resumed)
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -305,10 +293,14 @@ class IterativeMagnitudePruning(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop
-        if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
+        if (
+            self._resumed
+            and trainer.current_epoch > 0
+            and not (loop.is_resuming or loop.epoch_loop.restarting)
+        ):
             # From a checkpoint written at the end of a validation Lightning first replays the end of that
             # epoch, and makes this epoch's data iterator anew, which draws again.
-            self._restore_generators(trainer)
+            generators.restore_own(trainer, self._resumed)
         self._begin_round_if_due(trainer, pl_module)
         self._announce = True
 
@@ -329,17 +321,11 @@ class IterativeMagnitudePruning(Callback):
         if trainer.barebones:
             return
         if self._announce or (trainer.global_step + 1) % _log_interval(trainer) == 0:
-            # Not by `log`: what is logged on a step costs Lightning time on every step after it.
-            values = {"round": float(self.round), "sparsity": self.sparsity}
-            trainer.progress_bar_metrics.update(values)
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-            values["round_step"] = float(trainer.global_step - self._began)
+            values = {"round_step": float(trainer.global_step - self._began)}
             if self._announce and trainer.loggers:
                 values |= {f"density/{name}": alive({name: m}) / m.numel() for name, m in self.masks.items()}
             self._announce = False
-            trainer.logged_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-            for logger in trainer.loggers:
-                logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
+            show(trainer, {"round": float(self.round), "sparsity": self.sparsity}, values)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.round < self.rounds and self.is_over(trainer):
@@ -527,7 +513,7 @@ class IterativeMagnitudePruning(Callback):
             "initial": self._initial,
             "masks": pack(self.masks),
             "metrics": self._metrics | (self._logged(self._trainer) if self._trainer else {}),
-            "rng": self._resumed or [rng.capture(loader_generators(self._trainer) if self._trainer else ())],
+            "rng": self._resumed or [generators.capture(self._trainer)],
         }
 
     @override

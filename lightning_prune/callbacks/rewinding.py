@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from typing_extensions import override
 
-from lightning_prune import rewind, rng
+from lightning_prune import rewind
+from lightning_prune.callbacks import generators
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of
-from lightning_prune.callbacks.evidence import loader_generators
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
@@ -134,8 +134,8 @@ class LotteryTicketRewind(Callback):
                 self._random = pruner._resumed[0]
             elif self._random is not None and pruner.round < pruner.rounds and pruner.is_over(trainer):
                 pruner._resumed = [self._random]  # which it restores too, if its turn is later
-                self._replay(trainer)
-                _draw_anew(trainer)
+                generators.restore(trainer, self._random)
+                generators.draw_anew(trainer)
                 self._replayed = True
 
     def _check_averaging(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
@@ -201,9 +201,9 @@ class LotteryTicketRewind(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_if_over(trainer)
         if self.same_batches and self._random is None and self._now(trainer) == self._k:
-            self._random = rng.capture(loader_generators(trainer))
+            self._random = generators.capture(trainer)
             if trainer.current_epoch == 0:  # Lightning has drawn the order of this one epoch before
-                _draw_anew(trainer)
+                generators.draw_anew(trainer)
 
     @override
     def on_train_batch_start(
@@ -293,15 +293,11 @@ class LotteryTicketRewind(Callback):
         if self.shorten:
             pruner.round_ends -= self._behind
         self._drawn = []
-        if self.same_batches and not self._replayed:
-            self._replay(trainer)
+        if self.same_batches and self._random is not None and not self._replayed:
+            generators.restore(trainer, self._random)
             if trainer.current_epoch == 0:  # a second fit
-                _draw_anew(trainer)
+                generators.draw_anew(trainer)
         self._replayed = False
-
-    def _replay(self, trainer: Trainer) -> None:
-        assert self._random is not None
-        rng.restore(self._random, loader_generators(trainer))
 
     def _hold_rates(self, trainer: Trainer) -> None:
         for optimizer, groups in zip(trainer.optimizers, self._rates, strict=True):
@@ -358,12 +354,6 @@ def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...]:
 def _steps_per_epoch(trainer: Trainer) -> int | float:
     batches = trainer.num_training_batches
     return batches if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
-
-
-def _draw_anew(trainer: Trainer) -> None:
-    """Make the iterator of this epoch again, which draws its order."""
-    assert trainer.fit_loop._data_fetcher is not None
-    iter(trainer.fit_loop._data_fetcher)
 
 
 def _averaged(what: str) -> ValueError:
