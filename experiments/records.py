@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -31,7 +32,9 @@ KINDS = (
 
 
 class Records(Callback):
-    """Append a line to `records.jsonl` when a round has been trained.
+    """Append a line to `records.jsonl` when a round has been trained, and say when it is evaluated.
+
+    Every so many steps of a round, and at its end, wherever that lies on Lightning's own grid of batches.
 
     A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, curve {metric: its
     values at the steps of the round's evaluations}, seconds. Early stopping is read off the evaluations of
@@ -42,11 +45,12 @@ class Records(Callback):
         folder: of the run.
         kind: ticket, reinit, random, ...
         seed: of the run.
+        evaluate_every: steps.
     """
 
-    def __init__(self, folder: str | Path, kind: str, seed: int) -> None:
+    def __init__(self, folder: str | Path, kind: str, seed: int, evaluate_every: int) -> None:
         self.path = Path(folder) / "records.jsonl"
-        self.kind, self.seed = kind, seed
+        self.kind, self.seed, self.evaluate_every = kind, seed, evaluate_every
         self.survived: dict[str, Tensor] = {}
         self._round: dict[str, Any] = {}
         self._evaluations: list[dict[str, float]] = []
@@ -66,6 +70,14 @@ class Records(Callback):
             return
         # A run that was killed may have finished rounds after its last checkpoint: they are trained again.
         write(self.path, [r for r in read(self.path)[0] if r["round"] < self._round["round"]])
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        ends = pruner_of(trainer).is_over(trainer) or trainer.global_step == trainer.max_steps
+        now = ends or (trainer.global_step - self._began) % self.evaluate_every == 0
+        trainer.val_check_batch = 1 if now else sys.maxsize  # of the batches: every one, or none
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

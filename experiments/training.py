@@ -73,7 +73,7 @@ def fit(
     checkpoint = folder / "resume.ckpt"
     callbacks = [
         *callbacks,
-        Records(folder, cfg.kind, cfg.seed),
+        Records(folder, cfg.kind, cfg.seed, cfg.evaluate_every),
         ModelCheckpoint(
             folder,
             checkpoint.stem,

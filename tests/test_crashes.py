@@ -111,7 +111,7 @@ def train(folder, clock="epochs"):
     )
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
     model = Net(schedule=lambda o: one_cycle(o, 0.2, total_steps=40), interval="step")
-    callbacks = [rewinder, pruner, Records(folder, "ticket", 0), writer, Began()]
+    callbacks = [rewinder, pruner, Records(folder, "ticket", 0, evaluate_every=3), writer, Began()]
     trainer = fitter(*callbacks, epochs=8, enable_checkpointing=True, num_sanity_val_steps=2)
     trainer.fit(model, ckpt_path=resume)
     records = [{k: v for k, v in r.items() if k != "seconds"} for r in read(folder / "records.jsonl")[0]]

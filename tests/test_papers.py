@@ -212,6 +212,8 @@ def test_every_papers_experiment_runs_from_end_to_end(name, kind, options, image
     )
     shortened = kind == "weight_rewinding" or name in ("resnet20_cifar10", "vgg16_cifar10")
     assert len(rates) == (7 if shortened else 8)
+    # at the end of the round too, which evaluate_every=2 does not come to
+    assert last["curve"]["step"] == ([2, 3] if shortened else [2, 4])
     assert rates[-2:] == pytest.approx(RATES.get((name, kind), rates[-2:]))
     if "conv" in name:
         assert set(rates) == {2e-4 if name == "conv2_cifar10" else 3e-4}
