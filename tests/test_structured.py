@@ -160,39 +160,34 @@ def test_a_structured_ticket_is_the_early_state_without_its_channels_bit_for_bit
 
 
 @pytest.mark.parametrize("remove", WAYS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"precision": "bf16-mixed"},
-        {"accumulate_grad_batches": 2},
-        {"gradient_clip_val": 0.1},
-        {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3, "precision": "bf16-mixed"},
-    ],
-    ids=str,
-)
-def test_with_mixed_precision_accumulation_and_clipping(remove, options):
-    model = Net()
-    fitter(gradual(remove=remove), epochs=3, **options).fit(model)
-    assert widths(model) == (8, 8)
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("remove", WAYS)
 def test_with_manual_optimization_and_rounds_of_steps(remove):
     model = Manual()
     fitter(gradual(remove=remove, every_n_train_steps=2), epochs=5).fit(model)
     assert widths(model) == (8, 8)
 
 
-def test_clipped_training_with_masks_equals_the_cut_one():
-    """What is dead counts nothing in the norm: both ways train the same network."""
-    outputs = []
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"gradient_clip_val": 0.1}, 1e-5),
+        ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, 1e-5),
+        ({"accumulate_grad_batches": 2}, 1e-5),
+        ({"precision": "bf16-mixed"}, 1e-2),
+        ({"gradient_clip_val": 0.1, "accumulate_grad_batches": 3, "precision": "bf16-mixed"}, 1e-2),
+    ],
+    ids=str,
+)
+def test_masked_channels_train_as_if_they_were_cut(options, tolerance):
+    """What is dead counts nothing, in a norm either: both ways train the same network."""
+    ends = []
     for remove in WAYS:
         torch.manual_seed(0)
         model = Net(dropout=0.0)
-        fitter(gradual(remove=remove), epochs=3, gradient_clip_val=0.1).fit(model)
-        outputs.append(model.eval()(torch.ones(2, 6)))
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        fitter(gradual(remove=remove), epochs=3, **options).fit(model)
+        assert widths(model) == (8, 8)
+        ends.append([*model.parameters(), model.eval()(torch.ones(2, 6))])
+    for masked, cut in zip(*ends, strict=True):
+        torch.testing.assert_close(masked, cut, rtol=10 * tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
