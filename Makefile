@@ -19,6 +19,7 @@ test-slow: .venv/ready  ## all of it, long sweeps too
 bench: .venv/ready  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.selection
 	$(RUN) experiments.benchmarks.step
+	$(RUN) experiments.benchmarks.imports
 	$(RUN) experiments.benchmarks.doctor
 	$(RUN) experiments.benchmarks.experiment
 	$(RUN) experiments.benchmarks.size
