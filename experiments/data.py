@@ -100,8 +100,8 @@ def _downloaded(dataset: Any, root: str, folder: str, download: bool) -> list[An
         return [dataset(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
-            f"data.root={root}: {dataset.__name__} is not in {Path(root).resolve() / folder} and could not be "
-            f"downloaded ({error}). Set data.root to a folder that holds it, or connect to the internet."
+            f"data.root={root}: {dataset.__name__} is not in {Path(root).resolve() / folder} and could not "
+            f"be downloaded ({error}). Set data.root to a folder that holds it, or connect to the internet."
         ) from error
 
 
