@@ -34,7 +34,7 @@ def methods():
     for axis in ("criteria", "schedules", "allocation", "granularity", "rewind"):
         tree = ast.parse((PACKAGE / f"{axis}.py").read_text())
         first = (ast.get_docstring(tree) or "").splitlines()[0]
-        text += f"\n## {axis.capitalize()}\n\n{first}\n\n| | | |\n|---|---|---|\n"
+        text += f"\n## {axis.capitalize()}\n\n{first}\n\n| name | what it is | reference |\n|---|---|---|\n"
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 doc = ast.get_docstring(node) or ""
@@ -53,15 +53,13 @@ def methods():
 
 def on_files(files, config):
     """Add the pages."""
-    made = {f"reference/{name}.md": f"# {name}\n\n::: {name}\n" for name in modules()}
+    made = {f"reference/{name}.md": f"::: {name}\n" for name in modules()}
     made["methods.md"] = methods()
     for path in sorted((DOCS / "tutorials").glob("*.py")):
         made[f"tutorials/{path.stem}.md"] = page(path.read_text())
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
-    reference = [
-        {name.removeprefix("reference/")[:-3]: name} for name in made if name.startswith("reference/")
-    ]
+    reference = [{name.removeprefix("lightning_prune."): f"reference/{name}.md"} for name in modules()]
     for entry in config.nav:
         if "Reference" in entry:
             entry["Reference"] = reference
