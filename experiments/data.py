@@ -139,8 +139,8 @@ def npz(
 
 
 def _pair(x: np.ndarray, y: np.ndarray) -> Pair:
-    inputs = torch.from_numpy(x / 255 if np.issubdtype(x.dtype, np.integer) else x).float()
-    return inputs, torch.from_numpy(y).long()
+    inputs = torch.from_numpy(x).float()
+    return inputs.div_(255) if np.issubdtype(x.dtype, np.integer) else inputs, torch.from_numpy(y).long()
 
 
 def per_channel(splits: Splits) -> Splits:
