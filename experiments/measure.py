@@ -9,6 +9,7 @@ from lightning.pytorch import seed_everything
 import lightning_prune as lp
 from experiments.records import described, kinds_of
 from experiments.runs import Runs
+from lightning_prune.masks import bits, zero_dead_
 from lightning_prune.rng import capture, restore
 
 
@@ -43,7 +44,7 @@ def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
             masks = {name: survived >= record["round"] for name, survived in run.survived.items()}
             task.load_state_dict(initial)
             for name, mask in masks.items():
-                task.get_parameter(name).data *= mask
+                zero_dead_(p := task.get_parameter(name), bits(mask, like=p))
             cost = lp.summarize(task.net, example)
             fast: Any = lp.accelerate(task.net, example).acceleration
             row = {"kind": kind, **{k: described(record["round"], masks)[k] for k in ("round", "sparsity")}}

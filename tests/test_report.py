@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
 
+import lightning_prune as lp
 from experiments import figures, report
 from experiments.measure import measure
 from experiments.runs import load
@@ -252,6 +255,11 @@ def test_what_masks_are_worth_is_measured(tmp_path, monkeypatch):
     assert [1 - row["sparsity"] for row in rows] == pytest.approx([n / 1400 for n in alive], rel=1e-3)
     assert [row["theoretical_speed_up"] for row in rows] == pytest.approx([1400 / n for n in alive], rel=1e-3)
     assert rows[0]["sparse_bytes"] > rows[1]["sparse_bytes"] > rows[2]["sparse_bytes"] > 0
+    seed_everything(0, verbose=False)
+    task = instantiate(cfg.task).eval()
+    for name, survived in runs.runs[0].survived.items():
+        task.get_parameter(name).data.masked_fill_(survived < 2, 0.0)  # +0.0, which costs nothing
+    assert rows[2]["sparse_bytes"] == lp.summarize(task.net, torch.zeros(8, 40)).total.sparse_size
     assert all(row["accelerated_us"] > 0 and "threads" in row["where"] for row in rows)
 
 
