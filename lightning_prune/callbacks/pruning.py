@@ -19,6 +19,7 @@ from lightning_prune.callbacks import generators
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages, show
 from lightning_prune.callbacks.checkpoint_io import WholeCheckpointIO
 from lightning_prune.callbacks.evidence import check_run, evidence_of
+from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.ranks import agreed, check_ranks, of_ranks
 from lightning_prune.doctor import awake, disagreeing, emptied, missed, replaced, report
 from lightning_prune.evidence import asked
@@ -194,10 +195,7 @@ class IterativeMagnitudePruning(Callback):
                 "Ask there, or give every_n_train_steps."
             )
         self._trainer.fit_loop.setup_data()
-        batches = self._trainer.num_training_batches
-        if batches == float("inf"):
-            return batches
-        return -(-int(batches) // self._trainer.accumulate_grad_batches) * self.every_n_epochs
+        return steps_per_epoch(self._trainer) * self.every_n_epochs
 
     @property
     @override

@@ -1,18 +1,15 @@
 """LotteryTicketRewind: when to take the snapshot, when to go back to it."""
 
-import sys
-import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
-from torch.optim import lr_scheduler
 from typing_extensions import override
 
 from lightning_prune import rewind
-from lightning_prune.callbacks import generators
+from lightning_prune.callbacks import generators, learning_rates
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of
+from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
@@ -74,7 +71,7 @@ class LotteryTicketRewind(Callback):
         self.same_batches = same_batches
         self.snapshot: Snapshot | None = None
         self._behind = 0  # what the pruning callback's clock read when the snapshot was taken
-        self._rates: list[list[dict[str, Any]]] = []  # of the last step that a schedule had a say in
+        self._rates: Rates = []  # of the last step that a schedule had a say in
         self._held = False  # whether they hold
         self._may_hold = False
         self._drawn: list[Masks] = []  # at the last checks of this round
@@ -113,18 +110,18 @@ class LotteryTicketRewind(Callback):
         pruner = _pruner(trainer)
         if pl_module.automatic_optimization:  # else nobody knows how many steps an epoch makes
             self._check_step(pruner.steps_per_round)
-            if self.to_epoch and self.to_epoch * _steps_per_epoch(trainer) >= pruner.steps_per_round:
+            if self.to_epoch and self.to_epoch * steps_per_epoch(trainer) >= pruner.steps_per_round:
                 raise ValueError(
                     f"to_epoch={self.to_epoch}: it begins after the first round, of {pruner.steps_per_round} "
-                    f"steps. Allowed is an epoch within it, of {_steps_per_epoch(trainer)} steps. Lower it."
+                    f"steps. Allowed is an epoch within it, of {steps_per_epoch(trainer)} steps. Lower it."
                 )
         self._check_averaging(trainer, pruner)
         if self.same_batches:
             self._check_whole_epochs(trainer, pruner)
         if self.policy is rewind.fine_tune or self._held:
-            self._check_held(trainer)
+            learning_rates.check_held(trainer, self.policy)
         if self._held:
-            self._hold_rates(trainer)
+            learning_rates.hold(trainer, self._rates)
         self._may_hold = "final" in asked(self.policy)
         if self.policy not in (rewind.weights, rewind.nothing):  # under which a schedule is for the whole fit
             self._warn_of_schedules(trainer, pruner)
@@ -148,7 +145,7 @@ class LotteryTicketRewind(Callback):
                     raise _averaged(f"Set swa_epoch_start={after[-1] + 2} or later")
 
     def _check_whole_epochs(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
-        steps = _steps_per_epoch(trainer)
+        steps = steps_per_epoch(trainer)
         k = self.to_step if self.to_epoch is None else 0
         length = pruner.every_n_train_steps or 0
         whole = steps < float("inf") and k % steps == 0 and length % steps == 0
@@ -158,42 +155,15 @@ class LotteryTicketRewind(Callback):
                 f"(of {steps} steps). Give the pruning callback every_n_epochs, and to_epoch here."
             )
 
-    def _check_held(self, trainer: Trainer) -> None:
-        if trainer.lr_scheduler_configs and not trainer.lightning_module.automatic_optimization:
-            raise ValueError(
-                f"policy={self.policy}: it holds the learning rates, and "
-                f"{type(trainer.lightning_module).__name__} steps its schedulers itself "
-                "(automatic_optimization=False). Allowed are modules without schedulers, or with automatic "
-                "optimization. Use one of these, or another policy."
-            )
-
     def _warn_of_schedules(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
-        """Of those that a round does not come to the end of, or goes beyond."""
-        per_epoch = _steps_per_epoch(trainer)
-        in_epochs = pruner.every_n_train_steps is None
+        per_epoch = steps_per_epoch(trainer)
         lengths = {
-            "step": (pruner.steps_per_round, self.to_epoch * per_epoch if self.to_epoch else self.to_step),
-            "epoch": (pruner.every_n_epochs, self.to_epoch or self.to_step // per_epoch),
+            "step": (pruner.steps_per_round, self.to_epoch * per_epoch if self.to_epoch else self.to_step)
         }
-        for config in trainer.lr_scheduler_configs:
-            horizon = _horizon(config.scheduler)
-            if horizon is None or (config.interval == "epoch" and not in_epochs):
-                continue
-            made_for, (length, k) = horizon * config.frequency, lengths[config.interval]
-            end = length if self.shorten else length + k
-            name = f"{type(config.scheduler).__name__} is made for {made_for} {config.interval}s and a round"
-            if made_for > end:
-                warnings.warn(
-                    f"{name} has {end}: every round rewinds it before its end. Make it for the pruning "
-                    "callback's `steps_per_round`.",
-                    stacklevel=2,
-                )
-            elif length <= made_for < end and self.policy is not rewind.fine_tune:
-                warnings.warn(
-                    f"{name} has {length} from {k} on, where it is rewound to: it runs beyond its end. Set "
-                    "shorten=True, which ends such rounds sooner.",
-                    stacklevel=2,
-                )
+        if pruner.every_n_train_steps is None:
+            lengths["epoch"] = (pruner.every_n_epochs, self.to_epoch or self.to_step // per_epoch)
+        held = self.policy is rewind.fine_tune
+        learning_rates.warn_of_schedules(trainer, lengths, self.shorten, held)
 
     # -------------------------------------------------------------------------------------- while it trains
 
@@ -211,7 +181,7 @@ class LotteryTicketRewind(Callback):
     ) -> None:
         self._end_if_over(trainer)
         if self._may_hold and not self._held:
-            self._rates = [[_rates(group) for group in o.param_groups] for o in trainer.optimizers]
+            self._rates = learning_rates.rates_of(trainer)
         if self.snapshot is None:
             self._take_if_due(trainer, pl_module)
 
@@ -287,9 +257,9 @@ class LotteryTicketRewind(Callback):
         state = call(self.policy, self.snapshot, final=final)
         state.restore(*parts)
         if state.schedulers is None:
-            self._check_held(trainer)
+            learning_rates.check_held(trainer, self.policy)
             self._held = True
-            self._hold_rates(trainer)
+            learning_rates.hold(trainer, self._rates)
         if self.shorten:
             pruner.round_ends -= self._behind
         self._drawn = []
@@ -298,15 +268,6 @@ class LotteryTicketRewind(Callback):
             if trainer.current_epoch == 0:  # a second fit
                 generators.draw_anew(trainer)
         self._replayed = False
-
-    def _hold_rates(self, trainer: Trainer) -> None:
-        for optimizer, groups in zip(trainer.optimizers, self._rates, strict=True):
-            for group, its in zip(optimizer.param_groups, groups, strict=True):
-                for name, value in its.items():
-                    tensor = isinstance(value, Tensor)
-                    group[name] = value.to(group[name].device, copy=True) if tensor else value
-        for config in trainer.lr_scheduler_configs:
-            config.frequency = sys.maxsize  # Lightning never comes to step it
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -351,32 +312,8 @@ def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...]:
     return pl_module, trainer.optimizers, schedulers, averages
 
 
-def _steps_per_epoch(trainer: Trainer) -> int | float:
-    batches = trainer.num_training_batches
-    return batches if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
-
-
 def _averaged(what: str) -> ValueError:
     return ValueError(
         "StochasticWeightAveraging replaces the learning rate scheduler as it starts, so a training cannot "
         f"be rewound from there: it must start in the last round. {what}, or use WeightAveraging."
     )
-
-
-def _rates(group: dict[str, Any]) -> dict[str, Any]:
-    its = {name: value for name, value in group.items() if name != "params"}
-    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in its.items()}
-
-
-def _horizon(scheduler: Any) -> int | None:
-    """How many of its steps a scheduler that ends somewhere is made for."""
-    if isinstance(scheduler, lr_scheduler.CosineAnnealingLR):
-        return int(scheduler.T_max)
-    if isinstance(scheduler, lr_scheduler.OneCycleLR):
-        return int(scheduler.total_steps)
-    if isinstance(scheduler, (lr_scheduler.LinearLR, lr_scheduler.PolynomialLR)):
-        return int(scheduler.total_iters)
-    if isinstance(scheduler, lr_scheduler.SequentialLR):
-        last = _horizon(scheduler._schedulers[-1])
-        return None if last is None else int(scheduler._milestones[-1]) + last
-    return None
