@@ -19,7 +19,7 @@ import vl_convert
 from experiments.records import Record, by_round, kinds_of
 from experiments.runs import Runs
 from experiments.statistics import interval, masks_of, overlap_of_seeds
-from lightning_prune.callbacks.pruning import load_masks
+from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.masks import Masks, jaccard
 
 LABELS = {

@@ -18,7 +18,7 @@ import lightning_prune as lp
 from experiments.records import Records, read
 from lightning_prune import rewind
 from lightning_prune.callbacks import pruning as callback_module
-from lightning_prune.callbacks.checkpoint_io import WholeCheckpointIO
+from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
 from lightning_prune.holding import Hold
 from tests.interrupted import CLOCKS
 from tests.networks import Net, fitter, same

@@ -531,7 +531,7 @@ def test_a_checkpoint_is_read_without_pickle_and_says_what_it_holds(tmp_path):
     assert {"IterativeMagnitudePruning", "LotteryTicketRewind"} <= {
         k.split("{")[0] for k in file["callbacks"]
     }
-    assert same(lp.callbacks.pruning.load_masks(tmp_path / "x.ckpt"), pruner.masks)
+    assert same(lp.callbacks.checkpoints.load_masks(tmp_path / "x.ckpt"), pruner.masks)
 
 
 # -------------------------------------------------------------------------------------- order does not matter

@@ -17,7 +17,7 @@ from lightning_prune import allocation, criteria, storage
 from lightning_prune.allocation import AtLeast
 from lightning_prune.callbacks import generators
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages, show
-from lightning_prune.callbacks.checkpoint_io import WholeCheckpointIO
+from lightning_prune.callbacks.checkpoints import WholeCheckpointIO, load_masks, make_plain
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.ranks import agreed, check_ranks, of_ranks
@@ -451,11 +451,7 @@ class IterativeMagnitudePruning(Callback):
         if trainer.world_size > 1 and not self._resumed:
             state = checkpoint["callbacks"][self.state_key]
             state["rng"] = of_ranks(trainer, state["rng"][0])
-        # A DictConfig among the hyper-parameters would make the checkpoint unreadable with weights_only=True.
-        for key in (pl_module.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
-            if key in checkpoint:
-                checkpoint[key] = _plain(checkpoint[key])
-        checkpoint.pop(pl_module.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+        make_plain(checkpoint, pl_module)
 
     def _doubts(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
         """Where weights, masks and log of a checkpoint are not of one state."""
@@ -538,30 +534,6 @@ class IterativeMagnitudePruning(Callback):
         self._resumed = state_dict["rng"]
 
 
-def load_masks(path: str | Path) -> Masks:
-    """The masks in a checkpoint of an `IterativeMagnitudePruning` run, or in a file of {name: bool tensor}.
-
-    Raises:
-        ValueError: when the file holds neither.
-    """
-    error = ValueError(
-        f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file in "
-        'which torch.save put {parameter name: bool tensor}; or "zeros". Name one of these.'
-    )
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as cause:  # whatever reading a file of another kind may end with
-        raise error from cause
-    if not isinstance(stored, dict):
-        raise error
-    for key, state in stored.get("callbacks", {}).items():
-        if key.startswith(IterativeMagnitudePruning.__qualname__):
-            return unpack(state["masks"])
-    if stored and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in stored.values()):
-        return stored
-    raise error
-
-
 def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Whether the gradient of a dead weight may reach a living one, by clipping or in an optimizer's step."""
     hooks = ("on_after_backward", "on_before_optimizer_step")
@@ -573,15 +545,6 @@ def _gradients_are_read(trainer: Trainer, pl_module: LightningModule) -> bool:
         or any(is_overridden(hook, pl_module) for hook in of_module)
         or any(is_overridden(hook, callback) for callback in callbacks_of(trainer) for hook in hooks)
     )
-
-
-def _plain(value: Any) -> Any:
-    """Containers of any library, such as omegaconf's, as dicts and lists."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
-        return [_plain(v) for v in value]
-    return value
 
 
 def _log_interval(trainer: Trainer) -> int:

@@ -1,14 +1,19 @@
-"""Checkpoints that are whole: written all or nothing, and checked when they are read."""
+"""Checkpoints: written all or nothing, checked when they are read, in plain containers; masks out of them."""
 
 import os
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+from lightning.pytorch import LightningModule
+from torch import Tensor
 from typing_extensions import override
+
+from lightning_prune.masks import Masks, unpack
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -85,3 +90,44 @@ def _compare_checksums(path: Path) -> None:
     with zipfile.ZipFile(path) as file:  # as torch.save writes them
         if torch.serialization.get_crc32_options() and (broken := file.testzip()):
             raise zipfile.BadZipFile(f"the checksum of {broken} is another")
+
+
+def make_plain(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
+    """Make the hyper-parameters plain: a DictConfig would be unreadable with `weights_only=True`."""
+    for key in (pl_module.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
+        if key in checkpoint:
+            checkpoint[key] = _plain(checkpoint[key])
+    checkpoint.pop(pl_module.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+
+
+def _plain(value: Any) -> Any:
+    """Containers of any library, such as omegaconf's, as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def load_masks(path: str | Path) -> Masks:
+    """The masks in a checkpoint of an `IterativeMagnitudePruning` run, or in a file of {name: bool tensor}.
+
+    Raises:
+        ValueError: when the file holds neither.
+    """
+    error = ValueError(
+        f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file in "
+        'which torch.save put {parameter name: bool tensor}; or "zeros". Name one of these.'
+    )
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as cause:  # whatever reading a file of another kind may end with
+        raise error from cause
+    if not isinstance(stored, dict):
+        raise error
+    for key, state in stored.get("callbacks", {}).items():
+        if key.startswith("IterativeMagnitudePruning"):
+            return unpack(state["masks"])
+    if stored and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in stored.values()):
+        return stored
+    raise error
