@@ -15,6 +15,7 @@ says from where to go on.*
 - `channels`: which channels are coupled; the plan that removes some
 - `filters`: which of them stay; their scores, targets on the size; `prune_channels` for any module
 - `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
+- `doctor`: what may be wrong with masks, weights and optimizers, and what to do
 - `rng`: the state of the random number generators
 - `storage`: sparse files; `save_sparse` and `load_sparse`
 - `inference`: what zeros are worth; `accelerate` and `summarize`
