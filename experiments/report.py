@@ -15,8 +15,9 @@ from typing import Any
 import vl_convert
 from hydra.utils import instantiate
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.claims import Verdict
 from experiments.figures import CONFIG, LABELS, PANELS, STANDARD, Figure, finite
@@ -289,8 +290,13 @@ def say(runs: Runs, verdicts: Sequence[Verdict], written: Sequence[Path]) -> Non
     """Print the main table, the verdicts, what was skipped and what was written."""
     console = Console()
     metric, label = next(iter(tables(runs).items()))
-    head, *body = table(runs.records, metric)
-    printed = Table(*head, title=f"{runs.name}: {label}")
+    rows = table(runs.records, metric)
+    if sum(3 + max(map(len, column)) for column in zip(*rows, strict=True)) >= console.width:
+        rows = [[cell.split(" (")[0] for cell in row] for row in rows]  # the means alone; ranges are written
+    names, *body = rows
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)] or [None] * len(names)
+    head = [Column(n, min_width=w, overflow="fold") for n, w in zip(names, widths, strict=True)]
+    printed = Table(*head, title=f"{runs.name}: {label}", box=SIMPLE_HEAD, padding=0)
     for row in body:
         printed.add_row(*row)
     console.print(printed)
