@@ -38,11 +38,14 @@ class Keep(dict[str, int]):
 
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """All elements in order, in flat tensors: large tensors cut, small ones joined (in the wider dtype)."""
+    tensors = list(tensors)
+    # smaller where there are few, so that what is held besides the scores is little beside them
+    piece = max(_PIECE >> 2, min(_PIECE, sum(t.numel() for t in tensors) >> 4))
     joined: list[Tensor] = []
     length = 0
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        most = _PIECE if flat.device.type == "cpu" else _PIECE << 8
+        most = piece if flat.device.type == "cpu" else _PIECE << 8
         for part in flat.split(most) if flat.numel() > most else [flat][: flat.numel()]:
             if joined and (length + part.numel() > most or part.device != joined[0].device):
                 yield joined[0] if len(joined) == 1 else torch.cat(joined)
