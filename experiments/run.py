@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.plan import Plan
 from experiments.sweeps import digest, locked, plain, sync, write
+from lightning_prune.checks import number, whole
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,18 @@ def state_of(cfg: DictConfig) -> str:
     return "finished"
 
 
+def check(cfg: DictConfig) -> None:
+    """Make sure that numbers are numbers which else nobody looks at before the training."""
+    whole("evaluate_every", cfg.evaluate_every, 1, such_as=100)
+    whole("checkpoint_every_n_epochs", cfg.checkpoint_every_n_epochs, 0)
+    if (rate := OmegaConf.select(cfg, "optimizer.lr")) is not None:
+        number(
+            "optimizer.lr", rate, "are numbers from 0 on, such as 0.001", lambda lr: 0 <= lr < float("inf")
+        )
+
+
 def _run(cfg: DictConfig, folder: Path) -> None:
+    check(cfg)
     state = state_of(cfg)
     if state == "failed":
         log.info("%s failed before and is started anew.", os.path.relpath(folder))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune import evidence
+from lightning_prune.checks import number, whole
 from lightning_prune.masks import DEAD, Keep, Masks, Scores, count_above, threshold
 
 Allocation = Callable[..., dict[str, int]]
@@ -146,10 +147,8 @@ class PerLayer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "densities", dict(self.densities))
         for pattern, density in self.densities.items():
-            if not 0 < density <= 1:
-                raise ValueError(
-                    f"densities: {pattern!r} has {density}; allowed is above 0 up to 1, such as 0.5."
-                )
+            name = f"densities[{pattern!r}]"
+            number(name, density, "are numbers above 0 up to 1, such as 0.5", lambda v: 0 < v <= 1)
 
     def __call__(self, scores: Scores, total: int, *, params: Mapping[str, Tensor]) -> Keep:
         for pattern in self.densities:
@@ -191,8 +190,7 @@ class AtLeast:
     of: Allocation = global_rank
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, int) or self.n < 0:
-            raise ValueError(f"n={self.n!r}: allowed are whole numbers from 0 on, such as 1.")
+        whole("n", self.n, 0)
 
     def __call__(
         self,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_prune.checks import number, whole
 from lightning_prune.evidence import Loss, differentiable, gradients, inputs, mean_gradients
 from lightning_prune.masks import DEAD, Masks, Scores, keep_top
 
@@ -61,8 +62,7 @@ class Ln:
     n: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < float("inf"):
-            raise ValueError(f"n={self.n}: allowed are finite numbers above 0, such as 2.")
+        number("n", self.n, "are finite numbers above 0, such as 2", lambda v: 0 < v < float("inf"))
 
     def __call__(self, params: Params) -> Scores:
         return {name: w.abs() ** self.n for name, w in params.items()}
@@ -235,10 +235,8 @@ class GraSP:
     logits: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature}: allowed are finite numbers above 0, such as 200."
-            )
+        allowed = "are finite numbers above 0, such as 200"
+        number("temperature", self.temperature, allowed, lambda v: 0 < v < float("inf"))
 
     def __call__(self, params: Params, model: nn.Module, batches: list[Any], loss: Loss) -> Scores:
         seen: list[bool] = []
@@ -361,8 +359,7 @@ class SynFlow:
     input_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds!r}: allowed are whole numbers from 1 on, such as 100.")
+        whole("rounds", self.rounds, 1, such_as=100)
 
     def __call__(
         self,

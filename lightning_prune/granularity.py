@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune.checks import number, whole
 from lightning_prune.masks import DEAD
 
 Granularity = Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
@@ -101,10 +102,7 @@ class Block:
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: allowed are whole numbers from 1 on, such as 4."
-                )
+            whole(name, getattr(self, name), 1, such_as=4)
         _check_norm(self.n)
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -191,8 +189,7 @@ def _norm(scores: Tensor, dims: tuple[int, ...], n: float) -> Tensor:
 
 
 def _check_norm(n: float) -> None:
-    if not n > 0:
-        raise ValueError(f"n={n}: allowed are numbers above 0, infinity included, such as 1.")
+    number("n", n, "are numbers above 0, infinity included, such as 1", lambda v: v > 0)
 
 
 def _dim(dim: int, scores: Tensor) -> int:

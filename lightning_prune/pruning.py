@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
+from lightning_prune.checks import number
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.masks import DEAD, Masks, Scores, bits, count, count_above, keep_top, zero_dead_
@@ -403,6 +404,8 @@ def prune(
         evidence["forward"] = lambda model, batch: model(inputs(batch))
         if loss is not None:
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
+    if not callable(sparsity):
+        number("sparsity", sparsity, "is 0 (dense) to 1, such as 0.5", lambda v: 0 <= v <= 1)
     schedule = sparsity if callable(sparsity) else lambda round: sparsity
     with undisturbed(model) if OF_A_RUN & asked(criterion).keys() else nullcontext():
         masks = next_masks(

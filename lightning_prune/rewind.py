@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
+from lightning_prune.checks import number, whole
 from lightning_prune.masks import Masks
 
 
@@ -183,15 +184,11 @@ class EarlyBird:
     every_n_train_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.distance <= 1:
-            raise ValueError(f"distance={self.distance}: allowed is above 0 and at most 1, such as 0.1.")
-        for name, value, lowest in (("masks", self.masks, 2), ("every_n_train_steps", self._steps, 1)):
-            if not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from {lowest} on, such as 5.")
-
-    @property
-    def _steps(self) -> int:
-        return 1 if self.every_n_train_steps is None else self.every_n_train_steps
+        allowed = "is above 0 and at most 1, such as 0.1"
+        number("distance", self.distance, allowed, lambda v: 0 < v <= 1)
+        whole("masks", self.masks, 2, such_as=5)
+        if self.every_n_train_steps is not None:
+            whole("every_n_train_steps", self.every_n_train_steps, 1, such_as=5)
 
     def __call__(self, drawn: Sequence[Masks]) -> bool:
         *others, newest = drawn[-self.masks :]

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_prune.checks import number, whole
 from lightning_prune.masks import DEAD, Scores, count_above
 
 Schedule = Callable[..., float]
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(
-            f"{name}={value}: allowed are fractions between 0 and 1, both excluded, such as 0.2."
-        )
+    number(name, value, "are fractions between 0 and 1, both excluded, such as 0.2", lambda v: 0 < v < 1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class TopK:
     count: int = 1000
 
     def __post_init__(self) -> None:
-        _check_whole("count", self.count, 1)
+        whole("count", self.count, 1)
 
     def __call__(self, round: int, scores: Scores) -> float:
         return min(1.0, round * self.count / _size(scores))
@@ -206,9 +204,11 @@ class Explicit:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsities", tuple(self.sparsities))
-        if not self.sparsities or not all(0 <= s < 1 for s in self.sparsities):
-            raise ValueError(
-                f"sparsities={self.sparsities}: allowed are one or more, each from 0 to below 1, such as 0.5."
+        if not self.sparsities:
+            raise ValueError("sparsities=(): allowed are one or more. Give at least one, such as 0.5.")
+        for sparsity in self.sparsities:
+            number(
+                "sparsities", sparsity, "are fractions from 0 to below 1, such as 0.5", lambda v: 0 <= v < 1
             )
         if list(self.sparsities) != sorted(self.sparsities):
             raise ValueError(
@@ -251,8 +251,7 @@ class Threshold:
     theta: float = 0.01
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.theta):
-            raise ValueError(f"theta={self.theta}: allowed are finite numbers, such as 0.05.")
+        number("theta", self.theta, "are finite numbers, such as 0.05", math.isfinite)
 
     def __call__(self, round: int, scores: Scores) -> float:
         if not round:
@@ -280,8 +279,7 @@ class Bucket:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta={self.beta}: allowed are finite numbers above 0, such as 5.")
+        number("beta", self.beta, "are finite numbers above 0, such as 5", lambda v: 0 < v < math.inf)
 
     def __call__(self, round: int, scores: Scores) -> float:
         if not round:
@@ -296,16 +294,13 @@ def _size(scores: Scores) -> int:
     return max(1, sum(s.numel() for s in scores.values()))
 
 
-def _check_whole(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or value < lowest:
-        raise ValueError(
-            f"{name}={value!r}: allowed are whole numbers from {lowest} on, such as {lowest + 1}."
-        )
-
-
 def _check_ramp(ramp: Linear | Cubic | OneCycle) -> None:
-    _check_whole("rounds", ramp.rounds, 1)
-    _check_whole("start", ramp.start, 0)
+    whole("rounds", ramp.rounds, 1)
+    whole("start", ramp.start, 0)
+    for name in ("initial", "sparsity"):
+        number(
+            name, getattr(ramp, name), "are fractions from 0 to below 1, such as 0.9", lambda v: 0 <= v < 1
+        )
     if not 0 <= ramp.initial <= ramp.sparsity < 1:
         raise ValueError(
             f"initial={ramp.initial}, sparsity={ramp.sparsity}: allowed is 0 <= initial <= sparsity < 1, "

@@ -30,7 +30,7 @@ def largest_remainder(total, shares, caps):
     quota = {}
     free = dict(shares)
     while free:
-        rest, mass = total - sum(quota.values()), sum(map(Fraction, free.values()))
+        rest, mass = total - sum(quota.values()), sum(map(Fraction, free.values())) or 1
         due = {name: Fraction(rest) * Fraction(share) / mass for name, share in free.items()}
         full = [name for name in free if due[name] >= caps[name]]
         quota.update({name: caps[name] for name in full} if full else due)

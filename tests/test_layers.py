@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent
 
 # from the foundation upwards: a module imports from the layers below its own, or from its own
 LAYERS = (
-    {"masks", "models", "tables"},
+    {"checks", "masks", "models", "tables"},
     {"criteria", "allocation", "schedules", "rng", "evidence", "granularity", "storage", "metrics"},
     {"pruning", "holding", "rewind", "surgery", "channels", "filters", "inference", "doctor"},
     {"callbacks"},

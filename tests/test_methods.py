@@ -112,7 +112,7 @@ def test_per_layer_refuses_patterns_that_do_not_fit():
         PerLayer({"fc.*": 0.5, "*": 1})(weights, 5, params=weights)
     with pytest.raises(ValueError, match="no pattern matches 1"):
         PerLayer({"0": 0.5})(weights, 5, params=weights)
-    with pytest.raises(ValueError, match="densities: 'a' has 0; allowed is above 0 up to 1"):
+    with pytest.raises(ValueError, match=r"densities\['a'\]=0: allowed are numbers above 0 up to 1"):
         PerLayer({"a": 0})
 
 
@@ -204,14 +204,16 @@ def test_one_shot_pruning_takes_a_schedule():
     ("make", "message"),
     [
         (lambda: schedules.TopK(0), "count=0: allowed are whole numbers from 1 on"),
-        (lambda: schedules.Linear(sparsity=1.0), "sparsity=1.0: allowed is 0 <= initial <= sparsity < 1"),
+        (lambda: schedules.Linear(sparsity=1.0), "sparsity=1.0: allowed are fractions from 0 to below 1"),
+        (lambda: schedules.Linear(0.5, initial=0.6), "allowed is 0 <= initial <= sparsity < 1"),
+        (lambda: schedules.Geometric("some"), "rate='some': allowed are fractions"),
         (lambda: schedules.Cubic(initial=0.95), "initial=0.95, sparsity=0.9: allowed"),
         (lambda: schedules.OneCycle(rounds=0), "rounds=0: allowed are whole numbers from 1 on"),
         (lambda: schedules.OneCycle(a=0), "a=0, b=6.0: allowed are finite numbers, a above 0"),
         (lambda: schedules.Linear(start=-1), "start=-1: allowed are whole numbers from 0 on"),
         (lambda: schedules.Explicit([]), r"sparsities=\(\): allowed are one or more"),
         (lambda: schedules.Explicit([0.5, 0.4]), "masks only shrink"),
-        (lambda: schedules.Explicit([1.0]), "each from 0 to below 1"),
+        (lambda: schedules.Explicit([1.0]), "sparsities=1.0: allowed are fractions from 0 to below 1"),
         (lambda: schedules.Threshold(float("nan")), "theta=nan: allowed are finite numbers"),
         (lambda: schedules.Bucket(0), "beta=0: allowed are finite numbers above 0"),
         (lambda: AtLeast(-1), "n=-1: allowed are whole numbers from 0 on"),

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.beside import averages_of, callbacks_of
 from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.channels import Groups
+from lightning_prune.checks import number, whole
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
 from lightning_prune.masks import Masks, pack, unpack
@@ -96,10 +97,9 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
         for name, value in (("round_to", round_to), ("at_least", at_least)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 1 on, such as 1.")
-        if not 0 <= slimming < float("inf"):
-            raise ValueError(f"slimming={slimming}: allowed are finite numbers from 0 on, such as 1e-4.")
+            whole(name, value, 1, such_as=1)
+        allowed = "are finite numbers from 0 on, such as 1e-4"
+        number("slimming", slimming, allowed, lambda v: 0 <= v < float("inf"))
         super().__init__(
             schedule=OneShot(0.3) if schedule is None else schedule,
             rounds=rounds,

@@ -21,6 +21,7 @@ from lightning_prune.callbacks.checkpoints import WholeCheckpointIO, load_masks,
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.ranks import agreed, check_ranks, of_ranks
+from lightning_prune.checks import number, whole
 from lightning_prune.doctor import awake, disagreeing, emptied, missed, replaced, report
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
@@ -125,12 +126,11 @@ class IterativeMagnitudePruning(Callback):
             ("every_n_train_steps", 1 if every_n_train_steps is None else every_n_train_steps, 1),
             ("score_batches", score_batches, 1),
         ):
-            if not isinstance(value, int) or value < lowest:
-                raise ValueError(
-                    f"{name}={value!r}: allowed are whole numbers from {lowest} on, such as {lowest + 1}."
-                )
-        if not 0 < max_sparsity <= 1:
-            raise ValueError(f"max_sparsity={max_sparsity}: allowed is above 0 and at most 1, such as 0.95.")
+            whole(name, value, lowest)
+        allowed = "is above 0 and at most 1, such as 0.95"
+        number("max_sparsity", max_sparsity, allowed, lambda v: 0 < v <= 1)
+        for metric, lowest in (stop_below or {}).items():
+            number(f"stop_below[{metric!r}]", lowest, "are numbers, such as 0.9", lambda v: v == v)
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
         for its in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
             check_schedule(its, rounds)

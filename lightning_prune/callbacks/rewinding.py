@@ -11,6 +11,7 @@ from lightning_prune.callbacks import generators, learning_rates
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
+from lightning_prune.checks import whole
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
@@ -56,9 +57,9 @@ class LotteryTicketRewind(Callback):
         until: EarlyBird | None = None,
         same_batches: bool = False,
     ) -> None:
-        for name, value in (("to_step", to_step), ("to_epoch", 0 if to_epoch is None else to_epoch)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r}: allowed are whole numbers from 0 on, such as 0.")
+        whole("to_step", to_step, 0, such_as=0)
+        if to_epoch is not None:
+            whole("to_epoch", to_epoch, 0, such_as=0)
         if to_step and to_epoch is not None:
             raise ValueError(
                 f"to_step={to_step}, to_epoch={to_epoch}: only one of them is allowed. Leave one out."
