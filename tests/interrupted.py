@@ -4,7 +4,7 @@ import os
 import signal
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_prune as lp
@@ -65,10 +65,9 @@ def run(
     **options,
 ):
     """Train, from the last checkpoint in the folder if there is one. Returns all that the run ends with."""
-    torch.manual_seed(seed)
     resume = last_checkpoint(folder) if resume == "last" else resume
-    if resume is not None:
-        torch.manual_seed(seed + 1)  # nothing may come from here
+    # from the seed of a resumed run nothing may come
+    seed_everything(seed if resume is None else seed + 1, verbose=False)
     pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(rate), rounds=3, **CLOCKS[clock], **options)
     rewinder = [] if to_step is None else [lp.LotteryTicketRewind(to_step)]
     if rewinds is not None:
