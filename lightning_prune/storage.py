@@ -121,7 +121,7 @@ def libraries() -> tuple[Any, Any]:
         import zstandard
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is needed for sparse files: pip install 'lightning-prune[storage]'"
+            f"{error.name} is needed for sparse files: pip install safetensors zstandard"
         ) from error
     return safetensors, zstandard
 

@@ -1,8 +1,10 @@
 """Coupled channels are found, what cannot go stays, and a cut network computes what the masked one did."""
 
 import re
+import sys
 import warnings
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lightning_prune import allocation, channels, criteria, filters, load_pruned
 from lightning_prune.surgery import cut
 from tests.networks import same
 
+ROOT = Path(__file__).parents[1]
 IMAGE = (2, 3, 16, 16)
 
 
@@ -414,3 +417,10 @@ def test_cutting_twice_equals_cutting_once():
     here = channels.after(groups, first)
     cut(twice, channels.plan(here, {n: m[first[n]] for n, m in second.items()}))
     assert same(once.state_dict(), twice.state_dict())
+
+
+def test_without_torch_pruning_it_says_which_one_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    pinned = re.search(r'"(torch-pruning==[^"]+)"', (ROOT / "pyproject.toml").read_text())
+    with pytest.raises(ImportError, match=f"pip install {re.escape(pinned[1])}"):
+        channels.discover(nn.Sequential(conv(3, 8), conv(8, 8)), torch.zeros(IMAGE))
