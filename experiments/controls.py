@@ -29,8 +29,9 @@ from experiments.records import Record, read
 from experiments.tickets import Begin, Start, each_round, finished, train_from
 from experiments.training import built
 from lightning_prune.criteria import Random
-from lightning_prune.masks import Masks, Scores, alive
+from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Criterion, groups, next_masks
+from lightning_prune.selection import Scores
 
 Prune = Callable[[Criterion, Mapping[str, Tensor]], Masks]
 Control = Callable[..., Start]

@@ -28,9 +28,7 @@ says from where to go on.*
 
 from lightning_prune import (
     allocation,
-    channels,
     criteria,
-    filters,
     granularity,
     metrics,
     models,
@@ -38,12 +36,14 @@ from lightning_prune import (
     schedules,
 )
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
-from lightning_prune.filters import prune_channels
+from lightning_prune.deploy.inference import accelerate, summarize
+from lightning_prune.deploy.storage import load_sparse, save_sparse
 from lightning_prune.holding import hold
-from lightning_prune.inference import accelerate, summarize
-from lightning_prune.pruning import prune, targets
-from lightning_prune.storage import load_sparse, save_sparse
-from lightning_prune.surgery import load_pruned
+from lightning_prune.layers import targets
+from lightning_prune.pruning import prune
+from lightning_prune.structured import filters
+from lightning_prune.structured.filters import prune_channels
+from lightning_prune.structured.surgery import load_pruned
 
 __version__ = "0.1.0"
 
@@ -53,7 +53,6 @@ __all__ = [
     "StructuredChannelPruning",
     "accelerate",
     "allocation",
-    "channels",
     "criteria",
     "filters",
     "granularity",

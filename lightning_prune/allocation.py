@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lightning_prune import evidence
 from lightning_prune.checks import number, whole
-from lightning_prune.masks import DEAD, Keep, Masks, Scores, count_above, threshold
+from lightning_prune.masks import Masks
+from lightning_prune.selection import DEAD, Keep, Scores, count_above, threshold
 
 Allocation = Callable[..., dict[str, int]]
 

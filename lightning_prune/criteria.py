@@ -26,7 +26,8 @@ from torch.func import functional_call
 
 from lightning_prune.checks import number, whole
 from lightning_prune.evidence import Loss, differentiable, gradients, inputs, mean_gradients
-from lightning_prune.masks import DEAD, Masks, Scores, keep_top
+from lightning_prune.masks import Masks
+from lightning_prune.selection import DEAD, Scores, keep_top
 
 Params = dict[str, Tensor]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.checks import number, whole
-from lightning_prune.masks import DEAD
+from lightning_prune.selection import DEAD
 
 Granularity = Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
 

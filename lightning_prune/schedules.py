@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_prune.checks import number, whole
-from lightning_prune.masks import DEAD, Scores, count_above
+from lightning_prune.selection import DEAD, Scores, count_above
 
 Schedule = Callable[..., float]
 

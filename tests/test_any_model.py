@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
+from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import prunable
 from tests.networks import dead_are_zero, fitter, same
 from tests.test_laws import description, hooks_of
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import allocation, channels, criteria, filters, load_pruned, prune_channels
-from lightning_prune.surgery import cut
+from lightning_prune import allocation, criteria, filters, load_pruned, prune_channels
+from lightning_prune.structured import coupling as channels
+from lightning_prune.structured.surgery import cut
 from tests.networks import same
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ from experiments.records import read
 from experiments.run import run
 from experiments.statistics import masks_of
 from experiments.tickets import Begin, Start
+from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import prunable
 from lightning_prune.rewind import Snapshot
 from tests.networks import Net, fitter, same
 from tests.test_experiments import ROOT

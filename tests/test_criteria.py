@@ -11,8 +11,9 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune import criteria
 from lightning_prune.evidence import undisturbed
-from lightning_prune.masks import keep_top
-from lightning_prune.pruning import next_masks, prunable
+from lightning_prune.layers import prunable
+from lightning_prune.pruning import next_masks
+from lightning_prune.selection import keep_top
 from tests import reference_methods as oracle
 from tests.networks import same
 

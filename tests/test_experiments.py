@@ -15,8 +15,9 @@ import lightning_prune as lp
 from experiments import claims, data, minilm, records, report
 from experiments.models import LeNet, ResidualMLP, ResNet20
 from experiments.run import run
+from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import groups, next_masks, prunable
+from lightning_prune.pruning import groups, next_masks
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # where continuous integration keeps the data sets

@@ -7,8 +7,8 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune.allocation import AtLeast, class_distributed, erk, global_rank, lamp, uniform
 from lightning_prune.granularity import NM, Block, Filter, Kernel, single
-from lightning_prune.masks import DEAD
 from lightning_prune.pruning import next_masks
+from lightning_prune.selection import DEAD
 from tests import reference_methods as oracle
 
 SHAPES = [(6, 8), (5, 10), (4, 6, 3, 3), (3, 9, 5), (2, 3)]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import lightning_prune as lp
 from experiments.models import LeNet
-from lightning_prune import inference
+from lightning_prune.deploy import inference
 
 FORMS = {"csr": inference._csr, "compact": inference._compact}
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_prune import allocation
-from lightning_prune.masks import alive, bits, count_above, keep_top, pack, threshold, unpack, zero_dead_
+from lightning_prune.masks import alive, bits, pack, unpack, zero_dead_
+from lightning_prune.selection import count_above, keep_top, threshold
 from tests.networks import bits_of, same
 from tests.reference import global_selection
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
-from lightning_prune import allocation, channels, criteria, filters
-from lightning_prune.surgery import cut
+from lightning_prune import allocation, criteria, filters
+from lightning_prune.structured import coupling as channels
+from lightning_prune.structured.surgery import cut
 from tests.networks import fitter
 from tests.test_channels import masked
 

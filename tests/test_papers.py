@@ -12,8 +12,9 @@ from experiments.data import Batches, Splits, pad_crop_flip, per_channel, per_im
 from experiments.models import VGG16, Conv, ResNet20, glorot, kaiming
 from experiments.records import read
 from experiments.run import run
+from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import groups, next_masks, prunable
+from lightning_prune.pruning import groups, next_masks
 from tests.test_experiments import ROOT
 
 # Weights left after n rounds, in percent, from the shapes and rates of Frankle & Carbin (2019), Figure 2.

@@ -17,9 +17,10 @@ from lightning_prune import doctor
 from lightning_prune.allocation import AtLeast, global_rank, uniform
 from lightning_prune.granularity import NM, Block, Filter, Kernel
 from lightning_prune.holding import Hold
-from lightning_prune.masks import alive, keep_top, pack, threshold, unpack
+from lightning_prune.masks import alive, pack, unpack
 from lightning_prune.pruning import budget, next_masks
 from lightning_prune.rewind import Snapshot
+from lightning_prune.selection import keep_top, threshold
 from tests.networks import bits_of, dead_are_zero, same
 from tests.reference import global_selection, uniform_selection
 

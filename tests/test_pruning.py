@@ -10,8 +10,9 @@ from torch.nn.utils import prune as peer
 
 import lightning_prune as lp
 from lightning_prune.allocation import global_rank, uniform
+from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import budget, groups, next_masks, prunable
+from lightning_prune.pruning import budget, groups, next_masks
 from lightning_prune.schedules import Geometric
 from tests.limited import in_a_process
 from tests.networks import Net, dead_are_zero, same

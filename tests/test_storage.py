@@ -15,7 +15,7 @@ from torch import nn
 
 import lightning_prune as lp
 from experiments.benchmarks.size import limit
-from lightning_prune import storage
+from lightning_prune.deploy import storage
 from tests.limited import in_a_process
 from tests.networks import Net, fitter, loader
 

@@ -12,10 +12,11 @@ from torch import nn, optim
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune import channels, load_pruned
+from lightning_prune import load_pruned
 from lightning_prune.holding import Hold
 from lightning_prune.rewind import Snapshot
-from lightning_prune.surgery import cut, cut_snapshot
+from lightning_prune.structured import coupling as channels
+from lightning_prune.structured.surgery import cut, cut_snapshot
 from tests.networks import same
 from tests.test_channels import IMAGE, Residual, alive, masked, relative
 

@@ -13,7 +13,8 @@ from experiments.benchmarks.step import Task, holding, step_time
 from experiments.benchmarks.timing import machine, seconds
 from experiments.models import LeNet
 from lightning_prune import doctor
-from lightning_prune.pruning import next_masks, prunable
+from lightning_prune.layers import prunable
+from lightning_prune.pruning import next_masks
 
 BATCH, IMAGES = 60, 55_000
 

@@ -12,17 +12,19 @@ from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_prune import allocation, channels, criteria, filters, surgery
+from lightning_prune import allocation, criteria
 from lightning_prune.callbacks.beside import averages_of, callbacks_of
 from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
-from lightning_prune.channels import Groups
 from lightning_prune.checks import number, whole
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.holding import Hold
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.pruning import Allocation, Criterion, groups
 from lightning_prune.schedules import OneShot, Schedule
+from lightning_prune.structured import coupling as channels
+from lightning_prune.structured import filters, surgery
+from lightning_prune.structured.coupling import Groups
 
 
 class StructuredChannelPruning(IterativeMagnitudePruning):

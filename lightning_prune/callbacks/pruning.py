@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune import allocation, criteria, storage
+from lightning_prune import allocation, criteria
 from lightning_prune.allocation import AtLeast
 from lightning_prune.callbacks import generators
 from lightning_prune.callbacks.beside import averaging_of, callbacks_of, compare_anew, mask_averages, show
@@ -22,22 +22,14 @@ from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.ranks import agreed, check_ranks, of_ranks
 from lightning_prune.checks import number, whole
+from lightning_prune.deploy import storage
 from lightning_prune.doctor import awake, disagreeing, emptied, missed, replaced, report
 from lightning_prune.evidence import asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import Hold, check_fit, mixes_weights
+from lightning_prune.layers import LAYERS, prunable
 from lightning_prune.masks import Masks, alive, pack, unpack
-from lightning_prune.pruning import (
-    LAYERS,
-    Allocation,
-    Criterion,
-    budget,
-    check_schedule,
-    groups,
-    next_masks,
-    plan,
-    prunable,
-)
+from lightning_prune.pruning import Allocation, Criterion, budget, check_schedule, groups, next_masks, plan
 from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
 

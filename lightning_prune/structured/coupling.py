@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_prune import rng, surgery
+from lightning_prune import rng
+from lightning_prune.layers import matching
 from lightning_prune.masks import Masks
-from lightning_prune.pruning import matching
-from lightning_prune.surgery import Plan, Site, cut
+from lightning_prune.structured import surgery
+from lightning_prune.structured.surgery import Plan, Site, cut
 
 HEAD = "its channels are an output of the model"
 

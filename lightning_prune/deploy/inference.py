@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
-from lightning_prune.storage import save_sparse
+from lightning_prune.deploy.storage import save_sparse
 from lightning_prune.tables import table
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_prune.allocation import Allocation, AtLeast, alive_per_tensor, apportion, global_rank, uniform
-from lightning_prune.channels import (
+from lightning_prune.criteria import magnitude
+from lightning_prune.evidence import asked, undisturbed
+from lightning_prune.masks import Masks
+from lightning_prune.pruning import Criterion, Sparsity, next_masks, score_weights
+from lightning_prune.selection import DEAD, Keep, Scores, keep_top
+from lightning_prune.structured.coupling import (
     Channels,
     Groups,
     as_input,
@@ -27,11 +32,7 @@ from lightning_prune.channels import (
     plan,
     run,
 )
-from lightning_prune.criteria import magnitude
-from lightning_prune.evidence import asked, undisturbed
-from lightning_prune.masks import DEAD, Keep, Masks, Scores, keep_top
-from lightning_prune.pruning import Criterion, Sparsity, next_masks, score_weights
-from lightning_prune.surgery import Site, cut
+from lightning_prune.structured.surgery import Site, cut
 
 
 def unit_scores(

@@ -1,0 +1,1 @@
+"""What zeros are worth: sparse files, faster inference, and what was measured of them."""
