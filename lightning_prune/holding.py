@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+from typing_extensions import final
 
 from lightning_prune.masks import Masks, bits, zero_dead_
 
@@ -30,6 +31,7 @@ ELEMENTWISE = (
 )
 
 
+@final
 class Hold:
     """Masks held on parameters: after every step of every optimizer, dead weights are exactly +0.0.
 

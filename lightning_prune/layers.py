@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from typing_extensions import override
+from typing_extensions import final, override
 
 from lightning_prune.tables import table
 
@@ -34,6 +34,7 @@ class Target:
     why_not: str
 
 
+@final
 class Targets(tuple[Target, ...]):
     """What of a model would be pruned. `print` it for a table."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import override
+from typing_extensions import final, override
 
 from lightning_prune.masks import overlap
 
@@ -25,7 +25,17 @@ class _Counts(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
 
-class Sparsity(_Counts):
+class _Survivors(_Counts):
+    """The elements that are not zero, of all that was given."""
+
+    @override
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        self.part += sum(int(t.count_nonzero()) for t in tensors.values())
+        self.whole += sum(t.numel() for t in tensors.values())
+
+
+@final
+class Sparsity(_Survivors):
     """Fraction of zeros, of all that was given.
 
     >>> sparsity = Sparsity()
@@ -41,21 +51,22 @@ class Sparsity(_Counts):
     higher_is_better = None
 
     @override
-    def update(self, tensors: Mapping[str, Tensor]) -> None:
-        self.part += sum(int(t.count_nonzero()) for t in tensors.values())
-        self.whole += sum(t.numel() for t in tensors.values())
-
-    @override
     def compute(self) -> Tensor:
         return 1 - self.part / self.whole
 
 
-class CompressionRatio(Sparsity):
+@final
+class CompressionRatio(_Survivors):
     """Original size over new size: all weights over those that are not 0; infinite where none is left.
 
     >>> ratio = CompressionRatio()
     >>> ratio({"w": torch.tensor([0.0, 0.3, 0.0, 0.0])})
     tensor(4.)
+
+    `update` takes masks, or weights, by name.
+
+    Args:
+        kwargs: those of `torchmetrics.Metric`.
 
     Reference: Blalock et al. (2020), arXiv:2003.03033, Section 6.
     """
@@ -67,6 +78,7 @@ class CompressionRatio(Sparsity):
         return self.whole / self.part
 
 
+@final
 class MaskOverlap(_Counts):
     """The Jaccard index of pairs of masks: alive in both over alive in either; 1 where nothing is alive.
 

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from typing_extensions import final
 
 
+@final
 class DeepFFN(nn.Module):
     """A deep feed-forward network with ReLU, and optionally layer norm before each activation.
 
