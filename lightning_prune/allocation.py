@@ -2,16 +2,20 @@
 
 An allocation is any callable `(scores, total) -> {name: survivors}` whose values sum to `total`. The score of
 a dead weight is minus infinity; every other score is finite. With a granularity, scores and survivors are
-those of its units. By keyword it receives what its signature names of `params`, the weights, and `masks`.
+those of its units. By keyword it receives what its signature names of `params`, the weights, `masks`,
+and `together`: ranks that hold parts of the tensors, whose counts are then those of the whole tensors.
 
 No tensor is left without survivors unless that is asked for: every allocation works as
 `AtLeast(1, of=allocation)`; write `AtLeast(0, of=...)` to let layers go.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,12 +23,21 @@ from torch import Tensor
 from lightning_prune import evidence
 from lightning_prune.checks import number, whole
 from lightning_prune.masks import Masks
-from lightning_prune.selection import DEAD, Keep, Scores, count_above, threshold
+from lightning_prune.selection import (
+    DEAD,
+    Allocation,
+    Keep,
+    Scores,
+    Together,
+    candidates_per_tensor,
+    check_together,
+    count_above,
+    counted,
+    threshold,
+)
 
-Allocation = Callable[..., dict[str, int]]
 
-
-def global_rank(scores: Scores, total: int) -> Keep:
+def global_rank(scores: Scores, total: int, *, together: Together | None = None) -> Keep:
     """Class-blind: the `total` highest scores of all tensors together survive. Ties go to the earlier tensor.
 
     >>> import torch
@@ -36,20 +49,25 @@ def global_rank(scores: Scores, total: int) -> Keep:
     keep = Keep(dict.fromkeys(scores, 0))
     if total == 0:
         return keep
-    cut, _ = threshold(scores.values(), total)
-    keep.update({name: count_above(s, cut, or_equal=True) for name, s in scores.items()})
+    own = [s for name, s in scores.items() if together is None or together.counts(name)]
+    cut, _ = threshold(own, total, together.add if together else None)
+    keep.update(counted({n: count_above(s, cut, or_equal=True) for n, s in scores.items()}, together))
     spare = sum(keep.values()) - total  # more are equal to the cut than there is room for
+    if spare and together:
+        above = counted({n: count_above(s, cut) for n, s in scores.items()}, together)
+    else:
+        above = None
     for name in reversed(list(scores)):
         if not spare:
             break
-        dropped = min(spare, keep[name] - count_above(scores[name], cut))
+        dropped = min(spare, keep[name] - (above[name] if above else count_above(scores[name], cut)))
         keep[name] -= dropped
         spare -= dropped
     keep.near = cut
     return keep
 
 
-def uniform(scores: Scores, total: int) -> Keep:
+def uniform(scores: Scores, total: int, *, together: Together | None = None) -> Keep:
     """Class-uniform: every tensor keeps the same fraction of its weights, within one weight.
 
     A tensor that has fewer alive keeps all of those, and the others share the rest.
@@ -60,7 +78,8 @@ def uniform(scores: Scores, total: int) -> Keep:
 
     Reference: See et al. (2016), arXiv:1606.09274, "class-uniform".
     """
-    return apportion(total, {name: s.numel() for name, s in scores.items()}, alive_per_tensor(scores))
+    sizes = counted({name: s.numel() for name, s in scores.items()}, together)
+    return apportion(total, sizes, candidates_per_tensor(scores, together))
 
 
 def class_distributed(scores: Scores, total: int, *, params: Mapping[str, Tensor], masks: Masks) -> Keep:
@@ -101,7 +120,7 @@ def erk(scores: Scores, total: int, *, params: Mapping[str, Tensor]) -> Keep:
     Reference: Evci et al. (2020), arXiv:1911.11134, Section 3; Mocanu et al. (2018), arXiv:1707.04780.
     """
     shares = {n: Fraction(s.numel() * sum(params[n].shape), params[n].numel()) for n, s in scores.items()}
-    return apportion(total, shares, alive_per_tensor(scores))
+    return apportion(total, shares, candidates_per_tensor(scores))
 
 
 def lamp(scores: Scores, total: int) -> Keep:
@@ -159,7 +178,7 @@ class PerLayer:
                     f"{', '.join(params)}. Name one of them."
                 )
         shares = {name: s.numel() * Fraction(self._density(name)) for name, s in scores.items()}
-        return apportion(total, shares, alive_per_tensor(scores))
+        return apportion(total, shares, candidates_per_tensor(scores))
 
     def _density(self, name: str) -> float:
         for pattern, density in self.densities.items():
@@ -175,7 +194,8 @@ class PerLayer:
 class AtLeast:
     """A minimum of survivors in every tensor; the tensors that it does not touch share the rest.
 
-    A tensor that has fewer alive keeps all of those. A total too small for all minima is split without them.
+    A tensor that has fewer alive keeps all of those. Where a total is too small for all minima, the largest
+    minimum that fits holds, with a warning.
 
     >>> import torch
     >>> s = {"a": torch.tensor([4.0, 3.0, 2.0]), "b": torch.tensor([1.0, 0.5])}
@@ -200,28 +220,38 @@ class AtLeast:
         *,
         params: Mapping[str, Tensor] | None = None,
         masks: Masks | None = None,
+        together: Together | None = None,
     ) -> dict[str, int]:
-        keep = evidence.call(self.of, scores, total, params=params, masks=masks)
+        check_together(self.of, together)
+        split = partial(evidence.call, self.of, params=params, masks=masks, together=together)
+        keep = split(scores, total)
         if not scores or min(keep.values()) >= self.n:
             return keep
-        floors = {name: min(self.n, count) for name, count in alive_per_tensor(scores).items()}
+        there = candidates_per_tensor(scores, together)
+        n = largest_minimum(self.n, total, there)
+        if n < self.n > 1:
+            warnings.warn(
+                f"allocate: {total} survivors are fewer than {self.n} in each of {len(there)} tensors; the "
+                f"minimum is {n} here. Ask for a lower sparsity, or exclude some tensors.",
+                stacklevel=2,
+            )
+        floors = {name: min(n, count) for name, count in there.items()}
         fixed: dict[str, int] = {}
-        while sum(floors.values()) <= total:
-            short = {name: floors[name] for name in keep if keep[name] < floors[name]}
-            if not short:
-                return {name: fixed[name] if name in fixed else keep[name] for name in scores}
+        while short := {name: floors[name] for name in keep if keep[name] < floors[name]}:
             fixed |= short
             free = {name: s for name, s in scores.items() if name not in fixed}
-            keep = evidence.call(self.of, free, total - sum(fixed.values()), params=params, masks=masks)
-        return keep
+            keep = split(free, total - sum(fixed.values()))
+        return {name: fixed[name] if name in fixed else keep[name] for name in scores}
 
 
-def alive_per_tensor(scores: Scores) -> dict[str, int]:
-    """How many weights of each tensor are candidates."""
-    return {
-        name: s.numel() if s.numel() and bool(s.amin() > DEAD) else count_above(s, DEAD)
-        for name, s in scores.items()
-    }
+def largest_minimum(n: int, total: int, there: Mapping[str, int]) -> int:
+    """The largest minimum up to `n` that a total has room for, where some tensors have fewer candidates.
+
+    >>> largest_minimum(10, 12, {"a": 4, "b": 9, "c": 9})
+    4
+    """
+    fits = lambda n: sum(min(n, count) for count in there.values()) <= total  # noqa: E731
+    return n if fits(n) else bisect_left(range(n), True, key=lambda n: not fits(n)) - 1
 
 
 def apportion(total: int, shares: Mapping[str, float | Fraction], caps: Mapping[str, int]) -> Keep:

@@ -18,7 +18,7 @@ receives, by keyword, what its signature names (what has a default there is opti
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from lightning_prune.masks import Masks
 from lightning_prune.selection import DEAD, Scores, keep_top
 
 Params = dict[str, Tensor]
+# (weights, and by keyword what it asks for) -> scores
+Criterion = Callable[Concatenate[Params, ...], Scores]
 
 # -------------------------------------------------------------------------------- of the weights themselves
 

@@ -31,6 +31,7 @@ EVIDENCE = {
     "channels": "It scores coupled channels: StructuredChannelPruning has them.",
     "final": "The state in which a round ended: only policies of LotteryTicketRewind get it.",
     "removed": "Only StructuredChannelPruning knows what a sparsity removes.",
+    "together": "Ranks that hold parts of the tensors give it to allocations.",
 }
 
 # What runs the model, or reads the training data.
@@ -45,7 +46,10 @@ def asked(function: Callable[..., Any], given: int = 1) -> dict[str, bool]:
     >>> asked(lambda params, grads, model=None: params)
     {'grads': True, 'model': False}
     """
-    rest = list(inspect.signature(function).parameters.values())[given:]
+    try:
+        rest = list(inspect.signature(function).parameters.values())[given:]
+    except ValueError:  # some builtins, such as a dict's __getitem__, have no signature to read
+        return {}
     return {p.name: p.default is p.empty for p in rest if p.name in EVIDENCE}
 
 

@@ -1,4 +1,4 @@
-"""Pruning: score, allocate, keep. The four axes meet here, and nowhere else."""
+"""Pruning: score the weights, select those that stay. The four axes meet here, and nowhere else."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.checks import number
+from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.layers import LAYERS, matching, prunable
-from lightning_prune.masks import Masks, bits, count, zero_dead_
+from lightning_prune.masks import Masks, alive, bits, count, zero_dead_
 from lightning_prune.schedules import Schedule
-from lightning_prune.selection import DEAD, Scores, count_above, keep_top
+from lightning_prune.selection import DEAD, Scores, only, select
 
-Criterion = Callable[..., Scores]
 Groups = list[tuple[list[str], Schedule]]
 Sparsity = float | Callable[..., float]
 
@@ -126,52 +126,67 @@ def next_masks(
         ValueError: when a weight or a score of a living weight is not finite.
     """
     weights = {name: p.detach() for name, p in params.items()}
-    _check_finite(weights, "the weight")
+    for name, weight in weights.items():
+        _check_finite(name, weight)
     if not any(sparsity for _, sparsity in sparsities):
         return {name: masks[name].clone() for name in weights}
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
     if len(known) == len(sparsities):
         evidence["sparsity"] = sum(s * n for s, n in known) / max(1, sum(n for _, n in known))
-    scores = score_weights(criterion, weights, {"masks": masks, **evidence})
+    scores = score(criterion, weights, {"masks": masks, **evidence})
+    return chosen(scores, weights, masks, sparsities, allocate, granularity)
+
+
+def chosen(
+    scores: Scores,
+    params: Mapping[str, Tensor],
+    masks: Masks,
+    sparsities: Sequence[tuple[Sequence[str], Sparsity]],
+    allocate: Allocation,
+    granularity: Granularity,
+) -> Masks:
+    """The second half of `next_masks`: of scores that are known, who lives on. `scores` is emptied.
+
+    Raises:
+        ValueError: when a score of a living weight is not finite.
+    """
     units: Scores = {}
+    candidates: Masks = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, mask in masks.items():
-        score, living = scores.pop(name), count(mask)
-        if living < mask.numel():
-            score = torch.where(mask, score, DEAD)  # whatever the dead score
-        _check_finite({name: score}, "the score of", mask.numel() - living)
-        units[name], expand[name] = granularity(score)
-    if not isinstance(allocate, AtLeast):
-        allocate = AtLeast(1, of=allocate)
+        _check_finite(name, values := scores.pop(name), mask)
+        if granularity is single:
+            units[name], candidates[name], expand[name] = values, mask, _as_it_is
+            continue
+        living = values if count(mask) == mask.numel() else torch.where(mask, values, DEAD)
+        units[name], expand[name] = granularity(living)
+        candidates[name] = units[name] > DEAD
+    allocate = allocate if isinstance(allocate, AtLeast) else AtLeast(1, of=allocate)
     new: Masks = {}
     for names, sparsity in sparsities:
-        group = {name: units[name] for name in names}
-        sparsity = call(sparsity, scores=group) if callable(sparsity) else sparsity
-        left = budget(sparsity, sum(s.numel() for s in group.values()))
+        group = {name: units.pop(name) for name in names}
+        if callable(sparsity):
+            sparsity = call(sparsity, scores=only(group, candidates))
         if not sparsity:
             new.update({name: masks[name].clone() for name in names})
             continue
-        candidates = allocation.alive_per_tensor(group)
-        total = min(left, sum(candidates.values()))
-        keep = allocate(group, total, params=weights, masks=masks)
-        if sum(keep.values()) != total:
-            raise ValueError(
-                f"allocate: {allocate.of} gave {sum(keep.values())} survivors; allowed are the "
-                f"{total} that were asked for. Make its counts add up."
-            )
-        for name in names:
-            if keep[name] > candidates[name]:
-                raise ValueError(
-                    f"allocate: {allocate.of} gave {name} {keep[name]} survivors; allowed are "
-                    f"{candidates[name]}, what it has alive. Cap its counts."
-                )
-            best = keep_top(units[name], keep[name], near=getattr(keep, "near", None))
-            new[name] = expand[name](best).contiguous().logical_and_(masks[name])
-    return {name: new[name] for name in weights}
+        there = {name: candidates[name] for name in names}
+        total = min(budget(sparsity, sum(s.numel() for s in group.values())), alive(there))
+        best = select(group, there, total, allocate, params=params, masks=masks)
+        new.update({n: expand[n](best.pop(n)).contiguous().logical_and_(masks[n]) for n in names})
+    return {name: new[name] for name in params}
 
 
-def score_weights(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, Any]) -> Scores:
-    """Call the criterion with the evidence that its signature names."""
+def _as_it_is(mask: Tensor) -> Tensor:
+    return mask
+
+
+def score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, Any]) -> Scores:
+    """The criterion's scores, of each weight's shape; it gets the evidence that its signature names.
+
+    Raises:
+        ValueError: when evidence is missing, or the scores are not one floating point number for each weight.
+    """
     if "grads" in asked(criterion) and evidence.get("batches") and evidence.get("loss"):
         run = (evidence[name] for name in ("model", "loss", "batches"))
         evidence = {**evidence, "grads": mean_gradients(weights, *run)}
@@ -193,20 +208,22 @@ def score_weights(criterion: Criterion, weights: dict[str, Tensor], evidence: di
     return {name: scores[name].detach() for name in weights}
 
 
-def _check_finite(tensors: Mapping[str, Tensor], what: str, dead: int = 0) -> None:
-    for name, t in tensors.items():
-        if not t.numel():
-            continue
-        low, high = (float(x) for x in torch.aminmax(t))
-        if dead:  # these are minus infinity, and no other may be
-            finite = high < math.inf and count_above(t, DEAD) == t.numel() - dead
-        else:
-            finite = low > DEAD and high < math.inf  # NaN compares false
-        if not finite:
-            raise ValueError(
-                f"{what} {name} holds NaN or infinity; allowed are finite numbers. "
-                "Nothing was pruned. Look where the training diverged."
-            )
+def _check_finite(name: str, tensor: Tensor, mask: Tensor | None = None) -> None:
+    """Refuse a weight that is not finite, or the score, where the mask is True, of a living one."""
+    if not tensor.numel() or _is_finite(tensor) or (mask is not None and _is_finite(tensor[mask])):
+        return
+    what = "the weight" if mask is None else "the score of"
+    raise ValueError(
+        f"{what} {name} holds NaN or infinity; allowed are finite numbers. "
+        "Nothing was pruned. Look where the training diverged."
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    low, high = (float(x) for x in torch.aminmax(tensor))
+    return low > -math.inf and high < math.inf  # NaN compares false
 
 
 def prune(

@@ -8,7 +8,7 @@ which the round before ended.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Concatenate
 
 import torch
 from torch import Tensor, nn, optim
@@ -111,7 +111,8 @@ class Snapshot:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-Policy = Callable[..., Snapshot]
+# (the early snapshot, and by keyword the final state) -> what a round begins with
+Policy = Callable[Concatenate[Snapshot, ...], Snapshot]
 
 
 def everything(early: Snapshot) -> Snapshot:

@@ -11,13 +11,15 @@ it is gradual pruning during training; with a sparsity above 0 in round 0 it is 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Concatenate
 
 import torch
 
 from lightning_prune.checks import number, whole
 from lightning_prune.selection import DEAD, Scores, count_above
 
-Schedule = Callable[..., float]
+# (round, and by keyword what it asks for) -> sparsity
+Schedule = Callable[Concatenate[int, ...], float]
 
 
 def _check_fraction(name: str, value: float) -> None:

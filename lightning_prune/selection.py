@@ -1,21 +1,27 @@
 """Selection: the one place where masks are born.
 
-A radix select on the bits of the scores: exact, linear, and without a copy of its input.
+`select` chooses, of some candidates, those of the highest scores: of the living weights when one prunes, of
+the dead ones when connections grow, of the units of a granularity or of a network's channels. It is a radix
+select on the bits of the scores: exact, linear, and without a copy of its input. Its histograms add up, so
+ranks that hold parts of the tensors choose together what one process would.
 """
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, reduce
-from typing import Any
+from typing import Any, Concatenate, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.masks import count, integer
+from lightning_prune.evidence import asked, call
+from lightning_prune.masks import Masks, count, integer
 
 Scores = dict[str, Tensor]
+# (scores, total, and by keyword what it asks for) -> how many each tensor keeps
+Allocation = Callable[Concatenate[Scores, int, ...], dict[str, int]]
 Keys = Any  # integers of the order of scores: on the CPU a numpy array, which compares faster than torch
 
 # the score of a dead weight: below every score a weight can have, so it is never a candidate
@@ -34,6 +40,130 @@ class Keep(dict[str, int]):
     """
 
     near: float | None = None
+
+
+class Together(Protocol):
+    """What ranks that hold parts of the same tensors tell each other, to select as one process does."""
+
+    def add(self, counts: Tensor) -> Tensor:
+        """The sum over all ranks of whole numbers (int64), equal on every rank."""
+        ...
+
+    def counts(self, name: str) -> bool:
+        """Whether this rank's part of a tensor counts; of replicas only one does."""
+        ...
+
+    def places(self, name: str, indices: Tensor) -> Tensor:
+        """Where elements of this rank's part, by flat index, lie in the whole tensor, by flat index."""
+        ...
+
+
+def select(
+    scores: Scores,
+    candidates: Mapping[str, Tensor],
+    budget: int,
+    allocate: Allocation,
+    together: Together | None = None,
+    **evidence: Any,
+) -> Masks:
+    """Choose `budget` candidates: as many of each tensor as `allocate` says, and of these the highest scores.
+
+    Of equal scores the one of the lower index (row-major, in the whole tensor) is chosen.
+
+    >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([5.0, 4.0])}
+    >>> dead = {"a": torch.tensor([True, True, False]), "b": torch.tensor([False, True])}
+    >>> select(scores, dead, 2, lambda scores, total: {"a": 1, "b": 1})
+    {'a': tensor([ True, False, False]), 'b': tensor([False,  True])}
+
+    Args:
+        scores: floating point tensors by name; finite where there is a candidate, anything elsewhere.
+        candidates: bool tensors of the same shapes, True where an element can be chosen.
+        budget: how many are chosen in all, 0 ... number of candidates.
+        allocate: the scores, minus infinity where there is no candidate, and the budget -> {name: how many}.
+        together: over ranks that hold parts of the tensors. Counts are then those of the whole tensors.
+        evidence: what `allocate` may ask for besides, such as `params` and `masks`.
+
+    Returns:
+        {name: bool tensor}, in the order of `scores`; True where an element is chosen.
+
+    Raises:
+        ValueError: when the counts of `allocate` do not add up to the budget, a tensor has fewer candidates,
+            or ranks hold parts of the tensors and `allocate` does not ask for `together`.
+    """
+    check_together(allocate, together)
+    ranked = only(scores, candidates)
+    keep = call(allocate, ranked, budget, together=together, **evidence)
+    there = candidates_per_tensor(ranked, together)
+    if sum(keep.values()) != budget:
+        raise ValueError(
+            f"allocate: {allocate} gave {sum(keep.values())} survivors; allowed are the {budget} that were "
+            "asked for. Make its counts add up."
+        )
+    for name in ranked:
+        if keep[name] > there[name]:
+            raise ValueError(
+                f"allocate: {allocate} gave {name} {keep[name]} survivors; allowed are {there[name]}, what "
+                "it has alive. Cap its counts."
+            )
+    near = getattr(keep, "near", None)
+    if together is None:
+        return {name: keep_top(ranked.pop(name), keep[name], near=near) for name in list(ranked)}
+    return {name: _keep_top_together(name, ranked[name], keep[name], together) for name in ranked}
+
+
+def only(scores: Scores, candidates: Mapping[str, Tensor]) -> Scores:
+    """The scores, minus infinity where there is no candidate; the same tensors where all are candidates."""
+    return {
+        name: score if count(mask := candidates[name]) == mask.numel() else torch.where(mask, score, DEAD)
+        for name, score in scores.items()
+    }
+
+
+def check_together(allocate: Allocation, together: Together | None) -> None:
+    """Refuse an allocation that counts one rank's parts of the tensors where several ranks hold parts.
+
+    Raises:
+        ValueError: then.
+    """
+    if together is not None and "together" not in asked(allocate, 2):
+        raise ValueError(
+            f"allocate: {allocate} does not ask for `together`, so it cannot count over ranks that hold "
+            "parts of the tensors. Allowed are allocations with that keyword, such as `global_rank`. Use one."
+        )
+
+
+def candidates_per_tensor(scores: Scores, together: Together | None = None) -> dict[str, int]:
+    """How many elements of each tensor are candidates: above minus infinity."""
+    here = {
+        name: s.numel() if s.numel() and bool(s.amin() > DEAD) else count_above(s, DEAD)
+        for name, s in scores.items()
+    }
+    return counted(here, together)
+
+
+def counted(here: Mapping[str, int], together: Together | None) -> dict[str, int]:
+    """Counts of whole tensors, from those of the parts that each rank has here."""
+    if together is None:
+        return dict(here)
+    own = [number if together.counts(name) else 0 for name, number in here.items()]
+    return dict(zip(here, together.add(torch.tensor(own, dtype=torch.int64)).tolist(), strict=True))
+
+
+def _keep_top_together(name: str, scores: Tensor, keep: int, together: Together) -> Tensor:
+    """What `keep_top` gives for the whole tensor, of this rank's part."""
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    flat, own = scores.reshape(-1), [scores] if together.counts(name) else []
+    if not keep:
+        return mask
+    cut, ties = threshold(own, keep, together.add)
+    mask.view(-1)[:] = flat > cut
+    tied = (flat == cut).nonzero().flatten()
+    places = together.places(name, tied).to("cpu", torch.float64)  # exact: below 2**53
+    last, _ = threshold(
+        [-places] if own else [], ties, together.add
+    )  # the place of the last one that is kept
+    mask.view(-1)[tied[(-places >= last).to(tied.device)]] = True
+    return mask
 
 
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -87,7 +217,9 @@ def _flip(bits: Keys) -> Keys:
     return bits ^ ((bits >> sign) & ((1 << sign) - 1))
 
 
-def threshold(scores: Iterable[Tensor], keep: int) -> tuple[float, int]:
+def threshold(
+    scores: Iterable[Tensor], keep: int, add: Callable[[Tensor], Tensor] | None = None
+) -> tuple[float, int]:
     """The `keep`-th highest of all scores, and how many of those equal to it are among the `keep` highest.
 
     A radix select on the bits of the floats, mapped to integers of the same order: exact, linear, and without
@@ -100,9 +232,12 @@ def threshold(scores: Iterable[Tensor], keep: int) -> tuple[float, int]:
     Args:
         scores: floating point tensors of any shapes, without NaN.
         keep: 1 ... number of scores.
+        add: sums whole numbers over ranks that each have some of the scores. Every rank gets the same result.
     """
     tensors = list(scores)
     total = sum(t.numel() for t in tensors)
+    if add is not None:
+        return _threshold_together(tensors, keep, add)
     if not 1 <= keep <= total:
         raise ValueError(f"keep={keep}: allowed is 1 to {total}, the number of scores.")
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
@@ -134,6 +269,38 @@ def threshold(scores: Iterable[Tensor], keep: int) -> tuple[float, int]:
             low, high = max(low, bucket), min(high, bucket + (1 << shift) - 1)
             if sum(map(len, between)) * 16 <= total:
                 held, keep = between, keep - above
+
+
+def _threshold_together(
+    tensors: list[Tensor], keep: int, add: Callable[[Tensor], Tensor]
+) -> tuple[float, int]:
+    """The same over ranks: a pass for each digit, from the highest on, and a sum of histograms after each."""
+    widths = [t.dtype == dtype for dtype in _ORDERED for t in tensors]
+    here = torch.tensor(widths, dtype=torch.int64).view(len(_ORDERED), -1).sum(1)
+    *numbers, total = add(torch.cat((here, torch.tensor([sum(t.numel() for t in tensors)])))).tolist()
+    if not 1 <= keep <= total:
+        raise ValueError(f"keep={keep}: allowed is 1 to {total}, the number of scores.")
+    # half precisions of two kinds need a third that holds both; all ranks must see the same
+    dtype = reduce(torch.promote_types, (t for t, n in zip(_ORDERED, numbers, strict=True) if n))
+    limits = torch.iinfo(integer(dtype))
+    low, high = limits.min, limits.max
+    while True:
+        shift = max(0, (high - low).bit_length() - _DIGIT)
+        first, last = low >> shift, high >> shift
+        counts = torch.zeros(last - first + 1, dtype=torch.int64)
+        for key in _keys(tensors, dtype, limits.min):
+            inside = key[(key >= low) & (key <= high)]
+            counts += torch.bincount(torch.as_tensor((inside >> shift) - first), minlength=len(counts)).cpu()
+        reached = add(counts).flip(0).cumsum(0)
+        place = int(torch.searchsorted(reached, keep))
+        keep -= int(reached[place - 1]) if place else 0
+        if not shift:
+            return _flip(torch.tensor(last - place, dtype=integer(dtype))).view(dtype).item(), keep
+        bucket = last - place << shift
+        low, high = max(low, bucket), min(high, bucket + (1 << shift) - 1)
+
+
+_ORDERED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _guess(tensors: list[Tensor], dtype: torch.dtype, fraction: float) -> tuple[int, int]:

@@ -119,13 +119,22 @@ def test_per_layer_refuses_patterns_that_do_not_fit():
 def test_at_least_gives_every_layer_its_minimum_and_keeps_the_total():
     scores = {"a": torch.rand(50) + 2, "b": torch.rand(50) + 1, "c": torch.rand(3), "d": torch.rand(9)}
     for of in (global_rank, uniform, allocation.lamp):
-        for total in range(30, 113):
+        for total in range(32, 113):  # 10 + 10 + 3 + 9
             keep = AtLeast(10, of)(scores, total)
             assert sum(keep.values()) == total
-            if total >= 32:  # 10 + 10 + 3 + 9
-                assert all(keep[n] >= min(10, s.numel()) for n, s in scores.items())
+            assert all(keep[n] >= min(10, s.numel()) for n, s in scores.items())
     assert AtLeast(10)(scores, 32) == {"a": 10, "b": 10, "c": 3, "d": 9}
-    assert AtLeast(10)(scores, 31) == global_rank(scores, 31)  # too few for all
+
+
+def test_where_a_minimum_does_not_fit_the_largest_that_fits_holds_and_is_said():
+    scores = {"a": torch.rand(50) + 2, "b": torch.rand(50) + 1, "c": torch.rand(3), "d": torch.rand(9)}
+    for total in range(4, 32):
+        fits = max(n for n in range(10) if sum(min(n, s.numel()) for s in scores.values()) <= total)
+        with pytest.warns(UserWarning, match=f"the minimum is {fits} here"):
+            keep = AtLeast(10)(scores, total)
+        assert sum(keep.values()) == total
+        assert all(keep[n] >= min(fits, s.numel()) for n, s in scores.items())
+        assert keep == AtLeast(fits)(scores, total)
 
 
 @pytest.mark.parametrize("allocate", [global_rank, uniform, lambda scores, total: global_rank(scores, total)])

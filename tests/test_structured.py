@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 
 import lightning_prune as lp
+from lightning_prune.structured import coupling
 from tests.networks import Manual, Net, Watch, fitter, same, state
 from tests.test_surgery import OPTIMIZERS
 
@@ -326,7 +327,7 @@ def test_processes_that_hand_their_weights_back_are_refused():
 
 def test_the_head_keeps_its_classes():
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-    groups = lp.channels.discover(model, torch.randn(2, 6))
+    groups = coupling.discover(model, torch.randn(2, 6))
     assert list(groups) == ["0.weight"]
 
 

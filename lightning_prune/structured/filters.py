@@ -5,6 +5,7 @@ and give the scores of units themselves. Budgets, ties and masks are those of we
 """
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.allocation import Allocation, AtLeast, alive_per_tensor, apportion, global_rank, uniform
+from lightning_prune.allocation import (
+    Allocation,
+    AtLeast,
+    apportion,
+    candidates_per_tensor,
+    global_rank,
+    uniform,
+)
 from lightning_prune.criteria import magnitude
 from lightning_prune.evidence import asked, undisturbed
 from lightning_prune.masks import Masks
-from lightning_prune.pruning import Criterion, Sparsity, next_masks, score_weights
+from lightning_prune.pruning import Criterion, Sparsity, next_masks, score
 from lightning_prune.selection import DEAD, Keep, Scores, keep_top
 from lightning_prune.structured.coupling import (
     Channels,
@@ -53,7 +61,7 @@ def unit_scores(
     if "channels" in asked(criterion):
         return {n: s.float() for n, s in criterion(weights, channels=groups).items()}
     filters = {parameter(site) for group in groups.values() for site in group.filters}
-    scores = score_weights(criterion, {n: w for n, w in weights.items() if n in filters}, evidence)
+    scores = score(criterion, {n: w for n, w in weights.items() if n in filters}, evidence)
     return {name: _mean(group, group.filters, scores) for name, group in groups.items()}
 
 
@@ -127,7 +135,7 @@ def isomorphic(scores: Scores, total: int, *, channels: Groups) -> Keep:
     for name in scores:
         kinds[channels[name].structure].append(name)
     sizes = {names[0]: sum(scores[n].numel() for n in names) for names in kinds.values()}
-    alive = alive_per_tensor(scores)
+    alive = candidates_per_tensor(scores)
     totals = apportion(total, sizes, {names[0]: sum(alive[n] for n in names) for names in kinds.values()})
     keep: dict[str, int] = {}
     for names in kinds.values():
@@ -171,7 +179,9 @@ def next_units(
         (names, s(removed=partial(removed, names)) if callable(s) and "removed" in asked(s, 0) else s)
         for names, s in sparsities
     ]
-    new = next_masks(scores, masks, sparsities, lambda params: params, AtLeast(at_least, of=allocate))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer than `at_least` in each is asked for, and rounded up below
+        new = next_masks(scores, masks, sparsities, lambda params: params, AtLeast(at_least, of=allocate))
     for name, mask in new.items():
         step = math.lcm(round_to, groups[name].per_unit) // groups[name].per_unit
         before = int(masks[name].sum())
