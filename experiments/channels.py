@@ -19,6 +19,7 @@ from experiments.data import Batches
 from experiments.oneshot import evaluate
 from experiments.records import read, write
 from experiments.training import built, hush
+from lightning_prune.files import replacing
 
 
 def sweep(cfg: DictConfig, folder: Path) -> None:
@@ -39,8 +40,8 @@ def sweep(cfg: DictConfig, folder: Path) -> None:
         task.load_state_dict(torch.load(trained, weights_only=True))
     else:
         fit(cfg, task, batches, cfg.steps_per_round)
-        torch.save(task.state_dict(), temporary := trained.with_suffix(".tmp"))
-        temporary.replace(trained)
+        with replacing(trained) as file:
+            torch.save(task.state_dict(), file)
     x = test[0][0][: cfg.latency_batch]
     methods = instantiate(cfg.methods, _convert_="all")
     levels = sorted({level for method in methods.values() for level in method.levels})

@@ -22,6 +22,7 @@ from experiments.records import Record, described, read
 from experiments.runs import Runs
 from experiments.statistics import interval
 from experiments.training import built
+from lightning_prune.files import replacing
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 State = Mapping[str, Tensor]
@@ -109,8 +110,8 @@ def train(cfg: DictConfig, folder: Path, points: int = 30, reestimate: bool = Fa
                 task = built(cfg)
                 order = 1000 * copy + cfg.seed
                 train_from(cfg, own, task, round, ticket.steps, Begin(start, ticket.snapshot), order)
-                torch.save(task.state_dict(), temporary := end.with_suffix(".tmp"))
-                temporary.replace(end)
+                with replacing(end) as file:
+                    torch.save(task.state_dict(), file)
             ends.append(torch.load(end, weights_only=True))
             seconds += read(own / "records.jsonl")[0][0]["seconds"]
         batches = instantiate(cfg.batches)

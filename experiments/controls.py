@@ -29,6 +29,7 @@ from experiments.records import Record, read
 from experiments.tickets import Begin, Start, each_round, finished, train_from
 from experiments.training import built
 from lightning_prune.criteria import Random
+from lightning_prune.files import replacing
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Criterion, groups, next_masks
 from lightning_prune.selection import Scores
@@ -199,7 +200,8 @@ def train(cfg: DictConfig, folder: Path, control: Control) -> None:
         task = built(cfg)
         train_from(cfg, folder, task, round, ticket.steps, Begin(start, ticket.snapshot))
         if not round and "dense" in asked:
-            torch.save({name: w.detach().clone() for name, w in task.named_parameters()}, path)
+            with replacing(path) as file:
+                torch.save({name: w.detach().clone() for name, w in task.named_parameters()}, file)
         return read(folder / "records.jsonl")[0]
 
     each_round(cfg, folder, ticket, train_one, dense="dense" in asked)

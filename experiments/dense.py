@@ -16,6 +16,7 @@ from experiments.records import read
 from experiments.sweeps import digest, locked, plain
 from lightning_prune import IterativeMagnitudePruning
 from lightning_prune.evidence import asked
+from lightning_prune.files import replacing
 from lightning_prune.masks import Masks
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
@@ -49,9 +50,8 @@ class DenseRound(Callback):
             if not read(folder / "records.jsonl")[0]:
                 self._lock = locked(self.path.with_suffix(".lock"), "the dense round")
                 if self.path.is_file():
-                    temporary = resume.with_suffix(".tmp")
-                    shutil.copyfile(self.path, temporary)
-                    temporary.replace(resume)
+                    with self.path.open("rb") as shared, replacing(resume) as file:
+                        shutil.copyfileobj(shared, file)
                     self.release()
             yield
         finally:

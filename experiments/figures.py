@@ -19,6 +19,7 @@ import vl_convert
 from experiments.records import Record, by_round, kinds_of
 from experiments.runs import Runs
 from experiments.statistics import interval, masks_of, overlap_of_seeds
+from lightning_prune import files
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.masks import Masks, jaccard
 
@@ -79,8 +80,8 @@ class Figure:
         whole = alt.concat(*charts, columns=self.columns, title=self.title).resolve_scale(color="independent")
         spec = finite(whole.configure(**CONFIG).to_dict())
         png, svg = out / f"{self.name}.png", out / f"{self.name}.svg"
-        png.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
-        svg.write_text(vl_convert.vegalite_to_svg(spec))
+        files.write(png, vl_convert.vegalite_to_png(spec, scale=2))
+        files.write(svg, vl_convert.vegalite_to_svg(spec))
         return [png, svg]
 
 

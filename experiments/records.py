@@ -1,7 +1,6 @@
 """What is written while an experiment runs: one JSON line a round, and how long each weight survived."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune import IterativeMagnitudePruning
+from lightning_prune import IterativeMagnitudePruning, files
 from lightning_prune.masks import Masks
 
 Record = dict[str, Any]
@@ -102,9 +101,8 @@ class Records(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer)
         if trainer.is_global_zero:
-            temporary = self.path.with_name("survived.tmp")
-            torch.save(self.survived, temporary)
-            temporary.replace(self.path.with_name("survived.pt"))
+            with files.replacing(self.path.with_name("survived.pt")) as file:
+                torch.save(self.survived, file)
 
     def _finish(self, trainer: Trainer) -> None:
         seconds = self._seconds + time.monotonic() - self._since
@@ -183,12 +181,7 @@ def curve(evaluations: list[dict[str, float]]) -> dict[str, list[float]]:
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
     """Replace the file by these records, all or nothing."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    files.write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

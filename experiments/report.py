@@ -26,6 +26,7 @@ from experiments.records import Record, by_round, kinds_of, write
 from experiments.runs import Run, Runs, load
 from experiments.statistics import interval, paired_by_round
 from experiments.sweeps import flattened
+from lightning_prune import files
 
 Cell = str | int | float | None
 
@@ -167,7 +168,8 @@ def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         from pyarrow import parquet
     except ImportError:
         return False
-    parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)
+    with files.replacing(path) as file:
+        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows]), file)
     return True
 
 
@@ -240,16 +242,16 @@ def report(folder: Path, out: Path, measured: bool = False) -> None:
     rows = flat(records)
 
     written = [path for figure in drawn for path in figure.write(out)]
-    (out / "report.html").write_text(page(runs, drawn, verdicts, rows))
-    (out / "report.md").write_text(text(runs, verdicts))
-    (out / "records.csv").write_text(as_csv(rows))
+    files.write(out / "report.html", page(runs, drawn, verdicts, rows))
+    files.write(out / "report.md", text(runs, verdicts))
+    files.write(out / "records.csv", as_csv(rows))
     written += [out / "records.parquet"] if write_parquet(rows, out / "records.parquet") else []
     write(out / "records.jsonl", records)
     if runs.measured:
         write(out / "measured.jsonl", runs.measured)
     source = next((run.folder for run in runs.runs if run.folder), folder)
     if source != out:
-        (out / "config.yaml").write_text((source / "config.yaml").read_text())
+        files.write(out / "config.yaml", (source / "config.yaml").read_bytes())
     written += [out / name for name in ("records.csv", "records.jsonl", "report.md", "report.html")]
     say(runs, verdicts, written)
 

@@ -27,8 +27,9 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.plan import Plan
-from experiments.sweeps import digest, locked, plain, sync, write
+from experiments.sweeps import digest, locked, plain, sync
 from lightning_prune.checks import number, whole
+from lightning_prune.files import write
 
 log = logging.getLogger(__name__)
 

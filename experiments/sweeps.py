@@ -1,4 +1,4 @@
-"""Runs that survive: which config a folder belongs to, one writer at a time, nothing half-written."""
+"""Runs that survive: which config a folder belongs to, one writer at a time."""
 
 import hashlib
 import json
@@ -51,14 +51,6 @@ def locked(path: Path, what: str) -> FileLock:
         log.info("%s is being made by another process: waiting for it.", what)
         lock.acquire()
     return lock
-
-
-def write(path: Path, text: str) -> None:
-    """All or nothing, and on the disk when this returns."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
 
 
 def sync(path: Path) -> None:

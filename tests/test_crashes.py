@@ -6,7 +6,6 @@ import random
 import resource
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ SPOTS = {
     "between rewinding and masking": (Hold, "set"),
     "collecting a checkpoint": (callback_module, "pack"),
     "before a file is on the disk": (os, "fsync"),
-    "before a file has its name": (Path, "replace"),
+    "before a file has its name": (os, "replace"),
 }
 
 
@@ -62,7 +61,7 @@ def die_at(spot, n):
 
 
 def die_in_a_write(n, share):
-    """In the n-th checkpoint, when about this share of its bytes is written."""
+    """In the n-th file of torch, when about this share of its bytes is written."""
     save, calls = torch.save, []
 
     class Deadly:
@@ -80,7 +79,7 @@ def die_in_a_write(n, share):
             self.file.flush()
 
     def deadly(value, file):
-        calls.extend([1] * hasattr(file, "write"))  # a checkpoint: other files are given by their path
+        calls.append(1)
         return save(value, Deadly(file) if len(calls) == n and hasattr(file, "write") else file)
 
     torch.save = deadly

@@ -169,17 +169,6 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     sweeps.locked(tmp_path / "lock", "it").release()
 
 
-def test_texts_appear_whole(tmp_path, monkeypatch):
-    def cut(path):
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(sweeps, "sync", cut)
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError, match="full"):
-        sweeps.write(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "old"
-
-
 # ------------------------------------------------------------------------------------------- shared work
 
 

@@ -1,26 +1,27 @@
 """Checkpoints: written all or nothing, checked when they are read, in plain containers; masks out of them."""
 
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.files import replacing
 from lightning_prune.masks import Masks, unpack
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, in its own format, written all or nothing and checked when they are read.
 
-    A file is written beside its target, flushed to the disk and renamed, so that a kill or a full disk leaves
-    the checkpoint that was there. (Lightning writes to the system's temporary folder, and where that is on
+    They are written as `lightning_prune.files` does it, so that a kill or a full disk leaves the checkpoint
+    that was there. (Lightning writes to the system's temporary folder, and where that is on
     another device, copies from there over the old file.) As a file is read, its checksums are compared, which
     torch does not do. Remote paths are left to Lightning.
 
@@ -32,18 +33,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        if storage_options is not None or not _is_local_file_protocol(path):
+        if storage_options is not None or (target := _local(path)) is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = _local(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.tmp")  # of one name, so that kills leave one at most
         try:
-            with beside.open("wb") as file:
+            with replacing(target) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
         except (OSError, RuntimeError) as error:
             cause: BaseException = error
             while cause.__context__ and not isinstance(cause, OSError):  # torch has an error of its own
@@ -53,8 +49,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint {str(target)!r} could not be written ({cause}); {kept}. "
                 "A place with room is needed. Make room, or give ModelCheckpoint another dirpath, and resume."
             ) from error
-        finally:
-            beside.unlink(missing_ok=True)
 
     @override
     def load_checkpoint(
@@ -64,8 +58,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         try:
-            if _is_local_file_protocol(path) and _local(path).is_file():
-                _compare_checksums(_local(path))
+            if (local := _local(path)) is not None and local.is_file():
+                _compare_checksums(local)
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
         except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
             raise ValueError(
@@ -82,8 +76,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def _local(path: str | Path) -> Path:
-    return Path(str(get_filesystem(path)._strip_protocol(str(path))))
+def _local(path: str | Path) -> Path | None:
+    """Where on this machine a path or URL is, if it is here at all."""
+    return Path(url_to_fs(str(path))[1]) if get_protocol(str(path)) in ("file", "local") else None
 
 
 def _compare_checksums(path: Path) -> None:

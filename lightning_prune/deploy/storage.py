@@ -7,7 +7,6 @@ values, each compressed with zstd where that helps. The index says where the pie
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lightning_prune.files import replacing
 
 Array = NDArray[Any]  # words: unsigned integers as wide as the elements; or bytes; or positions
 
@@ -49,7 +50,8 @@ def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     Every element comes back bit for bit: -0.0, NaN and infinities too. Tensors that share their memory are
     stored once. Each piece of a tensor has the smallest of three forms: a bit an element, a byte a gap
     between survivors, or dense. Extra memory is a few MB, and a copy of a tensor that is not contiguous or
-    not on the CPU. The file appears at once and whole: it is written beside `path` and then renamed.
+    not on the CPU. The file appears at once and whole, see
+    `lightning_prune.files`.
 
     >>> import tempfile
     >>> weight = torch.zeros(300, 784)
@@ -70,17 +72,12 @@ def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
         ValueError: when something in it is no such tensor. Nothing is written then.
         ModuleNotFoundError: without the extra `storage` (safetensors and zstandard).
     """
-    path, tensors = Path(path), dict(state_dict)
+    tensors = dict(state_dict)
     for name, tensor in tensors.items():
         _check(name, tensor)
     _, zstd = libraries()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            _write(tensors, file, zstd)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        _write(tensors, file, zstd)
 
 
 def load_sparse(path: str | Path) -> dict[str, Tensor]:
