@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from lightning_prune.checks import number, whole
 from lightning_prune.evidence import Loss, differentiable, gradients, inputs, mean_gradients
+from lightning_prune.layers import Layout, layouts
 from lightning_prune.masks import Masks
 from lightning_prune.selection import DEAD, Scores, keep_top
 
@@ -294,21 +295,17 @@ def wanda(
 
     Reference: Sun et al. (2024), arXiv:2306.11695, Equation 1.
     """
-    squares = {name: torch.zeros_like(w) for name, w in params.items()}
-    called: set[str] = set()
+    squares: Params = {}  # in the weight's shape, or one that is expanded to it
+    laid_out = layouts(model, params)
     with differentiable(model, params) as live:
         names = {id(p): name for name, p in live.items()}
 
         def accumulate(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             for p in layer.parameters(recurse=False):
                 if len(args) == 1 and (name := names.get(id(p))):
-                    # A layer is linear in its weight, so this gradient of its output on x^2 is the sum, for
-                    # each weight, of the squares of all that it is multiplied with: strides, padding, groups
-                    # and all.
-                    with torch.enable_grad(), torch.autocast(p.device.type, enabled=False):
-                        output = layer.forward(args[0].detach().to(p.dtype).square())
-                        squares[name] += torch.autograd.grad(output.sum(), p)[0]
-                    called.add(name)
+                    plain = p.dim() == 2 and _is_plain(layer)
+                    found = (_input_squares if plain else _weight_squares)(layer, p, args[0], laid_out[name])
+                    squares[name] = squares[name] + found if name in squares else found
 
         handles = [m.register_forward_pre_hook(accumulate) for m in model.modules()]
         try:
@@ -318,12 +315,35 @@ def wanda(
         finally:
             for handle in handles:
                 handle.remove()
-    if missed := [name for name in params if name not in called]:
+    if missed := [name for name in params if name not in squares]:
         raise ValueError(
             f"wanda: the layers of {', '.join(missed)} are not called with an input of their own, as is "
             "needed. Exclude these weights."
         )
     return {name: w.abs() * squares[name].sqrt() for name, w in params.items()}
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a product of its input with one matrix."""
+    return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "Conv1D"
+
+
+def _input_squares(layer: nn.Module, p: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """The sums of squares of the inputs, along the weight's dimension of inputs."""
+    dtype = torch.promote_types(p.dtype, torch.float32)  # sums of squares overflow in half precision
+    norms = torch.linalg.vector_norm(x.detach().reshape(-1, x.shape[-1]), dim=0, dtype=dtype)
+    return norms.square().unsqueeze(1 - layout.inputs)
+
+
+def _weight_squares(layer: nn.Module, p: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """For each weight the sum of the squares of all that it is multiplied with.
+
+    A layer is linear in its weight, so this is the gradient of its output on x^2: strides, padding, groups
+    and all.
+    """
+    with torch.enable_grad(), torch.autocast(p.device.type, enabled=False):
+        output = layer.forward(x.detach().to(p.dtype).square())
+        return torch.autograd.grad(output.sum(), p)[0]
 
 
 # ----------------------------------------------------------------------------------------- without any data

@@ -28,6 +28,8 @@ EVIDENCE = {
     "forward": "`prune` takes batches as data=.",
     "grads": "They need batches and a loss: `prune` takes them as data= and loss=.",
     "generator": "`next_masks` takes it as generator=.",
+    "layout": "Only granularities get the layout of a weight.",
+    "layouts": "`next_masks` takes them as layouts=, or reads them off model=.",
     "channels": "It scores coupled channels: StructuredChannelPruning has them.",
     "final": "The state in which a round ended: only policies of LotteryTicketRewind get it.",
     "removed": "Only StructuredChannelPruning knows what a sparsity removes.",

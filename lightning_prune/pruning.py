@@ -15,7 +15,8 @@ from lightning_prune.checks import number
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
 from lightning_prune.granularity import Granularity, single
-from lightning_prune.layers import LAYERS, matching, prunable
+from lightning_prune.granularity import units as units_of
+from lightning_prune.layers import LAYERS, Layout, layouts, matching, prunable
 from lightning_prune.masks import Masks, alive, bits, count, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import DEAD, Scores, only, select
@@ -117,7 +118,8 @@ def next_masks(
         allocate: scores and survivors in a group -> survivors per tensor. None is left empty, unless it is an
             `AtLeast(0, ...)` or the total is too small.
         granularity: what lives and dies together; budgets and survivors count its units.
-        evidence: what criteria may ask for besides; see `lightning_prune.criteria`.
+        evidence: what criteria may ask for besides; see `lightning_prune.criteria`. Of `layouts`, or else of
+            `model`, a granularity has the layouts of the weights; without both outputs come first.
 
     Returns:
         The new masks, in the order of `params`. Nothing that was given is changed.
@@ -133,8 +135,11 @@ def next_masks(
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
     if len(known) == len(sparsities):
         evidence["sparsity"] = sum(s * n for s, n in known) / max(1, sum(n for _, n in known))
+    laid_out: Mapping[str, Layout] = evidence.get("layouts") or {}
+    if not laid_out and (model := evidence.get("model")) is not None:
+        laid_out = evidence["layouts"] = layouts(model, weights)
     scores = score(criterion, weights, {"masks": masks, **evidence})
-    return chosen(scores, weights, masks, sparsities, allocate, granularity)
+    return chosen(scores, weights, masks, sparsities, allocate, granularity, laid_out)
 
 
 def chosen(
@@ -144,6 +149,7 @@ def chosen(
     sparsities: Sequence[tuple[Sequence[str], Sparsity]],
     allocate: Allocation,
     granularity: Granularity,
+    laid_out: Mapping[str, Layout] | None = None,
 ) -> Masks:
     """The second half of `next_masks`: of scores that are known, who lives on. `scores` is emptied.
 
@@ -159,7 +165,7 @@ def chosen(
             units[name], candidates[name], expand[name] = values, mask, _as_it_is
             continue
         living = values if count(mask) == mask.numel() else torch.where(mask, values, DEAD)
-        units[name], expand[name] = granularity(living)
+        units[name], expand[name] = units_of(granularity, living, (laid_out or {}).get(name))
         candidates[name] = units[name] > DEAD
     allocate = allocate if isinstance(allocate, AtLeast) else AtLeast(1, of=allocate)
     new: Masks = {}

@@ -1,34 +1,91 @@
-"""Tables as text: dataclass rows, drawn by rich where it is installed."""
+"""Tables of dataclass rows: as plain text, and as HTML for notebooks."""
 
-import io
+import html
+import itertools
+import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-_WIDTH = 160
+_WIDTH = 160  # of text that goes to no terminal: a file, a notebook
+_GAP = "  "
+_NARROWEST = 8  # width that a column keeps in any case
 
 
 def table(title: str, rows: Sequence[Any]) -> str:
     """One line for each row, one column for each field of the rows' dataclass.
 
+    The text is as wide as it has to be, and no wider than the terminal (`COLUMNS` says how wide that is where
+    it is set): long cells go on in the next line.
+
     Args:
         title: the line above.
         rows: instances of one dataclass.
     """
-    names = [field.name.replace("_", " ") for row in rows[:1] for field in fields(row)]
-    cells = [[_cell(getattr(row, field.name)) for field in fields(row)] for row in rows]
-    try:
-        from rich.console import Console
-        from rich.table import Column, Table
-    except ModuleNotFoundError:
-        widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-        lines = ("  ".join(map(str.rjust, line, widths)) for line in (names, *cells))
-        return "\n".join((title, *lines)) + "\n"
-    drawn = Table(*(Column(name, justify="right") for name in names), title=title, title_justify="left")
-    for line in cells:
-        drawn.add_row(*line)
-    Console(width=_WIDTH, markup=False, file=(text := io.StringIO())).print(drawn)
-    return text.getvalue()
+    names, cells = _grid(rows)
+    numeric = [_are_numbers(rows, name) for name in _fields(rows)]
+    widths = _fit([max(map(len, column)) for column in zip(names, *cells, strict=True)])
+    rule = ["-" * width for width in widths]
+    lines = [line for row in (names, rule, *cells) for line in _wrap(row, widths)]
+    aligned = (
+        _GAP.join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+    return "\n".join((*_lines(title, _columns()), *aligned)) + "\n"
+
+
+def html_table(title: str, rows: Sequence[Any]) -> str:
+    """The same for notebooks, which show what `_repr_html_` gives."""
+    names, cells = _grid(rows)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in cells)
+    return (
+        f"<table><caption>{html.escape(title)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _fields(rows: Sequence[Any]) -> list[str]:
+    return [field.name for row in rows[:1] for field in fields(row)]
+
+
+def _grid(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    names = _fields(rows)
+    return [name.replace("_", " ") for name in names], [
+        [_cell(getattr(row, name)) for name in names] for row in rows
+    ]
+
+
+def _are_numbers(rows: Sequence[Any], name: str) -> bool:
+    values = [getattr(row, name) for row in rows]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size((_WIDTH, 24)).columns
+
+
+def _fit(widths: list[int]) -> list[int]:
+    """Take from the widest columns until the table fits."""
+    widths = list(widths)
+    most = max(_columns() - len(_GAP) * (len(widths) - 1), _NARROWEST * len(widths))
+    while sum(widths) > most:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _wrap(row: list[str], widths: list[int]) -> list[list[str]]:
+    """The lines of a row."""
+    parts = [_lines(cell, width) for cell, width in zip(row, widths, strict=True)]
+    return [list(line) for line in itertools.zip_longest(*parts, fillvalue="")]
+
+
+def _lines(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False) or [""]
 
 
 def _cell(value: object) -> str:

@@ -146,6 +146,28 @@ def test_wanda_of_a_linear_layer_on_tokens():
     assert torch.allclose(scores["weight"], oracle.wanda_linear(layer.weight.detach(), x.reshape(-1, 4)))
 
 
+def test_wanda_of_the_linear_layer_of_gpt2_whose_weight_is_inputs_x_outputs():
+    layer, x = pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 4), torch.randn(5, 7, 4)
+    scores = criteria.wanda({"weight": layer.weight.detach()}, layer, [x], lambda m, b: m(b))["weight"]
+    assert torch.allclose(scores, oracle.wanda_linear(layer.weight.detach().T, x.reshape(-1, 4)).T)
+
+
+def test_wanda_of_a_subclass_is_by_what_it_computes():
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return super().forward(torch.cat([x, x]))
+
+    layer, x = Twice(4, 3), torch.randn(5, 4)
+    scores = criteria.wanda({"weight": layer.weight.detach()}, layer, [x], lambda m, b: m(b))["weight"]
+    assert torch.allclose(scores, 2**0.5 * oracle.wanda_linear(layer.weight.detach(), x))
+
+
+def test_wanda_does_not_overflow_in_half_precision():
+    layer, x = nn.Linear(4, 3).half(), torch.full((64, 4), 300.0).half()
+    scores = criteria.wanda({"weight": layer.weight.detach()}, layer, [x], lambda m, b: m(b))["weight"]
+    assert torch.allclose(scores, layer.weight.detach().float().abs() * 2400, rtol=1e-3)
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2, "dilation": 2}])
 def test_wanda_of_a_convolution(options):
     layer, x = nn.Conv2d(4, 6, 3, **options), torch.randn(3, 4, 9, 9)

@@ -39,7 +39,7 @@ ONLY_IN = {
     "altair": {"study"},
     "vl_convert": {"study"},
     "matplotlib": {"study"},
-    "rich": {"tables", "study"},
+    "rich": {"study"},
     "experiments": set(),
 }
 

@@ -53,6 +53,41 @@ def test_ln_structured(make, amount, dim, n):
     assert torch.equal(lp.prune(layer, amount, granularity=Filter(dim, n))["weight"], expected)
 
 
+RESNET18 = {
+    "conv1": lambda: nn.Conv2d(3, 64, 7),
+    "layer1": lambda: nn.Conv2d(64, 64, 3),
+    "downsample": lambda: nn.Conv2d(64, 128, 1),
+    "layer4": lambda: nn.Conv2d(256, 512, 3),
+    "fc": lambda: nn.Linear(512, 1000),
+}
+
+
+@pytest.mark.filterwarnings("ignore:granularity. .* and those of the last layer")
+@pytest.mark.parametrize(("dim", "n"), [(0, 1), (0, 2), (1, 2)])
+def test_ln_structured_of_each_layer_of_a_resnet(dim, n):
+    """The same fraction of every layer: Lightning's `use_global_unstructured=False`."""
+    net = nn.ModuleDict({name: make() for name, make in RESNET18.items()})
+    with torch.no_grad():
+        for layer, scale in zip(net.values(), (30, 1, 5, 0.1, 1), strict=True):
+            layer.weight *= scale  # whatever the scale of a layer
+    for amount in (0.25, 0.5):
+        # the counts are whole numbers, but for the three inputs of the first layer
+        names = list(net) if dim == 0 else list(net)[1:]
+        granularity, include = Filter(dim, n), [f"{name}.weight" for name in names]
+        masks = lp.prune(deepcopy(net), amount, allocate=uniform, granularity=granularity, include=include)
+        for name in names:
+            expected = theirs(peer.ln_structured, net[name], amount=amount, n=n, dim=dim)
+            assert torch.equal(masks[f"{name}.weight"], expected), name
+
+
+def test_ln_structured_of_a_transposed_convolution_has_its_dimensions_the_other_way_round():
+    layer = nn.ConvTranspose2d(6, 10, 3)
+    for dim in (0, 1):
+        expected = theirs(peer.ln_structured, layer, amount=0.5, n=2, dim=1 - dim)
+        ours = lp.prune(deepcopy(layer), 0.5, granularity=Filter(dim, 2))["weight"]
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_global_unstructured(amount):
     layers = nn.ModuleList([make() for make in LAYERS])

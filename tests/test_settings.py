@@ -169,6 +169,15 @@ SETTINGS = {
 }
 
 
+def layers_of(model):
+    """Those of ALL that the model has: others are refused, lest a typing error goes unseen."""
+    return [
+        name
+        for name in ALL
+        if any(name in [cls.__name__ for cls in type(m).__mro__] for m in model.modules())
+    ]
+
+
 def train(name, folder, *more, first=False):
     make, options = SETTINGS[name]
     options, torch_options = dict(options), {}
@@ -177,7 +186,8 @@ def train(name, folder, *more, first=False):
         if key in options:
             torch_options[key] = options.pop(key)()
     others = torch_options.pop("callbacks", [])
-    model, pruner = make(), pruning(layers=ALL)
+    model = make()
+    pruner = pruning(layers=layers_of(model))
     watch = Watch(pruner)
     save = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     callbacks = [*others, pruner, *more] if first else [pruner, *more, *others]
