@@ -216,6 +216,10 @@ def score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, 
 
 def _check_finite(name: str, tensor: Tensor, mask: Tensor | None = None) -> None:
     """Refuse a weight that is not finite, or the score, where the mask is True, of a living one."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and has no values. Nothing was pruned. Load them first."
+        )
     if not tensor.numel() or _is_finite(tensor) or (mask is not None and _is_finite(tensor[mask])):
         return
     what = "the weight" if mask is None else "the score of"
