@@ -1,22 +1,36 @@
 # Everything a fresh machine needs: Python >= 3.10, git and make.
 PYTHON ?= python3
-BIN := .venv/bin
-RUN := $(BIN)/python -m
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+TESTS ?=
+RUN := $(VENV)/bin/python -m
+EXTRAS := experiments,vision,storage,channels,parquet,launchers,loggers
+# The extras and the dependency groups of pyproject.toml that a target needs; the file $(VENV)/<name> says that they are installed.
+$(VENV)/demo: NEEDS := --editable ".[experiments]"
+$(VENV)/test: NEEDS := --editable ".[$(EXTRAS)]" --group test
+$(VENV)/lint: NEEDS := --editable ".[$(EXTRAS)]" --group lint
+$(VENV)/docs: NEEDS := --group docs
+$(VENV)/release: NEEDS := --group release
+INSTALLED := $(addprefix $(VENV)/,demo test lint docs release)
 
-.PHONY: demo test test-slow bench docs lint clean
+.PHONY: demo test test-slow test-oldest bench docs lint dist clean
 .DEFAULT_GOAL := demo
+.NOTPARALLEL:
 
-demo: .venv/ready  ## a lottery ticket on MNIST-1D, with its controls: table, records and figure
+demo: $(VENV)/demo  ## a lottery ticket on MNIST-1D, with its controls: table, records and figure
 	$(RUN) experiments.run --multirun experiment=mnist1d kind=ticket,reinit,random
 	$(RUN) experiments.report runs/mnist1d
 
-test: .venv/ready  ## the test suite that runs at every push
-	$(RUN) pytest
+test: $(VENV)/test  ## the test suite that runs at every push; TESTS= are the files or options of pytest
+	$(RUN) pytest $(TESTS)
 
-test-slow: .venv/ready  ## all of it, long sweeps too
+test-slow: $(VENV)/test  ## all of it, long sweeps too
 	$(RUN) pytest -m "slow or not slow"
 
-bench: .venv/ready  ## each claim of speed, against the named peer, as ratios
+test-oldest: oldest.txt  ## the test suite with the oldest versions that pyproject.toml allows
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=oldest.txt
+
+bench: $(VENV)/test  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.selection
 	$(RUN) experiments.benchmarks.step
 	$(RUN) experiments.benchmarks.imports
@@ -26,20 +40,30 @@ bench: .venv/ready  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.inference
 	$(RUN) experiments.benchmarks.channels
 
-docs: .venv/ready  ## the documentation, into site/; warnings are errors
+docs: $(VENV)/docs  ## the documentation, into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
 
-lint: .venv/ready  ## style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+lint: $(VENV)/lint  ## style and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pyright
 
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed; set PYTHON=...')"
-	$(PYTHON) -m venv .venv
-	$(RUN) pip install --quiet --upgrade pip
-	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[experiments,vision,dev,docs]"
+dist: $(VENV)/release  ## the packages that a release uploads, into dist/
+	rm -rf dist
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) $(NEEDS)
 	touch $@
 
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed; set PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --upgrade pip
+
+oldest.txt: pyproject.toml  # each lower bound as the version to install
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z,]+\])?[>=]=[0-9][0-9a-z.]*' $< | sed -E 's/"//; s/\[.*\]//; s/>=/==/' | sort -u > $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest oldest.txt

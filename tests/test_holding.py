@@ -79,7 +79,7 @@ def put_on(model, masks):
 
 
 def test_every_optimizer_of_torch_runs_or_is_refused_with_a_reason():
-    assert set(OPTIONS) | set(REFUSED) == set(OPTIMIZERS), "a new optimizer: give it its options here"
+    assert set(OPTIMIZERS) <= set(OPTIONS) | set(REFUSED), "a new optimizer: give it its options here"
     model = network()
     refusing = train(model, torch.optim.SparseAdam(model.parameters()), 1)
     with pytest.raises(RuntimeError, match="does not support dense gradients"):  # torch itself says so
