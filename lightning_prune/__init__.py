@@ -5,6 +5,7 @@ says from where to go on.*
 
 - `masks`: masks, and the one function in which they are born
 - `checks`: arguments that are numbers
+- `copies`: values copied out and put back
 - `files`: files that are written whole or not at all
 - `criteria`: which; parameters -> scores
 - `schedules`: how far; round (and scores) -> sparsity

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune import rng
+from lightning_prune.copies import remember
 
 EVIDENCE = {
     "params": "The weights are always there.",
@@ -131,8 +133,10 @@ def mean_gradients(
 def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, None, None]:
     """Run a model in any way inside; afterwards it and the random number generators are as they were.
 
-    Put back: buffers, train/eval mode, gradients, `requires_grad`, the global generators, and the tensors,
-    numbers and flat containers that modules keep as attributes (a metric that counts batches, say).
+    Put back: buffers, train/eval mode, gradients, `requires_grad`, submodules, hooks, the global generators,
+    and what modules keep as attributes: numbers, tensors of any kind, arrays, generators, and what is in
+    lists, dicts and sets, however deeply nested. What is new is removed. The elements of parameters, and
+    what objects of other classes hold, are not put back.
 
     >>> model = nn.BatchNorm1d(2)
     >>> with undisturbed(model):
@@ -145,15 +149,7 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, No
         seed: seeds the global generators for the time inside.
     """
     generators = rng.capture()
-    params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    attributes = [(m, dict(_attributes(m))) for m in model.modules()]
-    contents = [
-        (value, _content(value)) for _, known in attributes for value in known.values() if _is_mutable(value)
-    ]
-    contents += [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    places = [(m, dict(m._buffers)) for m in model.modules()]
-    for p, *_ in params:
-        p.grad = None
+    put_back = remember(*(vars(module) for module in model.modules() if not _is_lazy(module)))
     try:
         if seed is not None:
             random.seed(seed)
@@ -161,40 +157,13 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, No
             torch.manual_seed(seed)
         yield
     finally:
-        for p, grad, requires_grad in params:
-            p.grad = grad
-            p.requires_grad_(requires_grad)
-        for m, known in attributes:
-            for name in [name for name, _ in _attributes(m) if name not in known]:
-                del vars(m)[name]
-            vars(m).update(known)
-        for m, buffers in places:
-            m._buffers.update(buffers)
-        for value, content in contents:
-            _put_back(value, content)
-        rng.restore(generators)
+        try:
+            put_back()
+        finally:
+            rng.restore(generators)
 
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
-
-
-def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
-
-
-def _is_mutable(value: Any) -> bool:
-    return isinstance(value, (Tensor, list, dict, set))
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return dict(value) if isinstance(value, dict) else list(value)
-
-
-def _put_back(value: Any, content: Any) -> None:
-    if isinstance(value, Tensor):
-        value.detach().copy_(content)
-    else:
-        value.clear()
-        value.extend(content) if isinstance(value, list) else value.update(content)
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether a first call makes another module of it, which cannot be undone."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(is_lazy(tensor) for tensor in own)

@@ -6,7 +6,6 @@ which the round before ended.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Concatenate
 
@@ -14,18 +13,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_prune.checks import number, whole
+from lightning_prune.copies import copied, put_back
 from lightning_prune.masks import Masks
-
-
-def copied(value: Any) -> Any:
-    """A deep copy of nested dicts, lists and tuples that shares no storage; tensors go to the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if type(value) in (list, tuple):
-        return type(value)(copied(v) for v in value)
-    if type(value) is dict:
-        return {k: copied(v) for k, v in value.items()}
-    return deepcopy(value)
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ class Snapshot:
                 )
         for module, tensors in zip((model, *averages), (self.tensors, *self.averages), strict=True):
             for name, tensor in _tensors(module).items():
-                tensor.copy_(tensors[name])
+                put_back(tensor, tensors[name])
         for name, module in _with_extra_state(model).items():
             module.set_extra_state(copied(self.extra[name]))
         # load_state_dict keeps references to what it is given
@@ -207,7 +196,9 @@ def hamming(a: Masks, b: Masks) -> float:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in (*model.named_parameters(), *model.named_buffers())}
+    # a sparse tensor and its `detach()` do not see what is written into the other
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    return {name: p.detach() if p.layout == torch.strided else p for name, p in tensors.items()}
 
 
 def _keep_precision(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as sched
 
-from lightning_prune.rewind import Snapshot, copied
+from lightning_prune.copies import copied
+from lightning_prune.rewind import Snapshot
 from tests.networks import Net, same, samples
 from tests.test_holding import OPTIMIZERS, OPTIONS, RUNNING
 
