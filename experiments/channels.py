@@ -4,7 +4,6 @@ import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks.timing import alternated, ratio
 from experiments.data import Batches
 from experiments.oneshot import evaluate
 from experiments.records import read, write
 from experiments.training import built, hush
+from lightning_prune.deploy.timing import alternated, low, ratio
 from lightning_prune.files import replacing
 
 
@@ -28,7 +27,7 @@ def sweep(cfg: DictConfig, folder: Path) -> None:
     `records.jsonl` has the method as `kind`, the fraction of channels removed as `sparsity`, and in `alive`
     and `total` the parameters left and there were. Metrics: `test_loss`, `test_acc`, `test_acc_untrained`
     (just after the cut), `parameters`, `multiply_adds` of one input, `raw_bytes`, `cpu_ms`, the processor
-    time of a batch, and `speed_up`, the median ratio of alternated pairs with the network before the cut.
+    time of a batch, and `speed_up`, the ratio of alternated runs of the network before the cut and after.
     What was done is not done again.
     """
     hush()
@@ -83,8 +82,8 @@ def costs(dense: nn.Module, net: nn.Module, x: torch.Tensor, rounds: int = 31) -
         "parameters": sum(p.numel() for p in net.parameters()),
         "multiply_adds": counter.get_total_flops() // 2 // len(x),
         "raw_bytes": sum(t.nbytes for t in net.state_dict().values()),
-        "cpu_ms": 1000 * median(times["cut"]),
-        "speed_up": ratio(times["dense"], times["cut"]),
+        "cpu_ms": 1000 * low(times["cut"]),
+        "speed_up": ratio(times["dense"], times["cut"]).value,
     }
 
 

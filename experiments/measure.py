@@ -25,7 +25,8 @@ def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
 
     Returns:
         Rows of kind, round, sparsity, `raw_bytes`, `gzip_bytes`, `sparse_bytes`, `theoretical_speed_up`,
-        `dense_us` and `accelerated_us` (microseconds a batch), `speed_up`, and where it was measured.
+        `dense_us` and `accelerated_us` (microseconds a batch), `speed_up`, `noisy` (whether the machine was
+        too busy to say), and where it was measured.
     """
     torch.set_num_threads(runs.config.threads)
     state = capture()
@@ -53,6 +54,7 @@ def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
             }
             row |= {"theoretical_speed_up": cost.theoretical_speed_up, "dense_us": fast.dense_us}
             row |= {"accelerated_us": fast.dense_us / fast.speed_up, "speed_up": fast.speed_up}
+            row |= {"noisy": fast.measured.noisy}
             rows.append(
                 {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
                 | {"where": cost.where}

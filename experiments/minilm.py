@@ -7,9 +7,7 @@ many sentences the nearest other one is still its paraphrase; bytes of the `stat
 sparse; end-to-end speed-up of `accelerate` over dense on these sentences.
 """
 
-import gzip
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -22,8 +20,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from experiments.benchmarks.timing import machine
 from experiments.records import described, write
+from lightning_prune.deploy.sizes import size
+from lightning_prune.deploy.timing import machine
 from lightning_prune.masks import Masks
 
 log = logging.getLogger(__name__)
@@ -106,14 +105,8 @@ def measure(model: nn.Module, tokens: dict[str, Tensor], reference: Tensor) -> d
     fast = lp.accelerate(model, tokens)
     report = cast(Any, fast).acceleration
     torch.testing.assert_close(embeddings(fast, tokens), vectors, atol=1e-4, rtol=1e-3)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(model.state_dict(), raw := Path(folder, "raw"))
-        lp.save_sparse(model.state_dict(), sparse := Path(folder, "sparse"))
-        sizes = {
-            "raw_bytes": raw.stat().st_size,
-            "gzip_bytes": len(gzip.compress(raw.read_bytes(), 6)),
-            "sparse_bytes": sparse.stat().st_size,
-        }
+    its = size(model.state_dict())
+    sizes = {"raw_bytes": its.raw, "gzip_bytes": its.gzip, "sparse_bytes": its.sparse}
     return {
         "cosine": float((vectors * reference).sum(1).mean()),
         "paraphrases_found": paraphrases_found(vectors),

@@ -1,7 +1,5 @@
 """One-shot pruning of a trained network at many levels, by several methods, without retraining."""
 
-import gzip
-import io
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -14,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from experiments.records import described
 from experiments.tasks import Classification
+from lightning_prune.deploy.sizes import gzipped
 from lightning_prune.masks import Masks
 from lightning_prune.schedules import Schedule
 
@@ -61,7 +60,7 @@ def sweep(
                 "test_loss": loss,
                 "test_acc": accuracy,
                 "relative_loss": loss / dense_loss,
-                "gzip_bytes": compressed(pruned.net.state_dict()),
+                "gzip_bytes": gzipped(list(pruned.net.state_dict().values())),
             }
             record = {"kind": kind, "seed": seed, **described(round, masks), "metrics": metrics}
             records.append({**record, "seconds": float(f"{time.monotonic() - start:.3f}")})
@@ -79,10 +78,3 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tu
         correct += float((logits.argmax(1) == y).sum())
         n += len(y)
     return loss / n, correct / n
-
-
-def compressed(state: Mapping[str, Tensor]) -> int:
-    """Bytes of a state dict as torch saves it, after gzip."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return len(gzip.compress(buffer.getvalue(), 6))

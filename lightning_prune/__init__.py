@@ -20,8 +20,7 @@ says from where to go on.*
 - `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
 - `doctor`: what may be wrong with masks, weights and optimizers, and what to do
 - `rng`: the state of the random number generators
-- `storage`: sparse files; `save_sparse` and `load_sparse`
-- `inference`: what zeros are worth; `accelerate` and `summarize`
+- `deploy`: what zeros are worth; sparse files, `accelerate`, `summarize`; one way to time, one to size
 - `metrics`: what masks say, as torchmetrics
 - `models`: the feed-forward network of pruning studies
 - `tables`: rows as text
@@ -38,8 +37,9 @@ from lightning_prune import (
     schedules,
 )
 from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
-from lightning_prune.deploy.inference import accelerate, summarize
+from lightning_prune.deploy.accelerate import accelerate
 from lightning_prune.deploy.storage import load_sparse, save_sparse
+from lightning_prune.deploy.summary import summarize
 from lightning_prune.holding import hold
 from lightning_prune.layers import targets
 from lightning_prune.pruning import prune

@@ -104,21 +104,19 @@ def _of_tensor(tensor: Tensor) -> list[Callable[[], object]]:
 def _of_container(value: Any) -> list[Callable[[], object]]:
     if isinstance(value, tuple):
         return []
-    keys, items = list(value), list(value.values()) if isinstance(value, dict) else None
+    content, items = list(value), list(value.items()) if isinstance(value, dict) else None
 
-    def put_back_items() -> None:
-        same = len(value) == len(keys) and all(a is b for a, b in zip(value, keys, strict=True))
+    def put_items_back() -> None:
+        now, then = list(value), content
         if items is not None:
-            same = same and all(a is b for a, b in zip(value.values(), items, strict=True))
-        if same:
+            now, then = [*now, *value.values()], [*content, *(item for _, item in items)]
+        if len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True)):
             return
         value.clear()
-        if items is not None:
-            value.update(zip(keys, items, strict=True))
-        else:
-            (value.update if isinstance(value, set) else value.extend)(keys)
+        fill: Callable[[Any], None] = value.update if isinstance(value, (dict, set)) else value.extend
+        fill(content if items is None else items)
 
-    return [put_back_items]
+    return [put_items_back]
 
 
 def _of_others(value: Any) -> list[Callable[[], object]]:

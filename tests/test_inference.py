@@ -1,7 +1,13 @@
 import copy
+import gzip
+import importlib
 import io
 import pickle
+import random
+import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,9 +15,12 @@ from torch.nn import functional
 
 import lightning_prune as lp
 from experiments.models import LeNet
-from lightning_prune.deploy import inference
+from lightning_prune.deploy import timing
+from lightning_prune.deploy.sizes import gzipped, size
+from lightning_prune.deploy.timing import Ratio
 
-FORMS = {"csr": inference._csr, "compact": inference._compact}
+accelerating = importlib.import_module("lightning_prune.deploy.accelerate")
+FORMS = {"csr": accelerating._csr, "compact": accelerating._compact}
 
 
 def sparse(model, sparsity=0.9):
@@ -22,17 +31,15 @@ def sparse(model, sparsity=0.9):
 def faster(monkeypatch, form="csr"):
     """Let `form` win all races, so that what it computes can be tested on any machine."""
 
-    def race(works, seconds):
-        forms = [work.func.pack if isinstance(work.func, inference._Packed) else None for work in works]
-        return [[1.0 if its is FORMS[form] else 2.0] for its in forms[:-1]] + [
-            [1.0 if forms[-1] is FORMS[form] else 1.9]
-        ]
+    def race(candidates, **_):
+        return {name: [1.0 if name in (form, "fast") else 2.0] for name in candidates}
 
-    monkeypatch.setattr(inference, "_alternated", race)
+    monkeypatch.setattr(accelerating, "alternated", race)
 
 
 def packed(model):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, inference._Packed)}
+    forms = {name: vars(layer).get("forward") for name, layer in model.named_modules()}
+    return {name: form for name, form in forms.items() if isinstance(form, accelerating._Packed)}
 
 
 class Residual(nn.Module):
@@ -137,8 +144,8 @@ def test_activations_stay_transposed_from_one_product_to_the_next_only(monkeypat
     faster(monkeypatch)
     stays = {
         case: [
-            layer.stays_transposed
-            for layer in packed(lp.accelerate(sparse(build()), torch.randn(shape))).values()
+            form.stays_transposed
+            for form in packed(lp.accelerate(sparse(build()), torch.randn(shape))).values()
         ]
         for case, (build, shape, _) in CASES.items()
     }
@@ -275,6 +282,101 @@ def test_a_copy_made_in_inference_mode_is_none_the_worse(monkeypatch):
     torch.testing.assert_close(grad, x.grad)
 
 
+class Touchy(nn.Module):
+    """Reads its layers, counts, caches, draws: all that a forward may do besides computing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(12, 8), nn.BatchNorm1d(8)
+        self.calls, self.seen, self.cache = 0, [], {}
+        self.generator = torch.Generator().manual_seed(1)
+        self.register_buffer("count", torch.zeros(1).expand(3))
+        self.layer.note = "a user's"
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(x)
+        self.cache.setdefault("first", {})[self.calls] = x
+        self.count[:1] += 1
+        if not hasattr(self, "table"):
+            self.table = x.new_zeros(self.layer.out_features)
+            self.register_buffer("made", torch.ones(2))
+        noise = torch.rand(1) + random.random() + np.random.rand() + torch.rand(1, generator=self.generator)
+        x = x.reshape(-1, self.layer.in_features) * (noise.to(x.dtype) > 0)
+        return self.norm(self.layer(x) + self.table + (self.layer.bias is None) * self.layer.weight.sum())
+
+
+def everything_of(model):
+    held = {}
+    for name, module in model.named_modules():
+        held[name] = {k: copy.deepcopy(v) for k, v in vars(module).items() if k != "generator"}
+    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    own = model.generator.get_state().tolist(), model.count.tolist()
+    return repr(held), generators, own, list(model.state_dict())
+
+
+@pytest.mark.parametrize("function", [lp.accelerate, lp.summarize])
+def test_neither_the_model_nor_the_generators_notice(function):
+    model, x = sparse(Touchy(), 0.5), torch.randn(4, 12)
+    before = everything_of(model)
+    function(model, x)
+    assert everything_of(model) == before
+    assert not hasattr(model, "table")
+
+
+def test_a_copy_is_as_new_and_has_all_that_models_read(monkeypatch):
+    faster(monkeypatch)
+    model, x = sparse(Touchy(), 0.5), torch.randn(4, 12)
+    fast = lp.accelerate(model, x)
+    assert list(packed(fast)) == ["layer"]
+    assert (fast.calls, fast.seen, fast.cache, fast.count.tolist()) == (0, [], {}, [0, 0, 0])
+    torch.testing.assert_close(fast(x), model(x))
+    assert fast.calls == 1
+    assert isinstance(fast.layer, nn.Linear)
+    assert (fast.layer.in_features, fast.layer.out_features, fast.layer.note) == (12, 8, "a user's")
+    assert repr(fast) == repr(model)
+    for layer in (nn.Conv2d(4, 6, 1, stride=2), nn.Conv1d(4, 6, 1)):
+        copied = lp.accelerate(sparse(layer, 0.5), torch.randn(2, 4, *[5] * (layer.weight.dim() - 2)))
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            assert getattr(copied, name) == getattr(layer, name)
+
+
+def test_a_graph_that_a_model_keeps_does_no_harm(monkeypatch):
+    faster(monkeypatch)
+    model, x = sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40)
+    model.last = model(x)
+    fast = lp.accelerate(model, x)
+    assert torch.equal(fast.last, model.last)
+    assert not fast.last.requires_grad
+    lp.summarize(model, x)
+    model.last.sum().backward()
+
+
+def test_a_model_that_cannot_be_copied_is_refused_by_name():
+    model = sparse(LeNet(40, (30, 20), 10))
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"the LeNet cannot be copied \(.*lock.*\); allowed are models"):
+        lp.accelerate(model, torch.randn(4, 40))
+    lp.summarize(model, torch.randn(4, 40))
+
+
+def test_a_copy_of_a_copy_is_measured_anew(pair):
+    model, fast = pair
+    again, x = lp.accelerate(fast, torch.randn(4, 40)), torch.randn(5, 40)
+    assert list(packed(again)) == list(packed(fast)) == ["fc1", "fc2", "out"]
+    assert again.fc1.forward.layer is again.fc1
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_new_weights_in_the_memory_of_old_ones_are_packed_anew(pair):
+    _, fast = pair
+    x = torch.randn(5, 40)
+    for _ in range(20):  # the memory that is given back is given out again
+        fast.fc1.weight = nn.Parameter(torch.randn(30, 40))
+        fast.fc1.weight = nn.Parameter(weight := torch.randn(30, 40))
+        torch.testing.assert_close(fast.fc1(x), functional.linear(x, weight, fast.fc1.bias))
+
+
 def test_nothing_of_the_surroundings_is_changed():
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     model = sparse(LeNet(40, (30, 20), 10))
@@ -292,13 +394,15 @@ def test_nothing_of_the_surroundings_is_changed():
 
 def test_a_copy_that_is_not_faster_is_dense_and_says_so(monkeypatch, caplog):
     model, x = sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40)
-    monkeypatch.setattr(inference, "_alternated", lambda works, seconds: [[1.0] for _ in works])
+    monkeypatch.setattr(
+        accelerating, "alternated", lambda candidates, **_: {name: [1.0] for name in candidates}
+    )
     fast = lp.accelerate(model, x)
     assert not packed(fast)
     assert fast is not model
     assert torch.equal(fast(x), model(x))
     assert fast.acceleration.speed_up == 1
-    assert "nothing is gained (1.00x as fast)" in caplog.text
+    assert "nothing is gained (1.00x as fast), so the copy is dense" in caplog.text
     assert "dense: these forms are 1.00x as fast" in str(fast.acceleration)
 
 
@@ -306,21 +410,53 @@ def test_a_layer_that_loses_its_neighbours_is_measured_again(monkeypatch):
     """`out` is slower as csr; then `fc2` is as well."""
     rounds = []
 
-    def race(works, seconds):
-        if not isinstance(works[-1].func, inference._Packed):
-            return [[1.5 if work.func is inference._call else 1.0] for work in works[:-1]] + [[1.0]]
-        layer = next((work.func for work in works if FORMS["csr"] is getattr(work.func, "pack", None)), None)
-        if layer is None:
-            return [[1.0]] * len(works)
-        rounds.append(len(layer.weight))
-        slow = len(layer.weight) == 10 or (len(layer.weight) == 20 and not layer.stays_transposed)
-        return [[1.0], [2.0 if slow else 0.5], *([[1.0]] * (len(works) - 2))]
+    def race(candidates, **_):
+        if "fast" in candidates:
+            return {"dense": [1.5], "fast": [1.0]}
+        if "csr" not in candidates:
+            return {name: [1.0] for name in candidates}
+        form = candidates["csr"].args[0].func  # of the call that is timed
+        outputs = len(form.layer.weight)
+        rounds.append(outputs)
+        slow = outputs == 10 or (outputs == 20 and not form.stays_transposed)
+        return {key: [1.0] for key in candidates} | {"csr": [2.0 if slow else 0.5]}
 
-    monkeypatch.setattr(inference, "_alternated", race)
+    monkeypatch.setattr(accelerating, "alternated", race)
     fast = lp.accelerate(sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40))
     assert list(packed(fast)) == ["fc1"]
-    assert not fast.fc1.stays_transposed
+    assert not packed(fast)["fc1"].stays_transposed
     assert rounds == [30, 20, 10, 30, 20, 30]
+
+
+def times_of(dense, fast):
+    """A race of whole models whose runs take these times; of layers, csr wins."""
+
+    def race(candidates, **_):
+        if "fast" in candidates:
+            return {"dense": dense, "fast": fast}
+        return {key: [2.0] for key in candidates} | {"csr": [1.0]}
+
+    return race
+
+
+def test_a_copy_timed_on_a_busy_machine_is_dense_and_says_so(monkeypatch, caplog):
+    """The parts of the runs say 0.4, 0.99 and 2.1."""
+    model, x = sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40)
+    monkeypatch.setattr(accelerating, "alternated", times_of([1.2, 0.99, 2.1], [3.0, 1.0, 1.0]))
+    fast = lp.accelerate(model, x)
+    assert not packed(fast)
+    assert fast.acceleration.speed_up == 1
+    assert "0.40x to 2.10x (too noisy to say) as fast, so the copy is dense. Try again when" in caplog.text
+    assert "dense: these forms are 0.40x to 2.10x (too noisy to say) as fast" in str(fast.acceleration)
+
+
+def test_a_copy_that_is_faster_in_every_part_of_noisy_runs_is_taken(monkeypatch):
+    model, x = sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40)
+    monkeypatch.setattr(accelerating, "alternated", times_of([2.0, 9.0, 3.0], [1.0, 1.0, 1.0]))
+    fast = lp.accelerate(model, x)
+    assert list(packed(fast)) == ["fc1", "fc2", "out"]
+    assert fast.acceleration.measured == Ratio(2.0, 2.0, 9.0)
+    assert "these forms are 2.00x to 9.00x (too noisy to say) as fast" in str(fast.acceleration)
 
 
 @pytest.mark.parametrize("function", [lp.accelerate, lp.summarize])
@@ -344,7 +480,7 @@ def test_a_copy_refuses_to_train(pair):
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_two_of_four_runs_on_a_gpu_that_supports_it(dtype, monkeypatch):
-    FORMS["2:4"] = inference._two_four
+    FORMS["2:4"] = accelerating._two_four
     faster(monkeypatch, "2:4")
     model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
     for layer in (model[0], model[2]):
@@ -359,11 +495,11 @@ def test_two_of_four_runs_on_a_gpu_that_supports_it(dtype, monkeypatch):
 def test_two_of_four_is_told_from_other_patterns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     alive = torch.tensor([True, False, False, True]).repeat(32, 16)
-    assert inference._is_two_four(alive, torch.float16)
-    assert not inference._is_two_four(alive, torch.float32)
-    assert not inference._is_two_four(alive[:31], torch.float16)
+    assert accelerating._is_two_four(alive, torch.float16)
+    assert not accelerating._is_two_four(alive, torch.float32)
+    assert not accelerating._is_two_four(alive[:31], torch.float16)
     alive[3, 1] = True
-    assert not inference._is_two_four(alive, torch.float16)
+    assert not accelerating._is_two_four(alive, torch.float16)
 
 
 # -------------------------------------------------------------------------------------------------- summarize
@@ -420,6 +556,21 @@ def test_attention_counts_and_shared_tensors_count_once():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_two_summaries_are_compared_only_as_far_as_the_machine_was_the_same():
+    summary = lp.summarize(sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40))
+
+    def took(low, high, yardstick):
+        total = replace(summary.total, latency_us=low)
+        return replace(summary, total=total, spread_us=(low, high), yardstick_us=yardstick)
+
+    before = took(100, 103, 10)
+    assert took(50, 52, 10).against(before).startswith("1.00x smaller, 2.00x as fast (batch 4")
+    assert "1.92x to 6.00x (too noisy to say) as fast" in took(50, 52, 30).against(before)  # busier, after
+    assert "0.67x to 2.06x (too noisy to say) as fast" in took(50, 150, 10).against(before)
+    assert "0.20x to 1.03x (too noisy to say) as fast" in took(100, 101, 10).against(took(100, 103, 50))
+    assert summary.speed_up(summary).value == 1
+
+
 def test_a_summary_is_a_table_for_people_and_a_dict_for_programs():
     summary = lp.summarize(sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40))
     text, values = str(summary), summary.to_dict()
@@ -434,6 +585,86 @@ def test_an_acceleration_is_a_table_for_people_and_a_dict_for_programs(pair):
     text, values = str(fast.acceleration), fast.acceleration.to_dict()
     assert all(word in text for word in ("fc1", "30 x 40", "csr", "end to end"))
     assert [row["form"] for row in values["layers"]] == ["csr"] * 3
+
+
+# ------------------------------------------------------------------------------------------- size and time
+
+
+def test_sizes_are_those_of_the_bytes_and_of_the_file(tmp_path):
+    model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 20), nn.Linear(20, 20))
+    model[3].weight = model[2].weight
+    lp.prune(model, 0.8)
+    state = model.state_dict(keep_vars=True)
+    its = size(state)
+    parameters = list(model.parameters())
+    once = [tensor for name, tensor in state.items() if name != "3.weight"]
+    assert its.parameters == sum(p.numel() for p in parameters) == 620 + 40 + 420 + 20
+    assert its.alive == sum(int(p.count_nonzero()) for p in parameters)
+    assert its.raw == sum(t.nbytes for t in once)
+    content = b"".join(t.detach().numpy().tobytes() for t in once)
+    assert its.gzip == len(gzip.compress(content, 6))
+    lp.save_sparse(state, tmp_path / "file")
+    assert its.sparse == (tmp_path / "file").stat().st_size
+    assert size(model.state_dict()) == replace(its, parameters=0, alive=0)
+    assert size({"a": torch.ones(3).conj(), "extra": {}}).raw == 12
+    assert gzipped([]) == len(gzip.compress(b""))
+
+
+def test_runs_are_alternated_and_as_many_as_asked_for(monkeypatch):
+    order = []
+
+    def measuring(name):
+        return lambda: order.append(name) or float(len(order))
+
+    times = timing.alternated({"a": measuring("a"), "b": measuring("b")}, rounds=3, warm_up=1)
+    assert order == ["a", "b"] * 4
+    assert times == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
+    assert timing.alternated({}, rounds=3) == {}
+    clock = iter(range(100))
+    monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))
+    assert len(timing.alternated({"a": lambda: 1.0}, rounds=2, at_least=10)["a"]) == 11
+    monkeypatch.setattr(timing, "perf_counter", lambda: 0.0)
+    assert len(timing.alternated({"a": lambda: 1.0}, at_least=1.0)["a"]) == 1000
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.85])
+def test_a_ratio_is_true_however_often_others_interrupt(share):
+    """Each run of two works of 2 and 1 seconds is interrupted with this probability, for up to 30 seconds."""
+    draw = random.Random(0)
+
+    def runs(seconds):
+        return [seconds + draw.expovariate(1 / 10) * (draw.random() < share) for _ in range(300)]
+
+    found = timing.ratio(runs(2.0), runs(1.0))
+    assert found.value == pytest.approx(2, rel=0.02)
+    assert not found.noisy
+
+
+@pytest.mark.parametrize("n", [5, 9, 60])
+def test_what_the_runs_disagree_on_is_not_said(n):
+    draw = random.Random(0)
+    said = wrong = 0
+    for _ in range(200):
+        a, b = ([1 + draw.expovariate(1) for _ in range(n)] for _ in range(2))  # always disturbed
+        found = timing.ratio(a, b)
+        assert found.low <= found.value <= found.high
+        said += not found.noisy
+        wrong += not found.noisy and not 0.75 < found.value < 1.33
+    assert wrong <= 4
+    assert n == 60 or said < 100
+
+
+def test_a_measurement_waits_for_what_was_started_on_a_gpu(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    assert timing.seconds(lambda: order.append("work")) > 0
+    assert order == ["wait", "work", "wait"]
+
+
+def test_the_machine_is_named():
+    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in timing.machine()
+    assert timing.hardware() in timing.machine()
 
 
 # ----------------------------------------------------------------------------------------------------- export

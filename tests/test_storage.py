@@ -15,7 +15,7 @@ from torch import nn
 
 import lightning_prune as lp
 from experiments.benchmarks.size import limit
-from lightning_prune.deploy import storage
+from lightning_prune.deploy import pieces
 from tests.limited import in_a_process
 from tests.networks import Net, fitter, loader
 
@@ -141,7 +141,7 @@ def test_views_of_one_memory_that_differ_are_not_tied():
 
 
 def test_tensors_longer_than_a_piece_come_back(monkeypatch):
-    monkeypatch.setattr(storage, "_PIECE", 1000)
+    monkeypatch.setattr(pieces, "PIECE", 1000)
     x = of_bits(torch.float32, (7, 911), 0.3)
     x[2:5] = 0  # pieces without a survivor
     x[6] = 1  # and without a zero
@@ -178,9 +178,9 @@ def test_gaps_equal_the_obvious_loop(density):
             obvious.append(255)
             gap -= 255
         obvious.append(gap)
-    gaps = storage._gaps(np.flatnonzero(alive.numpy()))
+    gaps = pieces.gaps_of(np.flatnonzero(alive.numpy()))
     assert gaps.tolist() == obvious
-    assert storage._from_gaps(gaps).tolist() == where
+    assert pieces.positions_of(gaps).tolist() == where
 
 
 # --------------------------------------------------------------------------------------------------- its size
@@ -204,7 +204,7 @@ def test_what_cannot_be_compressed_grows_by_next_to_nothing(dtype):
 
 
 def test_writing_and_reading_need_little_memory_besides(monkeypatch):
-    monkeypatch.setattr(storage, "_PIECE", 1 << 14)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 14)
     x = of_bits(torch.float32, (2_000_000,), 0.3)
 
     def peak(work):
@@ -261,14 +261,14 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(given, mess
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     lp.save_sparse({"x": torch.ones(3)}, "x")
-    encode = storage._encode
+    encode = pieces.encode
 
     def fail_late(words, turns, compress):
         if len(words) == 7:
             raise OSError("disk full")
         return encode(words, turns, compress)
 
-    monkeypatch.setattr(storage, "_encode", fail_late)
+    monkeypatch.setattr(pieces, "encode", fail_late)
     with pytest.raises(OSError, match="disk full"):
         lp.save_sparse({"y": torch.zeros(3), "z": torch.zeros(7)}, "x")
     assert lp.load_sparse("x")["x"].tolist() == [1, 1, 1]

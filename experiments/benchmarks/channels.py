@@ -20,9 +20,9 @@ from typing_extensions import override
 
 import lightning_prune as lp
 from experiments.benchmarks.step import Task
-from experiments.benchmarks.timing import alternated, machine, ratio, seconds
 from experiments.channels import torch_pruning
 from experiments.models import ResNet20
+from lightning_prune.deploy.timing import alternated, low, machine, ratio, seconds, timed
 
 
 class Net(Task):
@@ -93,8 +93,8 @@ def plan_and_cut(rounds: int) -> None:
     theirs = partial(torch_pruning, sparsity=0.5, shape=shape)
     candidates = {"ours": partial(timed, ours), "torch-pruning": partial(timed, theirs)}
     times = alternated(candidates, rounds)
-    print("plan and cut ResNet-50: " + ", ".join(f"{k} {median(v):.2f} s" for k, v in times.items()))
-    print(f"  ours/torch-pruning {ratio(times['ours'], times['torch-pruning']):.2f}x")
+    print("plan and cut ResNet-50: " + ", ".join(f"{k} {low(v):.2f} s" for k, v in times.items()))
+    print(f"  ours/torch-pruning {ratio(times['ours'], times['torch-pruning'])}")
 
 
 def half_width(rounds: int) -> None:
@@ -105,10 +105,10 @@ def half_width(rounds: int) -> None:
     before, after = (lp.summarize(its.eval(), x) for its in (dense, net))
     print("ResNet-18 (CIFAR), half of the channels: " + after.against(before))
     with torch.inference_mode():
-        candidates = {"dense": partial(seconds, partial(dense, x)), "cut": partial(seconds, partial(net, x))}
+        candidates = {"dense": timed(partial(dense, x)), "cut": timed(partial(net, x))}
         times = alternated(candidates, rounds)
-    shown = ", ".join(f"{k} {1000 * median(v):.1f} ms" for k, v in times.items())
-    print(f"  {shown}: {ratio(times['dense'], times['cut']):.2f}x as fast (aim: 2.5x)")
+    shown = ", ".join(f"{k} {1000 * low(v):.1f} ms" for k, v in times.items())
+    print(f"  {shown}: {ratio(times['dense'], times['cut'])} as fast (aim: 2.5x)")
 
 
 def shrinking(batches: int) -> None:

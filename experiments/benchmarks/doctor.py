@@ -5,14 +5,13 @@
 
 import logging
 import warnings
-from statistics import median
 
 import torch
 
 from experiments.benchmarks.step import Task, holding, step_time
-from experiments.benchmarks.timing import machine, seconds
 from experiments.models import LeNet
 from lightning_prune import doctor
+from lightning_prune.deploy.timing import low, machine, seconds
 from lightning_prune.layers import prunable
 from lightning_prune.pruning import next_masks
 
@@ -35,7 +34,7 @@ def examination() -> float:
         found += doctor.awake(dict(task.state_dict()), masks, "")  # in a checkpoint
         doctor.report(found)
 
-    return median(seconds(look) for _ in range(21))
+    return low([seconds(look) for _ in range(21)])
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
     def fused(params: object) -> torch.optim.Optimizer:
         return torch.optim.Adam(params, lr=1.2e-3, fused=True)  # type: ignore[arg-type]
 
-    epoch = IMAGES / BATCH * median(step_time(LeNet, fused, batch, 300, holding) for _ in range(3))
+    epoch = IMAGES / BATCH * low([step_time(LeNet, fused, batch, 300, holding) for _ in range(3)])
     look = examination()
     print(f"The doctor, LeNet-300-100. {machine()}")
     print(f"  a look {1000 * look:.2f} ms, an epoch {epoch:.2f} s: {look / epoch:.3%} (aim: below 1 %)")

@@ -6,7 +6,6 @@ random images of MNIST's number and size, since time does not depend on what the
 
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.nn.functional import cross_entropy
 
-from experiments.benchmarks.timing import alternated, machine, seconds
 from experiments.data import Splits, npz
 from experiments.models import LeNet
 from experiments.run import run
+from lightning_prune.deploy.timing import alternated, low, machine, ratio, timed
 
 ROUNDS, STEPS, EVERY = 3, 1000, 100
 
@@ -96,15 +95,15 @@ def main() -> None:
         )
         for batch_size in (60, 128):
             works = {
-                "ours": lambda b=batch_size: seconds(lambda: ours(path, b, tempfile.mkdtemp(dir=folder))),
-                "plain loop": lambda b=batch_size: seconds(lambda: plain(splits, b)),
+                "ours": timed(lambda b=batch_size: ours(path, b, tempfile.mkdtemp(dir=folder))),
+                "plain loop": timed(lambda b=batch_size: plain(splits, b)),
             }
             times = alternated(works, 5)
-            speed = {k: ROUNDS * STEPS / median(v) for k, v in times.items()}
-            ratios = [p / o for o, p in zip(times["ours"], times["plain loop"], strict=True)]
+            speed = {k: ROUNDS * STEPS / low(v) for k, v in times.items()}
             print(
                 f"  batch {batch_size}: ours {speed['ours']:.0f} it/s, "
-                f"plain loop {speed['plain loop']:.0f} it/s, ours/plain loop {median(ratios):.2f}x"
+                f"plain loop {speed['plain loop']:.0f} it/s, "
+                f"ours/plain loop {ratio(times['plain loop'], times['ours'])}"
             )
 
 

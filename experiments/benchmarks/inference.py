@@ -1,21 +1,20 @@
 """Inference of pruned networks, dense against `accelerate`, end to end.
 
-`python -m experiments.benchmarks.inference [--sparsity S ...]`. Prints medians of the ratios of alternated
-pairs, measured anew after `accelerate` has chosen, and the form of each layer. Every layer is equally sparse.
+`python -m experiments.benchmarks.inference [--sparsity S ...]`. Prints ratios of alternated runs,
+measured anew after `accelerate` has chosen, and the form of each layer. Every layer is equally sparse.
 """
 
 import argparse
 import logging
 from functools import partial
-from statistics import median
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 import lightning_prune as lp
-from experiments.benchmarks.timing import alternated, machine, ratio, seconds
 from experiments.models import LeNet
+from lightning_prune.deploy.timing import alternated, low, machine, ratio, timed
 
 CASES = {
     "LeNet-300-100": (LeNet, 784, (1, 32, 256)),
@@ -32,14 +31,12 @@ def measure(model: nn.Module, x: torch.Tensor, rounds: int) -> str:
     fast = lp.accelerate(model, x)
     with torch.inference_mode():
         worst = float((fast(x) - model(x)).abs().max() / model(x).abs().max())
-        for work in (model, fast) * 3:
-            work(x)
-        works = {"dense": partial(seconds, partial(model, x)), "ours": partial(seconds, partial(fast, x))}
-        times = alternated(works, rounds)
+        works = {"dense": timed(partial(model, x)), "ours": timed(partial(fast, x))}
+        times = alternated(works, rounds, warm_up=3)
     report = cast(Any, fast).acceleration
     forms = ", ".join(choice.form for choice in report.layers) if report.speed_up > 1 else "dense copy"
-    gain, dense = ratio(times["dense"], times["ours"]), 1e6 * median(times["dense"])
-    return f"{dense:9.0f} {gain:9.2f}x {report.measured:9.2f}x {worst:9.0e}  {forms}"
+    gain, dense = ratio(times["dense"], times["ours"]), 1e6 * low(times["dense"])
+    return f"{dense:9.0f} {gain!s:>10} {report.measured!s:>10} {worst:9.0e}  {forms}"
 
 
 def main() -> None:

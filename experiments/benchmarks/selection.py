@@ -11,14 +11,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from experiments.benchmarks.timing import alternated, machine, ratio, seconds
+from lightning_prune.deploy.timing import alternated, low, machine, ratio, timed
 from lightning_prune.masks import count
 from lightning_prune.pruning import next_masks
 
@@ -130,11 +129,11 @@ def measure(n: int, dtype: str) -> str:
     ties = differing(first["ours"], first["torch"], params) if "torch" in names else None
     del first
     rounds = 3 if n >= 100_000_000 else 9
-    times = alternated({name: lambda work=work: seconds(work) for name, work in works.items()}, rounds)
-    mine = median(times["ours"])
+    times = alternated({name: timed(work) for name, work in works.items()}, rounds)
+    mine = low(times["ours"])
     cells = [f"{n:13,} {dtype:>8} {mine:9.4f} {1e9 * mine / n:6.2f}"]
     cells += [
-        f"{ratio(times[m], times['ours']):8.2f}x" if m in names else 8 * " " + "-" for m in ("torch", "numpy")
+        f"{ratio(times[m], times['ours'])!s:>9}" if m in names else 8 * " " + "-" for m in ("torch", "numpy")
     ]
     del params, works  # their memory is that of the other processes
     extra = {name: peak(name, n, dtype) for name in names}

@@ -1,8 +1,8 @@
 """Size and writing time of sparse files: against the entropy limit, gzip -6 and xz -6 of the same tensors.
 
 `python -m experiments.benchmarks.size [--full]`. Weights are normal, layer by layer with the usual initial
-spread, pruned to one global threshold. All ratios are from one run; times are medians of alternated
-runs, those of gzip over ours. ResNeXt-50, and xz of the larger networks, are slow: --full.
+spread, pruned to one global threshold. All ratios are from one run; times are those of alternated runs, of
+gzip over ours, both until the file is on the disk. ResNeXt-50, and xz of larger networks, are slow: --full.
 """
 
 import argparse
@@ -11,14 +11,15 @@ import io
 import lzma
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from experiments.benchmarks.timing import alternated, machine, ratio, seconds
+from lightning_prune.deploy.sizes import size
+from lightning_prune.deploy.timing import alternated, machine, ratio, timed
+from lightning_prune.files import replacing
 
 SPARSITIES = (0.0, 0.4, 0.8, 0.9, 0.98)
 
@@ -72,6 +73,7 @@ NETWORKS = {"LeNet-300-100": lenet, "1024-2048-2048-1024": wide, "ResNeXt-50 32x
 
 
 def raw(state_dict: Mapping[str, Tensor]) -> bytes:
+    """What torch writes."""
     buffer = io.BytesIO()
     torch.save(dict(state_dict), buffer)
     return buffer.getvalue()
@@ -86,7 +88,7 @@ def measure(build: Callable[[], nn.Module], sparsity: float, folder: Path, repea
             nn.init.kaiming_normal_(p)
     lp.prune(model, sparsity)
     state_dict = {name: p.detach() for name, p in model.state_dict().items()}
-    sparse, zipped, plain = folder / "sparse", folder / "gzip", raw(state_dict)
+    sparse, zipped, plain, its = folder / "sparse", folder / "gzip", raw(state_dict), size(state_dict)
 
     def write_sparse() -> None:
         sparse.unlink(missing_ok=True)  # to replace a file costs more than to write a small one
@@ -94,7 +96,7 @@ def measure(build: Callable[[], nn.Module], sparsity: float, folder: Path, repea
 
     def write_gzip() -> None:
         zipped.unlink(missing_ok=True)
-        with gzip.open(zipped, "wb", compresslevel=6) as target:
+        with replacing(zipped) as file, gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6) as target:
             target.write(plain)
 
     def read_gzip() -> None:
@@ -107,15 +109,16 @@ def measure(build: Callable[[], nn.Module], sparsity: float, folder: Path, repea
         "load": lambda: lp.load_sparse(sparse),
         "unzip": read_gzip,
     }
-    times = alternated({name: partial(seconds, way) for name, way in ways.items()}, repeats)
+    times = alternated({name: timed(way) for name, way in ways.items()}, repeats)
     write, read = ratio(times["gzip"], times["ours"]), ratio(times["unzip"], times["load"])
     loaded = lp.load_sparse(sparse)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state_dict.items())
-    size, packed, bound = sparse.stat().st_size, zipped.stat().st_size, limit(state_dict)
-    against_xz = f"{size / len(lzma.compress(plain, preset=6)):7.3f}" if xz else "      -"
+    assert sparse.stat().st_size == its.sparse
+    against_xz = f"{its.sparse / len(lzma.compress(plain, preset=6)):7.3f}" if xz else "      -"
     return (
-        f"{sparsity:8.0%} {len(plain) / 1e6:9.3f} {packed / 1e6:9.3f} {size / 1e6:9.3f} {size / bound:9.3f} "
-        f"{size / packed:8.3f} {against_xz} {write:11.1f}x {read:10.1f}x"
+        f"{sparsity:8.0%} {its.raw / 1e6:9.3f} {its.gzip / 1e6:9.3f} {its.sparse / 1e6:9.3f} "
+        f"{its.sparse / limit(state_dict):9.3f} {its.sparse / its.gzip:8.3f} {against_xz} "
+        f"{write!s:>12} {read!s:>11}"
     )
 
 

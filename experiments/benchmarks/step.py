@@ -6,7 +6,6 @@
 import logging
 import warnings
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -18,10 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from experiments.benchmarks.timing import alternated, machine, ratio
 from experiments.data import Sliced
 from experiments.models import LeNet, ResNet20
 from lightning_prune import IterativeMagnitudePruning, prune
+from lightning_prune.deploy.timing import alternated, low, machine, ratio
 
 SPARSITY = 0.8
 
@@ -147,11 +146,11 @@ def main() -> None:
         }
         times = alternated(measure, 9)
         print(f"{name}. {machine()}")
-        print("  " + ", ".join(f"{k} {1000 * median(v):.3f} ms" for k, v in times.items()))
+        print("  " + ", ".join(f"{k} {1000 * low(v):.3f} ms" for k, v in times.items()))
         print(
-            f"  ours/plain {ratio(times['ours'], times['plain']):.3f}x, "
-            f"ModelPruning/plain {ratio(times['ModelPruning'], times['plain']):.3f}x, "
-            f"ours/ModelPruning {ratio(times['ours'], times['ModelPruning']):.3f}x"
+            f"  ours/plain {ratio(times['ours'], times['plain'])}, "
+            f"ModelPruning/plain {ratio(times['ModelPruning'], times['plain'])}, "
+            f"ours/ModelPruning {ratio(times['ours'], times['ModelPruning'])}"
         )
 
 

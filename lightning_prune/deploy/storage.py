@@ -8,40 +8,33 @@ values, each compressed with zstd where that helps. The index says where the pie
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
-from itertools import accumulate, pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_prune.deploy import pieces
+from lightning_prune.deploy.pieces import Piece, UnreadableFile, grown, is_count, is_list, need
 from lightning_prune.files import replacing
 
-Array = NDArray[Any]  # words: unsigned integers as wide as the elements; or bytes; or positions
-
 _FORMAT, _VERSION = "lightning_prune.sparse", "1"
-_FEW = 1 << 14  # values: with fewer, both rotations are tried
-_PIECE = 1 << 20  # elements that are read, compressed and written at a time: what bounds the memory
-_JUMP = 255  # a gap byte: go on by 255 elements, no survivor here
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex128", "complex64")
 _WHOLE = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
 _FLOAT8 = tuple(name for name in vars(torch) if name.startswith("float8"))
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _FLOATS + _FLOAT8 + _WHOLE}
 
 
-class _Piece(NamedTuple):
-    """A row of the index."""
+class _Entry(NamedTuple):
+    """What the index says of a tensor."""
 
-    crc: int  # of the stored bytes
-    form: str  # how positions are given: "all" (none needed), "bits" (a bit an element), "gaps" (bytes)
-    turn: int  # by how many bits to the left the values' words are rotated
-    alive: int  # values that are stored
-    raw: int  # bytes of the positions before compression
-    stored: list[int]  # bytes in the file: the positions, then each byte of the values' words
+    dtype: torch.dtype
+    shape: list[int]
+    n_words: int
+    width: int  # bytes of a word
+    pieces: list[Piece]
 
 
 def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
@@ -72,24 +65,27 @@ def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
         ValueError: when something in it is no such tensor. Nothing is written then.
         ModuleNotFoundError: without the extra `storage` (safetensors and zstandard).
     """
-    tensors = dict(state_dict)
-    for name, tensor in tensors.items():
-        _check(name, tensor)
-    _, zstd = libraries()
+    tensors = _checked(state_dict)
+    libraries()
     with replacing(path) as file:
-        _write(tensors, file, zstd)
+        write(tensors, file)
 
 
-def load_sparse(path: str | Path) -> dict[str, Tensor]:
+def load_sparse(path: str | Path, max_bytes: int | None = None) -> dict[str, Tensor]:
     """The state dict that `save_sparse` wrote, bit for bit, on the CPU; what was tied is tied again.
 
-    Tensors are contiguous and in the order in which they were given. See `save_sparse` for an example.
+    Tensors are contiguous and in the order in which they were given. See `save_sparse` for an example. What a
+    file says of itself is checked before memory is taken for it, so one that was made to do harm can do no
+    more than ask for many zeros, which take next to no room in a file: give `max_bytes` where that matters.
 
     Args:
         path: a file that `save_sparse` wrote.
+        max_bytes: refuse a file whose tensors take more than this. None: any size.
 
     Raises:
-        ValueError: when it is no such file, of another version, truncated or damaged.
+        UnreadableFile: a ValueError, when it is no such file, of another version, truncated, damaged, or its
+            tensors take more than `max_bytes`.
+        FileNotFoundError: when there is no file.
         ModuleNotFoundError: without the extra `storage` (safetensors and zstandard).
     """
     safetensors, zstd = libraries()
@@ -99,16 +95,12 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
         )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            return _read(file, zstd)
-    except (safetensors.SafetensorError, _Unreadable) as error:
-        raise ValueError(
+            return _read(file, zstd, max_bytes)
+    except (safetensors.SafetensorError, zstd.ZstdError, UnreadableFile) as error:
+        raise UnreadableFile(
             f"load_sparse: {str(path)!r} cannot be read: {error}. "
             "Allowed are whole files that save_sparse wrote. Save it again."
         ) from error
-
-
-class _Unreadable(Exception):
-    pass
 
 
 def libraries() -> tuple[Any, Any]:
@@ -121,6 +113,13 @@ def libraries() -> tuple[Any, Any]:
             f"{error.name} is needed for sparse files: pip install safetensors zstandard"
         ) from error
     return safetensors, zstandard
+
+
+def _checked(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = dict(state_dict)
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+    return tensors
 
 
 def _check(name: object, tensor: object) -> None:
@@ -152,7 +151,25 @@ def _header(data: int, index: int, crc: int, size: int = 0) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write(tensors: dict[str, Tensor], file: BinaryIO, zstd: Any) -> None:
+def memory(tensor: Tensor) -> object:
+    """The memory that a tensor shows, and how: tensors of which this is equal are stored once."""
+    lazy = tensor.is_conj(), tensor.is_neg()  # what is done to the elements only as they are read
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), lazy
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same elements, contiguous and on the CPU."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def write(state_dict: Mapping[str, Tensor], file: BinaryIO) -> None:
+    """Write what `save_sparse` writes to an open file that is empty.
+
+    Raises:
+        ValueError: as `save_sparse`.
+        ModuleNotFoundError: as `save_sparse`.
+    """
+    tensors, (_, zstd) = _checked(state_dict), libraries()
     # The header comes first and is known last: room is left for it, so that nothing is kept or copied.
     most = 10**6 + 2 * sum(tensor.nbytes for tensor in tensors.values())
     start = file.write(_header(most, most, 1 << 32))
@@ -160,17 +177,15 @@ def _write(tensors: dict[str, Tensor], file: BinaryIO, zstd: Any) -> None:
     index: dict[str, Any] = {}
     first: dict[object, str] = {}  # what memory a tensor shows -> the first name of it
     for name, tensor in tensors.items():
-        shows = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
-        if tensor.numel() and first.setdefault(shows, name) != name:
-            index[name] = first[shows]
+        if tensor.numel() and (earlier := first.setdefault(memory(tensor), name)) != name:
+            index[name] = earlier
             continue
-        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        pieces: list[_Piece] = []
-        for words in _pieces(_words(plain)):
-            piece, streams = _encode(words, _turns(tensor.dtype), compressor.compress)
+        rows: list[Piece] = []
+        for words in pieces.cut(pieces.words_of(plain(tensor))):
+            piece, streams = pieces.encode(words, pieces.turns_of(tensor.dtype), compressor.compress)
             file.writelines(streams)
-            pieces.append(piece)
-        index[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), pieces]
+            rows.append(piece)
+        index[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), rows]
     data = file.tell() - start
     packed = compressor.compress(json.dumps(index, separators=(",", ":")).encode())
     file.write(packed)
@@ -178,131 +193,73 @@ def _write(tensors: dict[str, Tensor], file: BinaryIO, zstd: Any) -> None:
     file.write(_header(data, len(packed), crc32(packed), start))
 
 
-def _read(file: Any, zstd: Any) -> dict[str, Tensor]:
+def _read(file: Any, zstd: Any, max_bytes: int | None) -> dict[str, Tensor]:
     metadata = file.metadata() or {}
     for key, needed in (("format", _FORMAT), ("version", _VERSION)):
-        if metadata.get(key) != needed:
-            raise _Unreadable(f"its {key} is {metadata.get(key)!r}, and {needed!r} is needed")
+        given = metadata.get(key)
+        need(given == needed, f"its {key} is {given!r}, and {needed!r} is needed")
+    slices = {name: file.get_slice(name) for name in ("data", "index")}
+    for its in slices.values():
+        need(its.get_dtype() == "U8" and len(its.get_shape()) == 1, "its container is of another kind")
     packed: bytes = file.get_tensor("index").tobytes()
-    if str(crc32(packed)) != metadata.get("crc"):
-        raise _Unreadable("its index is damaged")
-    index = json.loads(zstd.ZstdDecompressor().decompress(packed))
-    data, place = file.get_slice("data"), 0
+    need(str(crc32(packed)) == metadata.get("crc"), "its index is damaged")
+    index, there = _index(packed, zstd), slices["data"].get_shape()[0]
+    entries = [entry for entry in index.values() if isinstance(entry, _Entry)]
+    stored = sum(sum(piece.stored) for entry in entries for piece in entry.pieces)
+    need(stored == there, f"its index speaks of {stored} bytes, and there are {there}")
+    takes = sum(entry.n_words * entry.width for entry in entries)
+    need(max_bytes is None or takes <= max_bytes, f"its tensors take {takes} bytes, above {max_bytes=}")
+    place = 0
     result: dict[str, Tensor] = {}
     for name, entry in index.items():
         if isinstance(entry, str):
             result[name] = result[entry]
             continue
-        dtype, shape, pieces = entry
-        result[name] = tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-        for words, row in zip(_pieces(_words(tensor)), pieces, strict=True):
-            piece = _Piece(*row)
+        try:
+            result[name] = tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        except RuntimeError as error:
+            raise UnreadableFile(f"there is no room for {name!r}, {entry.shape} of {entry.dtype}") from error
+        for words, piece in zip(pieces.cut(pieces.words_of(tensor)), entry.pieces, strict=True):
             start, place = place, place + sum(piece.stored)
-            stored: bytes = data[start:place].tobytes() if start < place else b""  # which cannot be sliced
-            if crc32(stored) != piece.crc:
-                raise _Unreadable(f"{name!r} is damaged")
-            _decode(piece, stored, words, zstd)
+            # an empty range cannot be sliced
+            content: bytes = slices["data"][start:place].tobytes() if start < place else b""
+            need(crc32(content) == piece.crc, f"{name!r} is damaged")
+            pieces.decode(piece, content, words, zstd)
     return result
 
 
-# ------------------------------------------------------------------------------------------------- the pieces
-
-
-def _words(tensor: Tensor) -> Array:
-    """The elements of a contiguous tensor (complex: their parts) as unsigned integers, in the same memory."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.reshape(-1).view(torch.uint8).numpy().view(f"u{real.itemsize}")
-
-
-def _pieces(words: Array) -> list[Array]:
-    return [words[start : start + _PIECE] for start in range(0, len(words), _PIECE)]
-
-
-def _encode(
-    words: Array, turns: tuple[int, int], compress: Callable[[Any], bytes]
-) -> tuple[_Piece, list[bytes]]:
-    def shrink(raw: Array) -> bytes:
-        packed = compress(raw)
-        return packed if len(packed) < len(raw) else raw.tobytes()
-
-    alive = words != 0
-    where = np.flatnonzero(alive)
-    positions = {"bits": np.packbits(alive)} if len(where) * 16 > len(words) else {}
-    if len(where) * 4 < len(words):  # with more, a gap takes more bits than it spans
-        positions["gaps"] = _gaps(where)
-    packed = {form: shrink(raw) for form, raw in positions.items()}
-    form = min(packed, key=lambda form: len(packed[form]))
-    ways = [(form, len(positions[form]), packed[form], words[where])]
-    if len(where) * 8 > len(words) * 7:  # with less, zeros among the values cost more than positions
-        ways.append(("all", 0, b"", words))
-    results: list[tuple[_Piece, list[bytes]]] = []
-    for form, raw, packed_positions, values in ways:
-        for turn in set(turns if len(values) < _FEW else turns[1:]):
-            turned = _turned(values, turn)
-            # Bytes of one kind compress better together: the lowest of every word, then the next.
-            planes = [(turned >> 8 * place).astype(np.uint8) for place in range(words.itemsize)]
-            streams = [packed_positions, *map(shrink, planes)]
-            crc = crc32(b"".join(streams))
-            results.append((_Piece(crc, form, turn, len(values), raw, [*map(len, streams)]), streams))
-    return min(results, key=lambda result: sum(result[0].stored))
-
-
-def _decode(piece: _Piece, stored: bytes, words: Array, zstd: Any) -> None:
-    def grow(packed: bytes, size: int) -> Array:
-        raw = packed if len(packed) == size else zstd.ZstdDecompressor().decompress(packed)
-        return np.frombuffer(raw, np.uint8)
-
-    streams = [stored[start:end] for start, end in pairwise([0, *accumulate(piece.stored)])]
-    values = np.zeros(piece.alive, words.dtype)
-    for place, stream in enumerate(streams[1:]):
-        values |= grow(stream, piece.alive).astype(words.dtype) << 8 * place
-    values = _turned(values, 8 * words.itemsize - piece.turn)
-    where = slice(None)
-    if piece.form != "all":
-        positions = grow(streams[0], piece.raw)
-        where = _from_gaps(positions) if piece.form == "gaps" else np.flatnonzero(np.unpackbits(positions))
-        words[:] = 0
-    words[where] = values
-
-
-def _turned(words: Array, places: int) -> Array:
-    """Each word rotated to the left."""
-    width = 8 * words.itemsize
-    return (words << places) | (words >> width - places) if 0 < places < width else words
-
-
-def _turns(dtype: torch.dtype) -> tuple[int, int]:
-    """The rotations that make a float's highest byte worth compressing, for few values and for many.
-
-    The first makes it the exponent alone; the sign joins the mantissa, as random as it is. The second makes
-    it five bits of exponent and three of mantissa: random bits leave zstd no repetitions to find, which cost
-    more than they save, and spread the likely exponents, of which it spends at least a bit on each.
-
-    >>> _turns(torch.float32), _turns(torch.float16), _turns(torch.int32)
-    ((1, 4), (1, 1), (0, 0))
-    """
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return 0, 0
-    info = torch.finfo(dtype)
-    exponent = info.bits - 1 - round(-math.log2(info.eps))
-    return 1, max(0, exponent - 4)
-
-
-def _gaps(where: Array) -> Array:
-    """Increasing positions as the zeros before each, in bytes; 255 stands for 255 zeros and more to come.
-
-    >>> _gaps(np.array([0, 3, 300]))
-    array([  0,   2, 255,  41], dtype=uint8)
-    >>> _from_gaps(_gaps(np.array([0, 3, 300])))
-    array([  0,   3, 300])
-    """
-    gaps = np.diff(where, prepend=-1) - 1
-    ends = np.cumsum(gaps // _JUMP + 1)
-    result = np.full(ends[-1] if len(ends) else 0, _JUMP, np.uint8)
-    result[ends - 1] = gaps % _JUMP
+def _index(packed: bytes, zstd: Any) -> dict[str, _Entry | str]:
+    """What an index says, if it can be true; nothing larger than what it speaks of was made for that."""
+    most = (1 << 20) + 64 * len(
+        packed
+    )  # rows of a whole file are shorter: no two pieces have the same checksum
+    size = zstd.frame_content_size(packed)
+    need(0 < size <= most, f"its index would take {size} bytes")
+    try:
+        index = json.loads(grown(packed, size, zstd))
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile(f"its index is no JSON ({error})") from error
+    need(isinstance(index, dict), "its index is no table")
+    result: dict[str, _Entry | str] = {}
+    for name, entry in index.items():
+        if isinstance(entry, str):
+            need(isinstance(result.get(entry), _Entry), f"{name!r} is tied to {entry!r}, which is not there")
+            result[name] = entry
+        else:
+            result[name] = _entry(name, entry)
     return result
 
 
-def _from_gaps(gaps: Array) -> Array:
-    is_end = gaps != _JUMP
-    return np.cumsum(gaps.astype(np.int64) + is_end)[is_end] - 1
+def _entry(name: str, row: Any) -> _Entry:
+    need(is_list(row, 3) and isinstance(row[0], str) and row[0] in _DTYPES, f"{name!r} has no known dtype")
+    dtype, shape, rows = _DTYPES[row[0]], row[1], row[2]
+    need(is_list(shape) and all(is_count(side, 1 << 60) for side in shape), f"{name!r} has no shape")
+    need(math.prod(side or 1 for side in shape) < 1 << 60, f"{name!r} has an impossible shape")
+    n_words = math.prod(shape) * (2 if dtype.is_complex else 1)
+    width = dtype.itemsize // (2 if dtype.is_complex else 1)
+    need(is_list(rows, -(-n_words // pieces.PIECE)), f"{name!r} has more or fewer pieces than its shape")
+    for start, row in enumerate(rows):
+        n = min(pieces.PIECE, n_words - start * pieces.PIECE)
+        fits = is_list(row, 6) and pieces.fits(Piece(*row), n, width)
+        need(fits, f"{name!r} has an impossible piece")
+    return _Entry(dtype, shape, n_words, width, [Piece(*row) for row in rows])
