@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from experiments.controls import Begin, each_round, finished, train_from
 from experiments.figures import Axis, Figure, axis_of, lines
 from experiments.oneshot import evaluate
 from experiments.records import Record, described, read
 from experiments.runs import Runs
 from experiments.statistics import interval
+from experiments.tickets import Begin, each_round, finished, train_from
 from experiments.training import built
 from lightning_prune.files import replacing
 
@@ -132,7 +132,7 @@ def train(cfg: DictConfig, folder: Path, points: int = 30, reestimate: bool = Fa
         shown = {name: [float(f"{v:.6g}") for v in values] for name, values in found.items()}
         return [{**record, "path": shown, "seconds": seconds}]
 
-    each_round(cfg, folder, ticket, train_one)
+    each_round(cfg, folder, ticket.rounds, train_one)
 
 
 @dataclass(frozen=True)

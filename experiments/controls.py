@@ -6,7 +6,7 @@ following that its signature names:
 
 - `generator`: of the run's kind and seed, the same in every round;
 - `network`: a freshly built one that it may change;
-- `survived`: how many prunings each weight survived in the ticket's run;
+- `lifetimes`: in how many of the ticket's rounds each weight was alive;
 - `dense`: the weights of the dense network at the end of its training, which is then trained first;
 - `prune`: (criterion, weights) -> masks of the ticket's size in this round, by the experiment's allocation.
 """
@@ -25,13 +25,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from experiments import tickets
+from experiments.equal_size import of_equal_size
 from experiments.records import Record, read
-from experiments.tickets import Begin, Start, each_round, finished, train_from
+from experiments.round_masks import lifetimes
+from experiments.tickets import Begin, Start, chosen, each_round, finished, finished_masks, train_from
 from experiments.training import built
 from lightning_prune.criteria import Random
+from lightning_prune.evidence import OF_A_RUN, asked
 from lightning_prune.files import replacing
+from lightning_prune.layers import layouts
 from lightning_prune.masks import Masks, alive
-from lightning_prune.pruning import Criterion, groups, next_masks
+from lightning_prune.pruning import Criterion, groups
 from lightning_prune.selection import Scores
 
 Prune = Callable[[Criterion, Mapping[str, Tensor]], Masks]
@@ -145,14 +150,14 @@ def random(start: Start, prune: Prune, generator: torch.Generator) -> Start:
     return replace(start, masks=prune(criterion, start.tensors))
 
 
-def inverted(start: Start, prune: Prune, survived: dict[str, Tensor], generator: torch.Generator) -> Start:
+def inverted(start: Start, prune: Prune, lifetimes: dict[str, Tensor], generator: torch.Generator) -> Start:
     """As many weights as the ticket has, those that it lost first; equals are drawn.
 
     Reference: Frankle et al. (2021), arXiv:2009.08576, Section 4.
     """
 
     def lost_first(params: dict[str, Tensor]) -> Scores:
-        return {n: torch.rand(w.shape, generator=generator) - survived[n].float() for n, w in params.items()}
+        return {n: torch.rand(w.shape, generator=generator) - lifetimes[n].float() for n, w in params.items()}
 
     return replace(start, masks=prune(lost_first, start.tensors))
 
@@ -180,31 +185,70 @@ def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------- their training
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot be a control of this experiment, before its ticket is trained.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if OmegaConf.select(cfg, "run.control") is None:
+        return  # a small dense network starts from weights of its own
+    tickets.check(cfg)
+    control = instantiate(cfg.run.control)
+    if isinstance(control, OneShot):
+        if data := sorted(OF_A_RUN & asked(control.criterion).keys()):
+            raise ValueError(
+                f"criterion={cfg.criterion}: kind={cfg.kind} ranks the weights of the trained dense network, "
+                f"and this criterion asks for {', '.join(data)}. Allowed are criteria that read weights "
+                "alone, such as criterion=magnitude."
+            )
+        schedule = instantiate(cfg.pruner).schedule
+        for of_group in schedule.values() if isinstance(schedule, dict) else [schedule]:
+            if not asked(of_group) and of_group(0) > 0:
+                raise ValueError(
+                    f"schedule={of_group}: kind={cfg.kind} prunes the trained dense network, and there is "
+                    f"none where round 0 has sparsity {of_group(0)}. Allowed are schedules that are 0 in "
+                    "round 0, such as schedule=geometric."
+                )
+
+
 def train(cfg: DictConfig, folder: Path, control: Control) -> None:
-    """Train a control at the ticket's rounds `cfg.controls_at`, None for all of them."""
+    """Train a control at the ticket's rounds `cfg.controls_at`, None for all of them.
+
+    Raises:
+        ValueError: before anything is trained, when the control has none of the ticket's size in some round.
+    """
+    check(cfg)
     ticket = finished(cfg)
-    asked = signature(control).parameters
+    asked_for = signature(control).parameters
     path = folder / "dense.pt"
 
-    def train_one(round: int, folder: Path) -> list[Record]:
+    def begin(round: int, dense: Callable[[], Mapping[str, Tensor]]) -> Start:
         start = ticket.start(round)
-        if round or "dense" not in asked:
-            evidence = {
-                "generator": lambda: generator_of(cfg),
-                "network": lambda: built(cfg),
-                "survived": lambda: ticket.survived,
-                "dense": lambda: torch.load(path, weights_only=True),
-                "prune": lambda: partial(_prune, cfg, start),
-            }
-            start = control(start, **{name: value() for name, value in evidence.items() if name in asked})
+        evidence = {
+            "generator": lambda: generator_of(cfg),
+            "network": lambda: built(cfg),
+            "lifetimes": lambda: lifetimes(ticket.masks),
+            "dense": dense,
+            "prune": lambda: partial(_prune, cfg, start),
+        }
+        return control(start, **{name: value() for name, value in evidence.items() if name in asked_for})
+
+    def train_one(round: int, folder: Path) -> list[Record]:
+        if round or "dense" not in asked_for:
+            start = begin(round, lambda: torch.load(path, weights_only=True))
+        else:
+            start = ticket.start(0)
         task = built(cfg)
         train_from(cfg, folder, task, round, ticket.steps, Begin(start, ticket.snapshot))
-        if not round and "dense" in asked:
+        if not round and "dense" in asked_for:
             with replacing(path) as file:
                 torch.save({name: w.detach().clone() for name, w in task.named_parameters()}, file)
         return read(folder / "records.jsonl")[0]
 
-    each_round(cfg, folder, ticket, train_one, dense="dense" in asked)
+    for round in chosen(cfg, ticket.rounds):
+        begin(round, lambda: ticket.snapshot.tensors)  # in place of the trained ones, to see what fails
+    each_round(cfg, folder, ticket.rounds, train_one, dense="dense" in asked_for)
 
 
 def generator_of(cfg: DictConfig) -> torch.Generator:
@@ -215,19 +259,9 @@ def generator_of(cfg: DictConfig) -> torch.Generator:
 def _prune(cfg: DictConfig, start: Start, criterion: Criterion, weights: Mapping[str, Tensor]) -> Masks:
     """Masks of the size of the start's, in each group of weights that has a schedule of its own."""
     pruner = instantiate(cfg.pruner)
-    dense = {name: torch.ones_like(mask) for name, mask in start.masks.items()}
-    sparsities = [
-        (names, 1 - alive(_only(start.masks, names)) / alive(_only(dense, names)))
-        for names, _ in groups(list(dense), pruner.schedule)
-    ]
-    params = _only(weights, list(dense))
-    return next_masks(
-        params, dense, sparsities, criterion, pruner.allocate, pruner.granularity, initial=start.tensors
-    )
-
-
-def _only(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    return {name: tensors[name] for name in names}
+    parts = [names for names, _ in groups(list(start.masks), pruner.schedule)]
+    axes = criterion, pruner.allocate, pruner.granularity, layouts(instantiate(cfg.task), start.masks)
+    return of_equal_size(start.masks, weights, parts, *axes, initial=start.tensors)
 
 
 # ------------------------------------------------------------------------------------- a small dense network
@@ -235,14 +269,14 @@ def _only(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
 
 def small_dense(cfg: DictConfig, folder: Path) -> None:
     """Train, for each of the rounds, a dense network with about as many weights as the ticket had left."""
-    ticket, pruner = finished(cfg), instantiate(cfg.pruner)
+    masks_of_ticket, pruner = finished_masks(cfg), instantiate(cfg.pruner)
 
     def count(network: nn.Module) -> int:
         weights = pruner.prunable(nn.ModuleDict({"net": network})).values()  # named as in the task
         return sum(w.numel() for w in weights)
 
     def train_one(round: int, folder: Path) -> list[Record]:
-        masks = ticket.start(round).masks
+        masks = masks_of_ticket[round]
         total = sum(mask.numel() for mask in masks.values())
         small = OmegaConf.merge(cfg, {"model": narrowed(cfg.model, alive(masks), count)})
         assert isinstance(small, DictConfig)
@@ -250,7 +284,7 @@ def small_dense(cfg: DictConfig, folder: Path) -> None:
         records, _ = read(folder / "records.jsonl")
         return [{**r, "total": total, "sparsity": (total - r["alive"]) / total} for r in records]
 
-    each_round(cfg, folder, ticket, train_one)
+    each_round(cfg, folder, list(masks_of_ticket), train_one)
 
 
 WIDTHS = ("hidden", "width", "widths")

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 from typing_extensions import override
 
+from experiments.recording import VERSION
 from experiments.records import read
 from experiments.sweeps import digest, locked, plain
 from lightning_prune import IterativeMagnitudePruning
@@ -22,7 +23,7 @@ from lightning_prune.masks import Masks
 # What a dense round does not depend on. A key that is not named here is taken to matter.
 LATER = [
     *("kind", "after", "ticket", "controls_at", "name", "runs", "progress", "logger", "oneshot", "hydra"),
-    *("claims", "figures", "tables", "checkpoint_every_n_epochs"),
+    *("claims", "figures", "tables", "fixed", "checkpoint_every_n_epochs"),
     *("rounds", "rate", "output_rate", "schedule", "criterion", "allocation", "granularity"),
     *(f"pruner.{key}" for key in ("rounds", "schedule", "criterion", "allocate", "granularity")),
 ]
@@ -95,5 +96,6 @@ def dense_round(cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning
         return None  # its end depends on what would be pruned
     depends: dict[str, Any] = plain(cfg, without=LATER)
     depends["versions"] = [version(name) for name in ("lightning-prune", "torch", "lightning")]
+    depends["version of the records"] = VERSION
     depends["keeps the initial weights"] = "initial" in asked(pruner.criterion)
     return DenseRound(folder.parents[1] / ".dense" / f"{digest(depends)}.ckpt", cfg.steps_per_round)

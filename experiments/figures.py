@@ -18,7 +18,7 @@ import vl_convert
 
 from experiments.records import Record, by_round, kinds_of
 from experiments.runs import Runs
-from experiments.statistics import interval, masks_of, overlap_of_seeds
+from experiments.statistics import interval, overlap_of_seeds
 from lightning_prune import files
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.masks import Masks, jaccard
@@ -532,25 +532,28 @@ def overlap(runs: Runs) -> Figure | None:
     charts: list[Any] = []
     for kind in kinds_of(runs.records):
         name = LABELS.get(kind, kind)
-        its = {run.seed: run.survived for run in runs.of(kind) if run.survived}
+        its = {run.seed: run.masks for run in runs.of(kind) if run.masks}
         its = dict(list(its.items())[:SEEDS])
         if len(its) < 2 or len(charts) == KINDS:
             continue
         records = {r["round"]: r for r in runs.of(kind)[0].records if r["round"]}
+        records = {round: r for round, r in records.items() if all(round in m for m in its.values())}
+        if not records:
+            continue
         for round, (spread, by_chance) in overlap_of_seeds(list(its.values()), list(records)).items():
             row = {"kind": name, "round": round, "x": _left(records[round]), "y": spread.mean, "censored": 0}
             band = dict(zip(("low", "high"), spread.interval, strict=True)) if len(its) > 2 else {}
             shared.append({**row, **band, "seeds": len(its)})
             chance.append({"x": row["x"], "y": by_chance})
         some = list(records)[:: -(-len(records) // 20)]
-        pairs = list(combinations([{r: masks_of(s, r) for r in some} for s in its.values()], 2))[:3]
+        pairs = list(combinations([{r: masks[r] for r in some} for masks in its.values()], 2))[:3]
         between = [
             {"round": r, "round of another seed": s, "overlap": fmean(jaccard(a[r], b[s]) for a, b in pairs)}
             for r in some
             for s in some
         ]
         charts.append(heat(between, "round", "round of another seed", name, "overlap", (0, 1), "%"))
-        last |= {f"{name} {seed}": masks_of(s, max(records)) for seed, s in its.items()}
+        last |= {f"{name} {seed}": masks[max(records)] for seed, masks in its.items()}
     if not shared:
         return None
     y = Axis("alive in both / in either", "%")

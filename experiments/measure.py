@@ -38,11 +38,11 @@ def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
     initial = {name: value.clone() for name, value in task.state_dict().items()}
     rows: list[dict[str, Any]] = []
     for kind in kinds_of(runs.records):
-        run = next((run for run in runs.of(kind) if run.survived), None)
-        if run is None or run.survived is None:
+        run = next((run for run in runs.of(kind) if run.masks), None)
+        if run is None:
             continue
-        for record in run.records:
-            masks = {name: survived >= record["round"] for name, survived in run.survived.items()}
+        for record in (r for r in run.records if r["kind"] == kind and r["round"] in run.masks):
+            masks = run.masks[record["round"]]
             task.load_state_dict(initial)
             for name, mask in masks.items():
                 zero_dead_(p := task.get_parameter(name), bits(mask, like=p))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from experiments.dense import LATER, dense_round
 from experiments.records import read
+from experiments.round_masks import file_size
 from experiments.sweeps import plain
 from experiments.training import Cost, trial
 from lightning_prune import IterativeMagnitudePruning
@@ -43,7 +45,8 @@ class Plan:
             return
         pruner: IterativeMagnitudePruning = instantiate(cfg.pruner)
         task = instantiate(cfg.task)
-        weights = {name: p.numel() for name, p in pruner.prunable(task).items()}
+        params = pruner.prunable(task)
+        weights = {name: p.numel() for name, p in params.items()}
         left = weights_left(weights, pruner)
         shown = "?" if left is None else f"{left} ({left / sum(weights.values()):.2%})"
         if state == "finished" or state.startswith("refused"):
@@ -57,7 +60,10 @@ class Plan:
             self._dense.add(dense.path)
         cost = self._cost(cfg)
         seconds = (rounds - trained) * cfg.steps_per_round * cost.seconds_per_step
-        size = 2 * cost.checkpoint_bytes + sum(weights.values())  # resume, final; and how long each survived
+        size = 2 * cost.checkpoint_bytes  # resume, final
+        if not control:  # which keeps no masks of its own
+            masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+            size += (cfg.rounds + 1) * file_size(masks)
         self.seconds, self.bytes = self.seconds + seconds, self.bytes + size
         of = f"{rounds - trained} of {rounds}"
         self.rows.append((name, state, of, shown, f"{size / 1e6:.1f} MB", duration(seconds)))

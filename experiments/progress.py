@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import TqdmExperimentalWarning, tqdm
 from typing_extensions import override
 
-from experiments.records import pruner_of
+from experiments.recording import pruner_of
 
 
 class ExperimentProgress(Callback):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import controls
 from experiments.plan import Plan
 from experiments.sweeps import digest, locked, plain, sync
 from lightning_prune.checks import number, whole
@@ -35,7 +37,9 @@ log = logging.getLogger(__name__)
 
 CONF = str(Path(__file__).parents[1] / "conf")
 # What does not change the numbers of a run may differ when it is resumed.
-_FREE = ("after", "progress", "runs", "ticket", "controls_at", "claims", "figures", "tables", "hydra")
+_FREE = (
+    *("after", "claims", "controls_at", "figures", "fixed", "hydra", "progress", "runs", "tables", "ticket"),
+)
 _KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
 
 
@@ -98,13 +102,39 @@ def state_of(cfg: DictConfig) -> str:
 
 
 def check(cfg: DictConfig) -> None:
-    """Make sure that numbers are numbers which else nobody looks at before the training."""
+    """Refuse what else nobody looks at before the training.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, made_by in cfg.fixed.items():
+        if (given := named(OmegaConf.select(cfg, key))) != made_by:
+            raise ValueError(
+                f"{key}={given}: kind={cfg.kind} is made by {made_by}, and its runs are recorded under that "
+                "name. Leave that option out, or give kind=ticket with it, and name=<another name>."
+            )
+    if cfg.after:
+        controls.check(cfg)
     whole("evaluate_every", cfg.evaluate_every, 1, such_as=100)
     whole("checkpoint_every_n_epochs", cfg.checkpoint_every_n_epochs, 0)
     if (rate := OmegaConf.select(cfg, "optimizer.lr")) is not None:
         number(
             "optimizer.lr", rate, "are numbers from 0 on, such as 0.001", lambda lr: 0 <= lr < float("inf")
         )
+
+
+def named(node: Any) -> str | None:
+    """What an option of an axis makes: the name of the function or class in its config.
+
+    >>> named({"_target_": "hydra.utils.get_method", "path": "lightning_prune.allocation.uniform"})
+    'lightning_prune.allocation.uniform'
+    >>> named({"_target_": "lightning_prune.criteria.Random", "seed": 1})
+    'lightning_prune.criteria.Random'
+    """
+    if not isinstance(node, Mapping):
+        return None
+    target = node.get("_target_")
+    return node.get("path") if target in ("hydra.utils.get_method", "hydra.utils.get_class") else target
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
@@ -188,6 +218,7 @@ _PLANNED = Plan()
 def plan(cfg: DictConfig) -> None:
     """What `--dry-run` does in place of `main`."""
     try:
+        check(cfg)
         state = state_of(cfg)
     except ValueError as error:
         state = f"refused: {error}"

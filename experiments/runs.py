@@ -1,16 +1,20 @@
 """A folder of runs, read: whatever state they are in, and whatever became of their files."""
 
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from experiments.records import Record, read
+from experiments.round_masks import masks_of
+from lightning_prune.masks import Masks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,13 +35,13 @@ class Run:
     made: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
-    def survived(self) -> dict[str, Tensor] | None:
-        """How many prunings each weight survived."""
-        path = self.folder / "survived.pt" if self.folder else None
+    def masks(self) -> Mapping[int, Masks]:
+        """Its masks by round; none where its files are missing or cannot be read, which is logged."""
         try:
-            return torch.load(path, weights_only=True) if path and path.is_file() else None
-        except Exception:  # whatever a damaged file may end with: it is as good as none
-            return None
+            return masks_of(self.folder) if self.folder else {}
+        except ValueError as error:
+            log.warning("%s", error)
+            return {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -83,6 +87,7 @@ def load(folder: Path) -> Runs:
     for config in sorted(folder.glob("*/config.yaml"), key=lambda path: _natural(path.parent.name)):
         its = config.parent
         records, bad = read(its / "records.jsonl")
+        records = latest(records)
         if bad:
             broken[f"{its.name}/records.jsonl"] = bad
         kind, _, seed = its.name.rpartition("-")
@@ -98,6 +103,7 @@ def load(folder: Path) -> Runs:
         )
     if not runs:
         records, bad = read(folder / "records.jsonl")
+        records = latest(records)
         if bad:
             broken["records.jsonl"] = bad
         for kind, seed in dict.fromkeys((r["kind"], r.get("seed")) for r in records):
@@ -109,6 +115,15 @@ def load(folder: Path) -> Runs:
     config: Any = OmegaConf.load(first / "config.yaml")
     measured = [json.loads(line) for line in _lines(folder / "measured.jsonl")]
     return Runs(config.name, runs, config, broken, measured)
+
+
+def latest(records: list[Record]) -> list[Record]:
+    """One record a round of each kind and seed: the last one.
+
+    The first version wrote two of round 0 where a run was pruned before its first step, and the first of them
+    was of a round that was never trained.
+    """
+    return list({(r["kind"], r.get("seed"), r["round"]): r for r in records}.values())
 
 
 def _natural(name: str) -> tuple[str, int, str]:

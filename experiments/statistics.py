@@ -6,7 +6,6 @@ from itertools import combinations
 from statistics import fmean, stdev
 
 from scipy.stats import t
-from torch import Tensor
 
 from experiments.records import Record
 from lightning_prune.masks import Masks, jaccard
@@ -98,19 +97,14 @@ def paired_by_round(
     return {round: (left[round], spread(values)) for round, values in pairs.items() if values}
 
 
-def masks_of(survived: Mapping[str, Tensor], round: int) -> Masks:
-    """The masks of a round, from how many prunings each weight survived (`survived.pt` in a run's folder)."""
-    return {name: n >= round for name, n in survived.items()}
-
-
-def overlap_of_rounds(survived: Mapping[str, Tensor], rounds: Sequence[int]) -> list[list[float]]:
+def overlap_of_rounds(masks: Mapping[int, Masks], rounds: Sequence[int]) -> list[list[float]]:
     """Jaccard overlap of the masks of one run in each two of these rounds, as a matrix."""
-    masks = [masks_of(survived, round) for round in rounds]
-    return [[jaccard(a, b) for b in masks] for a in masks]
+    these = [masks[round] for round in rounds]
+    return [[jaccard(a, b) for b in these] for a in these]
 
 
 def overlap_of_seeds(
-    survived: Sequence[Mapping[str, Tensor]], rounds: Sequence[int]
+    masks: Sequence[Mapping[int, Masks]], rounds: Sequence[int]
 ) -> dict[int, tuple[Spread, float]]:
     """Jaccard overlap of the masks of different seeds in each round, and what chance would give.
 
@@ -118,16 +112,15 @@ def overlap_of_seeds(
     same densities drawn at random.
 
     Args:
-        survived: of each seed's run, two or more.
-        rounds: which.
+        masks: of each seed's run by round, two runs or more.
+        rounds: which; every run has them.
 
     Returns:
         {round: (spread over all pairs of seeds, by chance)}
     """
     table: dict[int, tuple[Spread, float]] = {}
     for round in rounds:
-        masks = [masks_of(its, round) for its in survived]
-        pairs = list(combinations(masks, 2))
+        pairs = list(combinations([of_run[round] for of_run in masks], 2))
         chance = [_by_chance(a, b) for a, b in pairs]
         table[round] = spread([jaccard(a, b) for a, b in pairs]), fmean(chance)
     return table

@@ -1,7 +1,7 @@
 """Finished tickets: what a run left behind, and trainings that start from it, a round at a time."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,24 @@ from typing import Any
 import torch
 from hydra.utils import instantiate, to_absolute_path
 from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from typing_extensions import override
 
 from experiments.records import Record, read, write
-from experiments.statistics import masks_of
+from experiments.round_masks import masks_of
+from experiments.sweeps import plain
 from experiments.training import fit
+from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks
 from lightning_prune.rewind import Snapshot
+
+# In what a control may differ from the ticket: what it does with it, and what changes no numbers.
+NOT_OF_TRAINING = (
+    *("after", "claims", "controls_at", "figures", "fixed", "hydra", "kind", "logger", "name", "oneshot"),
+    *("progress", "pruner.rounds", "rounds", "run", "runs", "seed", "tables", "threads", "ticket"),
+    "checkpoint_every_n_epochs",
+)
 
 
 @dataclass(frozen=True)
@@ -33,20 +42,56 @@ class Ticket:
     """What a finished run left behind.
 
     Args:
-        snapshot: the state that it rewound to.
+        snapshot: the state that each of its rounds began with, but for the masks.
         steps: for which it trained after a rewind.
-        survived: how many prunings each weight survived.
-        rounds: those that it trained.
+        masks: of each round that it trained.
     """
 
     snapshot: Snapshot
     steps: int
-    survived: dict[str, Tensor]
-    rounds: list[int]
+    masks: Mapping[int, Masks]
+
+    @property
+    def rounds(self) -> list[int]:
+        """The rounds that it trained."""
+        return list(self.masks)
 
     def start(self, round: int) -> Start:
         """What this round began with."""
-        return Start(self.snapshot.tensors, masks_of(self.survived, round))
+        return Start(self.snapshot.tensors, self.masks[round])
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse controls of tickets whose rounds did not all begin with one state, before anything is trained.
+
+    Such a ticket goes on from weights, or optimizers, of the round before, and these are not kept; or its
+    rounds end at different steps, so that a control would be trained for longer or shorter.
+
+    Raises:
+        ValueError: then.
+    """
+    advice = "Give rewind=initialization, step or epoch, which the ticket then has, too."
+    if not cfg.rewind:
+        raise ValueError(
+            f"rewind=none: kind={cfg.kind} trains from the state that the ticket rewound to, and this ticket "
+            f"does not rewind. Allowed are tickets that go back to an early state. {advice}"
+        )
+    rewind: Any = instantiate(cfg.rewind)
+    if "final" in asked(rewind.policy):
+        raise ValueError(
+            f"rewind.policy={_name(rewind.policy)}: kind={cfg.kind} trains from what each of the ticket's "
+            "rounds began with, and under this policy that comes from the round before and is not kept. "
+            f"Allowed are policies that go back to one early state, as everything does. {advice}"
+        )
+    if rewind.until is not None:
+        raise ValueError(
+            f"rewind.until={rewind.until}: kind={cfg.kind} trains as long as the ticket's rounds, and these "
+            f"end at different steps. Allowed are rounds of one length. {advice}"
+        )
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))
 
 
 def finished(cfg: DictConfig) -> Ticket:
@@ -54,45 +99,77 @@ def finished(cfg: DictConfig) -> Ticket:
 
     Raises:
         FileNotFoundError: when there is no finished run.
-        ValueError: when it did not rewind.
+        ValueError: when its rounds did not all begin with one state, or it was trained in another way.
     """
-    folder = Path(to_absolute_path(cfg.ticket))
+    check(cfg)
+    masks = finished_masks(cfg)
+    _check_config(cfg)
+    rewind: Any = instantiate(cfg.rewind)
+    state = torch.load(_folder(cfg) / "final.ckpt", map_location="cpu", weights_only=True)["callbacks"]
+    rewind.load_state_dict(state[rewind.state_key])
+    behind = state[rewind.state_key]["behind"] if rewind.shorten else 0
+    return Ticket(call(rewind.policy, rewind.snapshot), cfg.steps_per_round - behind, masks)
+
+
+def finished_masks(cfg: DictConfig) -> Mapping[int, Masks]:
+    """The masks of the rounds that the run in the folder `cfg.ticket` trained.
+
+    Raises:
+        FileNotFoundError: when there is no finished run, or its masks are missing.
+    """
+    folder = _folder(cfg)
     if not (folder / "final.ckpt").is_file():
         raise FileNotFoundError(
             f"ticket={cfg.ticket}: there is no finished run. A control starts from the ticket's: start the "
             "same command with kind=ticket first."
         )
-    if not cfg.rewind:
-        raise ValueError(
-            f"ticket={cfg.ticket}: it did not rewind, so a control has nothing to start from. Choose an "
-            "experiment, or a rewind, that goes back to an early step."
+    masks = masks_of(folder)
+    trained = {r["round"] for r in read(folder / "records.jsonl")[0]}
+    if missing := sorted(trained - set(masks)):
+        raise FileNotFoundError(
+            f"ticket={cfg.ticket}: the masks of its rounds {missing} are not there. A control needs those of "
+            f"every round. Delete {folder} and start the same command with kind=ticket first."
         )
-    rewind: Any = instantiate(cfg.rewind)
-    state = torch.load(folder / "final.ckpt", map_location="cpu", weights_only=True)["callbacks"]
-    rewind.load_state_dict(state[rewind.state_key])
-    return Ticket(
-        rewind.snapshot,
-        cfg.steps_per_round - (state[rewind.state_key]["behind"] if rewind.shorten else 0),
-        torch.load(folder / "survived.pt", map_location="cpu", weights_only=True),
-        sorted(r["round"] for r in read(folder / "records.jsonl")[0]),
-    )
+    return masks
+
+
+def _check_config(cfg: DictConfig) -> None:
+    path = _folder(cfg) / "config.yaml"
+    if not path.is_file():
+        return
+    there, here = plain(OmegaConf.load(path), NOT_OF_TRAINING), plain(cfg, NOT_OF_TRAINING)
+    if changed := sorted(k for k in {**there, **here} if there.get(k) != here.get(k)):
+        shown = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed[:5])
+        raise ValueError(
+            f"ticket={cfg.ticket}: it was trained in another way ({shown}). A control differs from its "
+            "ticket in one thing alone. Give the same options, or ticket=<a run that has them>."
+        )
+
+
+def _folder(cfg: DictConfig) -> Path:
+    return Path(to_absolute_path(cfg.ticket))
 
 
 def each_round(
     cfg: DictConfig,
     folder: Path,
-    ticket: Ticket,
+    there: Sequence[int],
     train_one: Callable[[int, Path], list[Record]],
     dense: bool = False,
 ) -> None:
-    """Train a round at a time, each in a folder of its own; what is recorded already is done."""
-    rounds = ticket.rounds if cfg.controls_at is None else list(cfg.controls_at)
-    if missing := sorted(set(rounds) - set(ticket.rounds)):
-        raise ValueError(f"controls_at: the ticket's run has no rounds {missing}; it has {ticket.rounds}.")
+    """Train a round at a time, each in a folder of its own; what is recorded already is done.
+
+    Args:
+        cfg: of the run.
+        folder: of the run.
+        there: the ticket's rounds; `cfg.controls_at` names some of them.
+        train_one: trains a round in a folder, and returns its records.
+        dense: whether round 0 is trained first in any case.
+    """
     path = folder / "records.jsonl"
-    for round in sorted({*rounds, 0} if dense else rounds):
-        records, _ = read(path)
-        if any(r["round"] == round for r in records):
+    done = {r["round"] for r in read(path)[0]}
+    for round in chosen(cfg, there, dense):
+        if round in done:
             continue
         own = folder / f"round-{round:02}"
         own.mkdir(exist_ok=True)
@@ -101,9 +178,22 @@ def each_round(
             shutil.rmtree(own)
             own.mkdir()
             trained = train_one(round, own)
-        records += trained
-        write(path, sorted(records, key=lambda r: r["round"]))
+        write(path, sorted([*read(path)[0], *trained], key=lambda r: r["round"]))
         shutil.rmtree(own)
+
+
+def chosen(cfg: DictConfig, there: Sequence[int], dense: bool = False) -> list[int]:
+    """The rounds that a control trains.
+
+    Raises:
+        ValueError: when `controls_at` names others than there are.
+    """
+    rounds = there if cfg.controls_at is None else list(cfg.controls_at)
+    if missing := sorted(set(rounds) - set(there)):
+        raise ValueError(
+            f"controls_at: the ticket's run has no rounds {missing}; it has {list(there)}. Name these."
+        )
+    return sorted({*rounds, 0} if dense else set(rounds))
 
 
 def train_from(
@@ -115,8 +205,14 @@ def train_from(
     begin: "Begin | None" = None,
     order: int | None = None,
 ) -> None:
-    """Train one round, from a start or from initialization, and record it as that round."""
-    pruner = instantiate(cfg.pruner)
+    """Train one round, from a start or from initialization, and record it as that round.
+
+    Nothing is pruned, whatever the schedule says.
+    """
+    options: Any = OmegaConf.to_container(cfg.pruner, resolve=True)
+    pruner = instantiate(
+        {**options, "schedule": {"_target_": "lightning_prune.schedules.Hold"}, "masks": None}
+    )
     pruner.round = round
     callbacks: list[Callback] = [pruner]
     if begin is not None:

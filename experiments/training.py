@@ -21,13 +21,14 @@ from experiments.dense import dense_round
 from experiments.oneshot import sweep
 from experiments.pictures import MaskImages
 from experiments.progress import ExperimentProgress
-from experiments.records import Records, read, write
+from experiments.recording import Records
+from experiments.records import read, write
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
     """Train in a folder, going on from its checkpoint if there is one; prune the result once if asked to.
 
-    The folder then holds `records.jsonl`, `survived.pt` and the checkpoints.
+    The folder then holds `records.jsonl`, the masks of each round and the checkpoints.
     """
     batches, task = instantiate(cfg.batches), built(cfg)
     pruner, *others = _callbacks(cfg)
@@ -62,7 +63,7 @@ def fit(
 
     Args:
         cfg: of the run.
-        folder: that gets `records.jsonl`, `survived.pt` and `resume.ckpt`.
+        folder: that gets `records.jsonl`, the masks of each round and `resume.ckpt`.
         task: what is trained.
         batches: on what.
         callbacks: the pruning callback, and what goes with it.

@@ -12,13 +12,19 @@ from torch import nn
 
 import lightning_prune as lp
 from experiments import controls
+from experiments.equal_size import of_equal_size
 from experiments.models import LeNet
+from experiments.recording import Records
 from experiments.records import read
+from experiments.round_masks import lifetimes, masks_of
 from experiments.run import run
-from experiments.statistics import masks_of
+from experiments.tasks import Classification
 from experiments.tickets import Begin, Start
-from lightning_prune.layers import prunable
+from lightning_prune.criteria import Random
+from lightning_prune.granularity import NM, Block, Filter, Kernel, single, units
+from lightning_prune.layers import Layout, prunable
 from lightning_prune.masks import alive
+from lightning_prune.pruning import next_masks
 from lightning_prune.rewind import Snapshot
 from tests.networks import Net, fitter, same
 from tests.test_experiments import ROOT
@@ -37,19 +43,24 @@ def network():
 
 
 @pytest.fixture
-def survived():
-    """How many of three prunings each weight survived; the middle layer is pruned hardest."""
+def masks():
+    """Masks of four rounds, which shrink; the middle layer is pruned hardest."""
     densities = {"fc1.weight": 0.7, "fc2.weight": 0.4, "out.weight": 0.9}
     shapes = {n: p.shape for n, p in network().named_parameters() if n in densities}
-    draws = {n: torch.rand(3, *shape, generator=seeded(1)) < densities[n] for n, shape in shapes.items()}
-    return {n: d.to(torch.uint8).cumprod(0).sum(0).to(torch.uint8) for n, d in draws.items()}
+    rounds = [{n: torch.ones(shape, dtype=torch.bool) for n, shape in shapes.items()}]
+    for round in (1, 2, 3):
+        generator = seeded(round)
+        rounds.append(
+            {n: m & (torch.rand(m.shape, generator=generator) < densities[n]) for n, m in rounds[-1].items()}
+        )
+    return dict(enumerate(rounds))
 
 
 @pytest.fixture
-def start(survived):
+def start(masks):
     tensors = {n: t.detach() for n, t in network().named_parameters()}
     tensors["fc1.bias"] = torch.linspace(-1, 1, 30)  # as after some steps of training
-    return Start(tensors, masks_of(survived, 2))
+    return Start(tensors, masks[2])
 
 
 def prune_to(start):
@@ -165,10 +176,8 @@ def test_shuffled_masks_keep_every_layers_count_and_the_weights(start):
     assert same(controls.shuffled(start, seeded()).masks, new.masks)
 
 
-def test_shuffles_of_the_same_seed_are_nested_as_the_tickets_masks_are(start, survived):
-    early, late = (
-        controls.shuffled(Start(start.tensors, masks_of(survived, r)), seeded()).masks for r in (1, 3)
-    )
+def test_shuffles_of_the_same_seed_are_nested_as_the_tickets_masks_are(start, masks):
+    early, late = (controls.shuffled(Start(start.tensors, masks[r]), seeded()).masks for r in (1, 3))
     assert all(not (late[n] & ~early[n]).any() for n in early)
 
 
@@ -191,7 +200,8 @@ def test_random_masks_are_drawn_from_the_generator_alone(start):
     assert not same(controls.random(start, prune_to(start), seeded(1)).masks, new.masks)
 
 
-def test_inverted_masks_keep_what_the_ticket_lost_first(start, survived):
+def test_inverted_masks_keep_what_the_ticket_lost_first(start, masks):
+    survived = lifetimes(masks)
     new = controls.inverted(start, prune_to(start), survived, seeded())
     assert new.tensors is start.tensors
     assert counts(new.masks) == counts(start.masks)
@@ -339,15 +349,14 @@ def test_a_small_dense_network_may_be_convolutional():
 
 
 @pytest.mark.parametrize(("hook", "n"), [("on_validation_end", 4), ("on_train_end", 2)])
-def test_an_interrupted_control_goes_on_to_the_same_records(hook, n, runs, tmp_path, monkeypatch):
-    shutil.copytree(runs / "mnist1d" / "ticket-1", tmp_path / "mnist1d" / "ticket-1")
-    again = ["kind=shuffled", "steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1"]
+def test_an_interrupted_control_goes_on_to_the_same_records(hook, n, tmp_path, monkeypatch):
+    long = ["steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1", "rounds=1"]
+    run(config(tmp_path, *long))
+    again = ["kind=shuffled", *long]
     straight = lines(run(config(tmp_path, *again)))
     shutil.rmtree(tmp_path / "mnist1d" / "shuffled-1")
 
-    from experiments import records
-
-    calls, original = [], getattr(records.Records, hook)
+    calls, original = [], getattr(Records, hook)
 
     def crash(self, trainer, module):
         calls.append(trainer.global_step)
@@ -355,7 +364,7 @@ def test_an_interrupted_control_goes_on_to_the_same_records(hook, n, runs, tmp_p
             raise RuntimeError("power cut")
         original(self, trainer, module)
 
-    monkeypatch.setattr(records.Records, hook, crash)
+    monkeypatch.setattr(Records, hook, crash)
     with pytest.raises(RuntimeError, match="power cut"):
         run(config(tmp_path, *again))
     folder = tmp_path / "mnist1d" / "shuffled-1"
@@ -371,8 +380,115 @@ def test_a_control_without_a_finished_ticket_is_told_what_to_do(runs, tmp_path):
     finished = f"ticket={runs}/mnist1d/ticket-1"
     with pytest.raises(ValueError, match=r"has no rounds \[7\]; it has \[0, 1, 2\]"):
         run(config(tmp_path, "kind=random", "controls_at=[1,7]", finished))
-    with pytest.raises(ValueError, match="it did not rewind, so"):
-        run(config(tmp_path, "kind=shuffled", "rewind=none", finished))
+    with pytest.raises(ValueError, match=r"trained in another way \(batch_size: 100 there, 50 here"):
+        run(config(tmp_path, "kind=shuffled", "batch_size=50", finished))
+
+
+@pytest.mark.parametrize(
+    ("rewind", "message"),
+    [
+        ("none", "rewind=none: kind=reinit trains from the state that the ticket rewound to"),
+        ("fine_tune", "rewind.policy=fine_tune: kind=reinit trains from what each of the ticket's rounds"),
+        ("learning_rate", "rewind.policy=learning_rate: .*is not kept"),
+        ("weights", "rewind.policy=weights: .*is not kept"),  # optimizers and schedules go on
+        ("early_bird", "rewind.policy=nothing: .*is not kept"),
+    ],
+)
+def test_controls_of_tickets_that_go_on_from_trained_weights_are_refused_before_anything_is_trained(
+    rewind, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Classification, "training_step", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match=message + ".*Give rewind=initialization, step or epoch"):
+        run(config(tmp_path, "kind=reinit", f"rewind={rewind}"))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_controls_of_rounds_of_several_lengths_are_refused(tmp_path):
+    until = ["+rewind.until={_target_: lightning_prune.rewind.EarlyBird}"]
+    with pytest.raises(ValueError, match=r"rewind.until=EarlyBird.*end at different steps"):
+        run(config(tmp_path, "kind=random", *until))
+
+
+def test_a_one_shot_control_is_refused_where_it_could_not_prune_a_trained_dense_network(tmp_path):
+    with pytest.raises(ValueError, match=r"kind=one_shot ranks the weights .* asks for grads"):
+        run(config(tmp_path, "kind=one_shot", "criterion=snip"))
+    with pytest.raises(ValueError, match=r"there is none where round 0 has sparsity 0\.9"):
+        run(config(tmp_path, "kind=one_shot", "schedule=at_initialization"))
+
+
+def test_a_small_dense_network_needs_no_ticket_that_rewinds(tmp_path):
+    same = ["rewind=none", "rounds=1"]
+    ticket = lines(run(config(tmp_path, *same)))
+    small = lines(run(config(tmp_path, *same, "kind=small_dense")))
+    assert [r["alive"] for r in small] == pytest.approx([r["alive"] for r in ticket], rel=0.02)
+
+
+def test_a_control_of_a_ticket_pruned_at_initialization_has_the_masks_of_its_own_round(tmp_path):
+    early = ["schedule=at_initialization", "rounds=1"]
+    ticket, masks = lines(folder := run(config(tmp_path, *early))), masks_of(folder)
+    assert same(masks[0], masks[1])
+    assert [r["alive"] for r in ticket] == [5000, 5000]
+    for kind in ("sign_only", "random"):
+        found = lines(run(config(tmp_path, *early, f"kind={kind}")))
+        assert [(r["round"], r["alive"], r["layers"]) for r in found] == [
+            (r["round"], r["alive"], r["layers"]) for r in ticket
+        ]
+
+
+GRANULARITIES = {
+    "single": single,
+    "filters": Filter(0),
+    "input channels": Filter(1),
+    "blocks": Block(2, 3),
+    "kernels": Kernel(),
+    "2:4": NM(2, 4),
+}
+SHAPES = {"conv.weight": (7, 5, 3, 3), "up.weight": (6, 9), "fc.weight": (20, 63), "out.weight": (10, 20)}
+LAYOUTS = {name: Layout(1, 0) if name == "up.weight" else Layout() for name in SHAPES}
+
+
+@pytest.mark.parametrize("name", GRANULARITIES)
+@pytest.mark.parametrize("allocate", [lp.allocation.global_rank, lp.allocation.uniform])
+def test_masks_of_equal_size_have_the_weights_and_the_units_of_the_given_ones(name, allocate):
+    granularity = GRANULARITIES[name]
+    weights = {n: torch.rand(shape, generator=seeded(1)) for n, shape in SHAPES.items()}
+    dense = {n: torch.ones(shape, dtype=torch.bool) for n, shape in SHAPES.items()}
+    parts = [["conv.weight", "up.weight", "fc.weight"], ["out.weight"]]
+    sparsities = [(parts[0], 0.6), (parts[1], 0.55)]
+    axes = lp.criteria.magnitude, allocate, granularity
+    ticket = next_masks(weights, dense, sparsities, *axes, layouts=LAYOUTS)
+    for seed in range(5):
+        new = of_equal_size(ticket, weights, parts, Random(seed), allocate, granularity, LAYOUTS)
+        assert not same(new, ticket)
+        for names in parts:
+            assert alive({n: new[n] for n in names}) == alive({n: ticket[n] for n in names})
+        for name_of, mask in new.items():  # whole units: those of the granularity, and no others
+            scores, expand = units(granularity, mask.float(), LAYOUTS[name_of])
+            assert torch.equal(expand(scores > 0) & mask, mask)
+            if name != "2:4":
+                assert torch.equal(expand(scores > 0), mask)
+    assert same(of_equal_size(dense, weights, parts, Random(0), allocate, granularity, LAYOUTS), dense)
+
+
+def test_masks_that_are_no_whole_units_have_no_equals():
+    masks = {"w": torch.tensor([[True, False, True], [True, True, False]])}
+    axes = Random(0), lp.allocation.global_rank, Filter(0), {"w": Layout()}
+    with pytest.raises(ValueError, match=r"masks of w have 4 weights alive, .* whole units of Filter"):
+        of_equal_size(masks, {"w": torch.rand(2, 3)}, [["w"]], *axes)
+
+
+@pytest.mark.filterwarnings("ignore:.*prunes whole outputs")
+@pytest.mark.parametrize("kind", ["random", "inverted", "one_shot"])
+@pytest.mark.parametrize("granularity", ["filter", "block", "nm"])
+def test_controls_have_the_tickets_size_under_every_granularity(kind, granularity, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / granularity
+    given = [f"granularity={granularity}", "allocation=global_rank", "schedule=geometric", "rounds=2"]
+    given += ["steps_per_round=6", "evaluate_every=6", "model.hidden=33"]
+    ticket = lines(run(config(folder, *given)))
+    found = lines(run(config(folder, *given, f"kind={kind}", "controls_at=[1,2]")))
+    assert [(r["round"], r["alive"]) for r in found if r["round"]] == [
+        (r["round"], r["alive"]) for r in ticket if r["round"]
+    ]
 
 
 def test_controls_can_be_extended_to_more_rounds(runs):

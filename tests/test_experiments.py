@@ -14,10 +14,13 @@ from hydra import compose, initialize_config_dir
 import lightning_prune as lp
 from experiments import claims, data, minilm, records, report
 from experiments.models import LeNet, ResidualMLP, ResNet20
+from experiments.recording import Records
+from experiments.round_masks import masks_of
 from experiments.run import run
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import groups, next_masks
+from tests.networks import same
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # where continuous integration keeps the data sets
@@ -69,6 +72,43 @@ def test_a_run_writes_one_record_a_round(runs):
         assert r["curve"]["val_loss"][-1] == pytest.approx(metrics["val_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "first"),
+    [
+        (["schedule=at_initialization"], 0.9),
+        (["schedule=explicit", "schedule.sparsities=[0.2,0.5]"], 0.2),
+        (["schedule=top_k"], 0.0),
+    ],
+)
+def test_every_round_has_one_record_and_the_first_says_how_sparse_it_is(schedule, first, tmp_path):
+    folder = run(config(tmp_path, *schedule, "steps_per_round=6", "evaluate_every=6"))
+    found, masks = lines(folder), masks_of(folder)
+    assert [r["round"] for r in found] == [0, 1, 2] == list(masks)
+    assert found[0]["sparsity"] == pytest.approx(first)
+    assert [r["alive"] for r in found] == [alive(masks[r]) for r in range(3)]
+    assert all(r["curve"]["step"] == [6] for r in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "message"),
+    [
+        ("class_blind", "allocation=lamp", "allocation=lightning_prune.allocation.lamp: kind=class_blind is"),
+        ("class_random", "criterion=magnitude", "criterion=lightning_prune.criteria.magnitude: kind=class_r"),
+        (
+            "fine_tune",
+            "rewind=learning_rate",
+            "rewind.policy=lightning_prune.rewind.learning_rate: kind=",
+        ),
+        ("lr_rewinding", "rewind=initialization", "rewind.policy=None: kind=lr_rewinding is made by"),
+        ("weight_rewinding", "rewind=weights", "rewind.policy=lightning_prune.rewind.weights: kind=weight_"),
+    ],
+)
+def test_a_kind_is_refused_under_a_name_that_says_something_else(kind, option, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(config(tmp_path, f"kind={kind}", option))
+    assert run(config(tmp_path, f"kind={kind}", "steps_per_round=4", "evaluate_every=4", "rounds=1"))
+
+
 def test_a_run_says_what_it_was_made_with(runs):
     made = json.loads((runs["ticket"] / "run.json").read_text())
     assert made["command"].startswith("python -m experiments.run")
@@ -86,7 +126,7 @@ def test_a_finished_run_is_left_alone_and_another_config_refused(runs):
 
 
 def test_an_interrupted_run_goes_on_with_the_same_command_to_the_same_records(runs, tmp_path, monkeypatch):
-    evaluated, original = [], records.Records.on_validation_end
+    evaluated, original = [], Records.on_validation_end
 
     def crash(self, trainer, pl_module):
         original(self, trainer, pl_module)
@@ -94,15 +134,16 @@ def test_an_interrupted_run_goes_on_with_the_same_command_to_the_same_records(ru
         if len(evaluated) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(records.Records, "on_validation_end", crash)
+    monkeypatch.setattr(Records, "on_validation_end", crash)
     with pytest.raises(SystemExit):  # which Lightning makes of it
         run(config(tmp_path))
     assert len(lines(tmp_path / "mnist1d" / "ticket-1")) == 2
     monkeypatch.undo()
     folder = run(config(tmp_path))
     assert lines(folder) == lines(runs["ticket"])
-    there, here = (torch.load(f / "survived.pt", weights_only=True) for f in (folder, runs["ticket"]))
-    assert all(torch.equal(there[name], here[name]) for name in here)
+    there, here = masks_of(folder), masks_of(runs["ticket"])
+    assert list(there) == [0, 1, 2]
+    assert all(same(there[r], here[r]) for r in here)
 
 
 def test_what_is_no_training_runs_in_its_folder_and_is_reported(tmp_path, monkeypatch):

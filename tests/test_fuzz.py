@@ -60,7 +60,7 @@ def refused(key, value, others, folder, monkeypatch):
     assert name in told or (given and given in told), told
     for path in folder.rglob("*"):
         assert path.suffix != ".ckpt"
-        assert path.name not in ("DONE", "survived.pt")
+        assert path.name not in ("DONE", "masks")
         assert path.name != "records.jsonl" or read(path) == ([], 0)
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
 
 import lightning_prune as lp
-from experiments import figures, report
+from experiments import figures, report, round_masks
 from experiments.measure import measure
 from experiments.runs import load
 
@@ -45,10 +45,9 @@ def written(folder, kinds=("ticket", "reinit"), seeds=(1, 2, 3), rounds=3, confi
                 "versions": versions,
             }
             (run / "run.json").write_text(json.dumps({**made, "date": "2026-11-25T20:00:00+00:00"}))
-            survived = {
-                n: torch.randint(rounds + 1, size, generator=generator, dtype=torch.uint8)
-                for n, size in SHAPES.items()
-            }
+            deaths = {n: torch.randint(1, rounds + 2, s, generator=generator) for n, s in SHAPES.items()}
+            for r in range(rounds + 1):
+                round_masks.save(run, r, {n: death > r for n, death in deaths.items()})
             with (run / "records.jsonl").open("w") as file:
                 for r in range(rounds + 1):
                     layers = dict.fromkeys(SHAPES, 0.8**r)
@@ -74,7 +73,6 @@ def written(folder, kinds=("ticket", "reinit"), seeds=(1, 2, 3), rounds=3, confi
                     }
                     curve = {"step": steps, "val_loss": loss, "test_acc": [1 - x for x in loss]}
                     file.write(json.dumps({**record, "curve": curve, "seconds": 60.0}) + "\n")
-            torch.save(survived, run / "survived.pt")
             (run / "DONE").write_text("0\n")
     return folder / "lenet_mnist"
 
@@ -89,7 +87,7 @@ def reported(tmp_path_factory):
     (folder / "reinit-1" / "DONE").unlink()
     (folder / "reinit-2" / "DONE").unlink()
     (folder / "reinit-2" / "FAILED").write_text("Traceback\nValueError: <b>the loss</b> is NaN\n")
-    (folder / "reinit-3" / "survived.pt").write_bytes(b"half")
+    (folder / "reinit-3" / "masks" / "round-02.pt").write_bytes(b"half")
     measured = [
         {
             "kind": "ticket",
@@ -194,9 +192,9 @@ def test_the_front_is_what_no_other_beats(reported):
 
 def test_the_overlap_is_that_of_the_masks(reported):
     folder, _, html = reported
-    a, b = (torch.load(folder / f"ticket-{s}" / "survived.pt", weights_only=True) for s in (1, 2))
-    both = sum(int(((a[n] >= 3) & (b[n] >= 3)).sum()) for n in a)
-    either = sum(int(((a[n] >= 3) | (b[n] >= 3)).sum()) for n in a)
+    a, b = (round_masks.masks_of(folder / f"ticket-{s}")[3] for s in (1, 2))
+    both = sum(int((a[n] & b[n]).sum()) for n in a)
+    either = sum(int((a[n] | b[n]).sum()) for n in a)
     last = max(
         (key for key in specs(html) if key.startswith("overlap")), key=lambda key: int(key.split("-")[1])
     )
@@ -207,7 +205,7 @@ def test_the_overlap_is_that_of_the_masks(reported):
 
 def test_one_seed_one_round_and_nothing_beside_the_records(tmp_path, capsys):
     folder = written(tmp_path / "runs", kinds=["ticket"], seeds=[7], rounds=0)
-    (folder / "ticket-7" / "survived.pt").unlink()
+    shutil.rmtree(folder / "ticket-7" / "masks")
     report.report(folder, tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
     assert "One seed: no intervals" in html
@@ -246,19 +244,18 @@ def test_what_masks_are_worth_is_measured(tmp_path, monkeypatch):
     runs.config = cfg
     task_shapes = {"net.fc1.weight": (20, 40), "net.fc2.weight": (20, 20), "net.out.weight": (10, 20)}
     generator = torch.Generator().manual_seed(0)
-    runs.runs[0].survived = {
-        n: torch.randint(0, 3, s, generator=generator, dtype=torch.uint8) for n, s in task_shapes.items()
-    }
+    deaths = {n: torch.randint(1, 4, s, generator=generator) for n, s in task_shapes.items()}
+    masks = runs.runs[0].masks = {r: {n: death > r for n, death in deaths.items()} for r in range(3)}
     rows = measure(runs, examples=8)
     assert [row["round"] for row in rows] == [0, 1, 2]
-    alive = [sum(int((s >= r).sum()) for s in runs.runs[0].survived.values()) for r in range(3)]
+    alive = [sum(int(mask.sum()) for mask in masks[r].values()) for r in range(3)]
     assert [1 - row["sparsity"] for row in rows] == pytest.approx([n / 1400 for n in alive], rel=1e-3)
     assert [row["theoretical_speed_up"] for row in rows] == pytest.approx([1400 / n for n in alive], rel=1e-3)
     assert rows[0]["sparse_bytes"] > rows[1]["sparse_bytes"] > rows[2]["sparse_bytes"] > 0
     seed_everything(0, verbose=False)
     task = instantiate(cfg.task).eval()
-    for name, survived in runs.runs[0].survived.items():
-        task.get_parameter(name).data.masked_fill_(survived < 2, 0.0)  # +0.0, which costs nothing
+    for name, mask in masks[2].items():
+        task.get_parameter(name).data.masked_fill_(~mask, 0.0)  # +0.0, which costs nothing
     assert rows[2]["sparse_bytes"] == lp.summarize(task.net, torch.zeros(8, 40)).total.sparse_size
     assert all(row["accelerated_us"] > 0 and "threads" in row["where"] for row in rows)
 

@@ -10,7 +10,6 @@ from experiments.report import differences
 from experiments.statistics import (
     by_seed,
     interval,
-    masks_of,
     overlap_of_rounds,
     overlap_of_seeds,
     paired,
@@ -98,14 +97,13 @@ def test_jaccard_counts_weights_as_sets_do():
 
 
 def test_independent_masks_overlap_as_chance_says_and_nested_ones_by_their_sizes():
-    survived = [{n: m.to(torch.uint8) for n, m in drawn(seed).items()} for seed in range(4)]
-    table = overlap_of_seeds(survived, [0, 1])
+    dense = {n: torch.ones_like(m) for n, m in drawn(0).items()}
+    table = overlap_of_seeds([{0: dense, 1: drawn(seed)} for seed in range(4)], [0, 1])
     assert table[0][0].mean == table[0][1] == 1.0  # dense
     found, chance = table[1]
     assert found.n == 6
     assert found.mean == pytest.approx(chance, abs=0.02)
     assert chance == pytest.approx((0.3**2 + 0.6**2) / (2 * 0.9 - 0.3**2 - 0.6**2), abs=0.02)
 
-    nested = {"w": torch.tensor([0, 1, 2, 2])}
-    assert masks_of(nested, 2)["w"].tolist() == [False, False, True, True]
+    nested = {r: {"w": torch.tensor([0, 1, 2, 2]) >= r} for r in range(3)}
     assert overlap_of_rounds(nested, [0, 1, 2]) == [[1, 0.75, 0.5], [0.75, 1, 2 / 3], [0.5, 2 / 3, 1]]

@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments import records, sweeps
+from experiments.round_masks import masks_of
 from experiments.run import run, state_of
 from experiments.tasks import Classification
 from tests.sweeping import CONTEXT, SMALL, start
@@ -42,10 +43,12 @@ def results(folder):
         rows, broken = records.read(path)
         assert not broken
         assert (path.parent / "DONE").is_file()
-        assert not list(path.parent.glob("*.tmp"))
+        assert not list(path.parent.rglob("*.tmp"))
         tensors = {}
         if (path.parent / "final.ckpt").is_file():  # controls have records alone
-            tensors = torch.load(path.parent / "survived.pt", weights_only=True)
+            masks = masks_of(path.parent)
+            assert list(masks) == [r["round"] for r in rows]
+            tensors = {f"{r} {name}": mask for r in masks for name, mask in masks[r].items()}
             tensors |= torch.load(path.parent / "final.ckpt", weights_only=True)["state_dict"]
         tensors = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
         found[path.parent.name] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows], tensors
@@ -105,7 +108,7 @@ def test_done_is_written_last_and_holds_the_hash_of_the_config(tmp_path, monkeyp
     monkeypatch.setattr("experiments.run.sync", lambda path: on_disk.append(path.name))
     cfg = config(tmp_path, "rounds=0")
     folder = run(cfg)
-    assert {"records.jsonl", "final.ckpt", "survived.pt", "resume.ckpt"} <= set(on_disk)
+    assert {"records.jsonl", "final.ckpt", "resume.ckpt"} <= set(on_disk)
     assert not (tmp_path / "mnist1d" / "ticket-1" / "FAILED").exists()
     from experiments.run import _FREE
 
@@ -259,7 +262,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
     assert all("MB" in c[4] and c[5].endswith(" s") for c in cells[1:])
     expected = sum(
         (tmp_path / "runs" / "mnist1d" / "ticket-1" / name).stat().st_size
-        for name in ("final.ckpt", "resume.ckpt", "survived.pt")
+        for name in ("final.ckpt", "resume.ckpt", *(f"masks/round-{r:02}.pt" for r in range(3)))
     )
     assert float(cells[1][4].split()[0]) == pytest.approx(expected / 1e6, rel=0.1)
 

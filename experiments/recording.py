@@ -1,0 +1,123 @@
+"""The callback that writes, while an experiment trains, a record and the masks of each round."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from experiments import round_masks
+from experiments.records import curve, described, read, summary, write
+from lightning_prune import IterativeMagnitudePruning
+from lightning_prune.masks import Masks
+
+VERSION = 2  # of the state in checkpoints; 1 held how many prunings each weight survived
+
+
+class Records(Callback):
+    """Append a line to `records.jsonl` when a round has been trained, and say when it is evaluated.
+
+    Every so many steps of a round, and at its end, wherever that lies on Lightning's own grid of batches. The
+    masks of a round are written to a file of their own when it begins; `experiments.round_masks` reads them.
+
+    A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, curve {metric: its
+    values at the steps of the round's evaluations}, seconds. Early stopping is read off the evaluations of
+    the round, not done: `early_stop_step` is the step of minimum validation loss (the first of equals) and
+    `censored` says that it is the round's last evaluation. Accuracies are fractions.
+
+    Args:
+        folder: of the run.
+        kind: ticket, reinit, random, ...
+        seed: of the run.
+        evaluate_every: steps.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, seed: int, evaluate_every: int) -> None:
+        self.path = Path(folder) / "records.jsonl"
+        self.kind, self.seed, self.evaluate_every = kind, seed, evaluate_every
+        self._round: dict[str, Any] = {}
+        self._evaluations: list[dict[str, float]] = []
+        self._began = 0
+        self._seconds = 0.0
+        self._since = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = pruner_of(trainer)
+        if not self._round:
+            self._round = described(pruner.round, pruner.masks)
+        self._since = time.monotonic()
+        if trainer.is_global_zero:
+            # A killed run may have finished rounds after its last checkpoint: they are trained again.
+            write(self.path, [r for r in read(self.path)[0] if r["round"] < self._round["round"]])
+            round_masks.save(self.path.parent, self._round["round"], pruner.masks)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, every = trainer.global_step - self._began, self.evaluate_every
+        last = self._evaluations[-1]["step"] if self._evaluations else 0
+        ends = pruner_of(trainer).is_over(trainer) or trainer.global_step == trainer.max_steps
+        now = step > last and (ends or step // every > last // every)  # a step may take several batches
+        trainer.val_check_batch = 1 if now else sys.maxsize  # of the batches: every one, or none
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val_", "test_"))
+        }
+        self._evaluations.append({"step": trainer.global_step - self._began, **metrics})
+
+    def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
+        """Write the line of the round that is over, and the masks of the one that begins."""
+        if pruner_of(trainer).round != self._round["round"]:  # else round 0 is pruned before its first step
+            self._finish(trainer)
+        self._round = described(pruner_of(trainer).round, masks)
+        self._began = trainer.global_step
+        if trainer.is_global_zero:
+            round_masks.save(self.path.parent, self._round["round"], masks)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        seconds = self._seconds + time.monotonic() - self._since
+        record = {"kind": self.kind, "seed": self.seed, **self._round, "metrics": summary(self._evaluations)}
+        record |= {"curve": curve(self._evaluations), "seconds": round(seconds, 3)}
+        if trainer.is_global_zero:
+            write(self.path, [*read(self.path)[0], record])
+        self._evaluations, self._seconds, self._since = [], 0.0, time.monotonic()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "round": self._round,
+            "evaluations": self._evaluations,
+            "began": self._began,
+            "seconds": self._seconds + time.monotonic() - self._since,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (version := state_dict.get("version", 1)) != VERSION:
+            raise ValueError(
+                f"ckpt_path: the checkpoint holds records of version {version}; allowed is version "
+                f"{VERSION}, which cannot go on from another. Delete {self.path.parent} and start the run "
+                "again."
+            )
+        self._round = state_dict["round"]
+        self._evaluations = list(state_dict["evaluations"])
+        self._began = state_dict["began"]
+        self._seconds = state_dict["seconds"]
+
+
+def pruner_of(trainer: Trainer) -> IterativeMagnitudePruning:
+    """The pruning callback of a trainer."""
+    return next(c for c in trainer.callbacks if isinstance(c, IterativeMagnitudePruning))  # type: ignore[attr-defined]
