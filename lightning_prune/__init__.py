@@ -45,7 +45,7 @@ from lightning_prune.layers import targets
 from lightning_prune.pruning import prune
 from lightning_prune.structured import filters
 from lightning_prune.structured.filters import prune_channels
-from lightning_prune.structured.surgery import load_pruned
+from lightning_prune.structured.loading import load_pruned
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lightning_prune import allocation, criteria, filters, load_pruned, prune_channels
-from lightning_prune.structured import coupling as channels
+from lightning_prune.structured import discover
+from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
 from tests.networks import same
 
@@ -99,8 +100,8 @@ def relative(model, twin, x):
 @pytest.mark.parametrize("fraction", [0.3, 0.8])
 def test_a_cut_network_computes_what_the_masked_one_did(make, fraction):
     model, x = randomized(make()), torch.randn(IMAGE)
-    groups = channels.discover(model, x)
-    removed = channels.plan(groups, alive(groups, fraction))
+    groups = discover(model, x)
+    removed = structure.cut_of(groups, alive(groups, fraction))
     twin, before = masked(model, removed), deepcopy(model)
     cut(model, removed)
     assert relative(model, twin, x) < 1e-5
@@ -108,7 +109,7 @@ def test_a_cut_network_computes_what_the_masked_one_did(make, fraction):
 
 
 def test_what_is_coupled_goes_together():
-    groups = channels.discover(Residual(), torch.randn(IMAGE))
+    groups = discover(Residual(), torch.randn(IMAGE))
     units = {name: (g.units, g.per_unit) for name, g in groups.items()}
     assert units == {
         "stem.0.weight": (16, 1),  # with every block's last convolution, and the gate's
@@ -118,7 +119,7 @@ def test_what_is_coupled_goes_together():
         "depthwise.0.0.weight": (20, 1),
         "gate.0.weight": (4, 1),
     }
-    stream = {channels.parameter(site) for site in groups["stem.0.weight"].filters}
+    stream = {structure.parameter(site) for site in groups["stem.0.weight"].filters}
     assert stream >= {f"{b}.0.weight" for b in ("plain.1", "grouped.2", "depthwise.2", "stem")}
     assert ("", "scale", 0) in groups["stem.0.weight"].sites
     assert ("stem.1", "running_var", 0) in groups["stem.0.weight"].sites
@@ -131,7 +132,7 @@ def test_nothing_is_changed_by_looking():
     before, rng = deepcopy(model.state_dict()), torch.get_rng_state()
     needs = [p.requires_grad for p in model.parameters()]
     with torch.no_grad():
-        groups = channels.discover(model, x)
+        groups = discover(model, x)
     assert "stem.0.weight" in groups  # frozen channels are found, too
     assert same(model.state_dict(), before)
     assert torch.equal(torch.get_rng_state(), rng)
@@ -143,13 +144,13 @@ def test_nothing_is_changed_by_looking():
 
 def test_patterns_name_the_weights_that_make_channels():
     x = torch.randn(IMAGE)
-    assert list(channels.discover(Residual(), x, include=["plain.*"])) == [
+    assert list(discover(Residual(), x, include=["plain.*"])) == [
         "stem.0.weight",
         "plain.0.0.weight",
     ]
-    assert "stem.0.weight" not in channels.discover(Residual(), x, exclude=["plain.1.*"])
+    assert "stem.0.weight" not in discover(Residual(), x, exclude=["plain.1.*"])
     with pytest.raises(ValueError, match="'nothing' matches no prunable weight"):
-        channels.discover(Residual(), x, include=["nothing"])
+        discover(Residual(), x, include=["nothing"])
 
 
 # ------------------------------------------------------------------------------------------------------ traps
@@ -214,14 +215,14 @@ def test_channels_that_cannot_go_stay_and_the_rest_is_right(name):
     model, x = randomized(Around(make())), torch.randn(IMAGE)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        groups = channels.discover(model, x)
+        groups = discover(model, x)
     said = " ".join(str(w.message) for w in caught)
     assert "extra.weight" in groups, said
     if reason:
         assert "first.weight" not in groups
         assert re.search(reason, said), said
         assert "first.weight" in said
-    removed = channels.plan(groups, alive(groups))
+    removed = structure.cut_of(groups, alive(groups))
     twin = masked(model, removed)
     cut(model, removed)
     assert relative(model, twin, x) < 1e-5
@@ -231,7 +232,7 @@ def test_channels_that_cannot_go_stay_and_the_rest_is_right(name):
 def test_a_depthwise_multiplier_stays():
     model = Around(nn.Conv2d(8, 16, 3, padding=1, groups=8), out=16)
     with pytest.warns(UserWarning, match="depthwise multipliers"):
-        groups = channels.discover(model, torch.randn(IMAGE))
+        groups = discover(model, torch.randn(IMAGE))
     assert list(groups) == ["extra.weight"]
 
 
@@ -240,7 +241,7 @@ def test_outputs_may_be_none_or_without_a_gradient():
         def forward(self, x):
             return {"logits": super().forward(x), "none": None, "sizes": (torch.tensor(x.shape), 3)}
 
-    assert len(channels.discover(Odd(), torch.randn(IMAGE))) == 6
+    assert len(discover(Odd(), torch.randn(IMAGE))) == 6
 
 
 def test_branches_of_training_are_seen():
@@ -256,9 +257,9 @@ def test_branches_of_training_are_seen():
             return (y, self.aux(x.mean((2, 3)))) if self.training else y
 
     model = Aux()
-    groups = channels.discover(model, torch.randn(IMAGE))
+    groups = discover(model, torch.randn(IMAGE))
     assert ("aux", "weight", 1) in groups["stem.0.weight"].sites
-    cut(model, channels.plan(groups, alive(groups)))
+    cut(model, structure.cut_of(groups, alive(groups)))
     assert [t.shape for t in model.train()(torch.randn(IMAGE))] == [(2, 4), (2, 4)]
 
 
@@ -266,17 +267,17 @@ def test_what_cannot_be_traced_is_refused_with_a_reason():
     x = torch.randn(IMAGE)
     net = Around(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)))
     with pytest.raises(ValueError, match=r"'middle' is parametrized"):
-        channels.discover(net, x)
+        discover(net, x)
     net = Around(nn.Conv2d(8, 8, 1))
     nn.utils.prune.l1_unstructured(net.first, "weight", 0.5)
     with pytest.raises(ValueError, match=r"'first' carries a mask of torch.nn.utils.prune"):
-        channels.discover(net, x)
+        discover(net, x)
     with pytest.raises(ValueError, match="is not initialized yet"):
-        channels.discover(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(2)), torch.randn(2, 2))
+        discover(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(2)), torch.randn(2, 2))
     with pytest.raises(ValueError, match=r"Residual is refused: its channels cannot be traced"):
-        channels.discover(Residual(), torch.randn(2, 4, 8, 8))
+        discover(Residual(), torch.randn(2, 4, 8, 8))
     with pytest.raises(ValueError, match=r"Linear has no channels to remove. All are its outputs."):
-        channels.discover(nn.Linear(3, 4), torch.randn(2, 3))
+        discover(nn.Linear(3, 4), torch.randn(2, 3))
 
 
 class Attention(nn.Module):
@@ -300,10 +301,10 @@ def attending(attention):
 def test_attention_heads_go_as_a_whole(tmp_path):
     model, x = randomized(attending(Attention())), torch.randn(2, 7, 5)
     with pytest.warns(UserWarning, match="LayerNorm takes its mean over them"):
-        groups = channels.discover(model, x)
+        groups = discover(model, x)
     assert {name: g.units for name, g in groups.items()} == {"2.qkv.weight": 4}
     rows = model[2].qkv.weight.detach().view(3, 4, 3, 12)
-    removed = channels.plan(groups, {"2.qkv.weight": torch.tensor([True, False, True, True])})
+    removed = structure.cut_of(groups, {"2.qkv.weight": torch.tensor([True, False, True, True])})
     twin = masked(model, removed)
     cut(model, removed)
     assert relative(model, twin, x) < 1e-5
@@ -326,7 +327,7 @@ def test_the_heads_of_multihead_attention_stay_with_a_reason():
 
     model, x = randomized(attending(Own())), torch.randn(2, 7, 5)
     with pytest.warns(UserWarning, match="MultiheadAttention is not supported"):
-        groups = channels.discover(model, x)
+        groups = discover(model, x)
     assert list(groups) == ["2.inner.0.weight"]
 
 
@@ -335,8 +336,8 @@ def test_the_heads_of_multihead_attention_stay_with_a_reason():
 
 def test_scores_are_norms_of_the_filters_that_make_a_channel():
     model = randomized(Residual())
-    groups = channels.discover(model, torch.randn(IMAGE))
-    params = channels.parameters(groups, model)
+    groups = discover(model, torch.randn(IMAGE))
+    params = structure.parameters(groups, model)
     for criterion, power in ((criteria.magnitude, 1), (criteria.Ln(2), 2)):
         scores = filters.unit_scores(groups, criterion, params)
         inner = [float((w.abs() ** power).mean()) for w in model.plain[0][0].weight.detach()]
@@ -348,9 +349,9 @@ def test_scores_are_norms_of_the_filters_that_make_a_channel():
 
 def test_channel_criteria_equal_their_definitions():
     model = randomized(Residual())
-    groups = channels.discover(model, torch.randn(IMAGE), include=["plain.0.*"])
+    groups = discover(model, torch.randn(IMAGE), include=["plain.0.*"])
     groups = {"plain.0.0.weight": groups["plain.0.0.weight"]}
-    params = channels.parameters(groups, model)
+    params = structure.parameters(groups, model)
     slim = filters.unit_scores(groups, filters.batch_norm_scale, params)["plain.0.0.weight"]
     assert torch.equal(slim, model.plain[0][1].weight.abs())
     median = filters.unit_scores(groups, filters.geometric_median, params)["plain.0.0.weight"]
@@ -369,7 +370,7 @@ def units(groups, sparsity, allocate=allocation.uniform, **options):
 
 @pytest.mark.parametrize("allocate", [allocation.uniform, allocation.global_rank, filters.isomorphic])
 def test_the_budget_is_met_exactly(allocate):
-    groups = channels.discover(Residual(), torch.randn(IMAGE))
+    groups = discover(Residual(), torch.randn(IMAGE))
     total = sum(g.units for g in groups.values())
     for sparsity in (0.1, 0.5, 0.8):
         masks = units(groups, sparsity, allocate)
@@ -381,7 +382,7 @@ def test_channels_of_any_module_are_cut_once():
     model, x = randomized(Residual()), torch.randn(IMAGE)
     twin, weight = deepcopy(model), model.plain[0][0].weight
     alive = prune_channels(model, 0.5, x, allocate=allocation.global_rank)
-    cut(twin, channels.plan(channels.discover(twin, x), alive))
+    cut(twin, structure.cut_of(discover(twin, x), alive))
     assert same(model.state_dict(), twin.state_dict())
     assert model.plain[0][0].weight is weight
     total = sum(mask.numel() for mask in alive.values())
@@ -391,7 +392,7 @@ def test_channels_of_any_module_are_cut_once():
 
 
 def test_widths_are_rounded_up_and_never_fall_below_the_minimum():
-    groups = channels.discover(Residual(), torch.randn(IMAGE))
+    groups = discover(Residual(), torch.randn(IMAGE))
     left = {n: int(m.sum()) * groups[n].per_unit for n, m in units(groups, 0.5, round_to=8).items()}
     assert left == {
         "stem.0.weight": 8,
@@ -406,17 +407,17 @@ def test_widths_are_rounded_up_and_never_fall_below_the_minimum():
 
 def test_cutting_twice_equals_cutting_once():
     model, x = randomized(Residual()), torch.randn(IMAGE)
-    groups = channels.discover(model, x)
+    groups = discover(model, x)
     first = alive(groups, 0.3)
     second = {
         n: m & (torch.rand(len(m)) > 0.3) | (torch.arange(len(m)) == m.int().argmax())
         for n, m in first.items()
     }
     once, twice = deepcopy(model), deepcopy(model)
-    cut(once, channels.plan(groups, second))
-    cut(twice, channels.plan(groups, first))
-    here = channels.after(groups, first)
-    cut(twice, channels.plan(here, {n: m[first[n]] for n, m in second.items()}))
+    cut(once, structure.cut_of(groups, second))
+    cut(twice, structure.cut_of(groups, first))
+    here = structure.after(groups, first)
+    cut(twice, structure.cut_of(here, {n: m[first[n]] for n, m in second.items()}))
     assert same(once.state_dict(), twice.state_dict())
 
 
@@ -424,4 +425,4 @@ def test_without_torch_pruning_it_says_which_one_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     pinned = re.search(r'"(torch-pruning==[^"]+)"', (ROOT / "pyproject.toml").read_text())
     with pytest.raises(ImportError, match=f"pip install {re.escape(pinned[1])}"):
-        channels.discover(nn.Sequential(conv(3, 8), conv(8, 8)), torch.zeros(IMAGE))
+        discover(nn.Sequential(conv(3, 8), conv(8, 8)), torch.zeros(IMAGE))

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune import allocation, criteria, filters
-from lightning_prune.structured import coupling as channels
+from lightning_prune.structured import discover
+from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
 from tests.networks import fitter
 from tests.test_channels import masked
@@ -94,11 +95,11 @@ def test_a_cut_architecture_computes_what_the_masked_one_did(name):
     model, x = build(name, size)
     with warnings.catch_warnings():
         warnings.simplefilter("error" if name in CUT else "ignore")  # nothing of these may be left alone
-        groups = channels.discover(model, x)
-    scores = filters.unit_scores(groups, criteria.magnitude, channels.parameters(groups, model))
+        groups = discover(model, x)
+    scores = filters.unit_scores(groups, criteria.magnitude, structure.parameters(groups, model))
     dense = {n: torch.ones(g.units, dtype=torch.bool) for n, g in groups.items()}
     units = filters.next_units(groups, scores, dense, [(list(groups), 0.3)], allocation.uniform)
-    plan = channels.plan(groups, units)
+    plan = structure.cut_of(groups, units)
     twin, before = masked(model, plan), sum(p.numel() for p in model.parameters())
     cut(model, plan)
     for want, got in zip(outputs(twin, x), outputs(model, x), strict=True):
@@ -148,5 +149,5 @@ def test_what_cannot_be_cut_is_refused_with_a_reason(name):
     model, x = build(name, size)
     before = deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=reason):
-        channels.discover(model, x)
+        discover(model, x)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

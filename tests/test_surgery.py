@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune import load_pruned
 from lightning_prune.holding import Hold
 from lightning_prune.rewind import Snapshot
-from lightning_prune.structured import coupling as channels
+from lightning_prune.structured import discover
+from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut, cut_snapshot
 from tests.networks import same
 from tests.test_channels import IMAGE, Residual, alive, masked, relative
@@ -55,7 +56,7 @@ def trained(make=OPTIMIZERS["AdamW"], n=3, dtype=torch.float32):
     nn.init.ones_(model.scale)
     optimizer = make(model.parameters())
     steps(model, optimizer, n)
-    groups = channels.discover(model, torch.randn(IMAGE, dtype=dtype))
+    groups = discover(model, torch.randn(IMAGE, dtype=dtype))
     return model, optimizer, groups, alive(groups)
 
 
@@ -67,9 +68,9 @@ def test_a_cut_training_goes_on_as_the_masked_one_does(name):
     its.param_groups[0]["params"] = list(twin.parameters())
     its.state.clear()
     its.load_state_dict(deepcopy(optimizer.state_dict()))
-    params = channels.parameters(groups, twin)
-    Hold(params, channels.weight_masks(groups, masks, params), [its], gradients=True)
-    cut(model, channels.plan(groups, masks), [optimizer])
+    params = structure.parameters(groups, twin)
+    Hold(params, structure.weight_masks(groups, masks, params), [its], gradients=True)
+    cut(model, structure.cut_of(groups, masks), [optimizer])
     mine, theirs = steps(model, optimizer, 10), steps(twin, its, 10)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=0)
     assert relative(model.eval(), twin.eval(), torch.randn(IMAGE, dtype=torch.float64)) < 1e-6
@@ -85,9 +86,9 @@ def test_the_momentum_of_muon_is_cut_along():
     model(x).square().sum().backward()
     optimizer.step()
     before = [optimizer.state[layer.weight]["momentum_buffer"].clone() for layer in (model[0], model[2])]
-    groups = channels.discover(model, x)
+    groups = discover(model, x)
     stay = torch.arange(8) % 3 > 0
-    cut(model, channels.plan(groups, {"0.weight": stay}), [optimizer])
+    cut(model, structure.cut_of(groups, {"0.weight": stay}), [optimizer])
     after = [optimizer.state[layer.weight]["momentum_buffer"] for layer in (model[0], model[2])]
     assert same(after, [before[0][stay], before[1][:, stay]])
     model(x).square().sum().backward()
@@ -102,7 +103,7 @@ def test_everything_that_can_stay_the_same_stays_the_same():
     params, buffers = list(model.named_parameters()), list(model.named_buffers())
     before, schedule = deepcopy(model.state_dict()), deepcopy(scheduler.state_dict())
     grads = {n: p.grad.clone() for n, p in params}
-    plan = channels.plan(groups, masks)
+    plan = structure.cut_of(groups, masks)
     cut(model, plan, [optimizer])
     assert [(n, id(p)) for n, p in model.named_parameters()] == [(n, id(p)) for n, p in params]
     assert [(n, id(b)) for n, b in model.named_buffers()] == [(n, id(b)) for n, b in buffers]
@@ -141,8 +142,8 @@ def test_tied_weights_stay_tied():
             return self.head(torch.relu(self.body(torch.relu(self.embed(i)))) + self.embed(i))
 
     model, x = Tied(), torch.arange(6).view(2, 3)
-    groups = channels.discover(model, x)
-    removed = channels.plan(groups, alive(groups))
+    groups = discover(model, x)
+    removed = structure.cut_of(groups, alive(groups))
     twin = masked(model, removed)
     cut(model, removed)
     assert model.head.weight is model.embed.weight
@@ -153,7 +154,7 @@ def test_tied_weights_stay_tied():
 @pytest.mark.parametrize("how", ["plan", "LBFGS", "odd state", "copy"])
 def test_a_cut_that_fails_changes_nothing(how):
     model, optimizer, groups, masks = trained()
-    plan, copies = channels.plan(groups, masks), []
+    plan, copies = structure.cut_of(groups, masks), []
     if how == "plan":
         plan["head", "weight", 1] = torch.tensor([99])
     elif how == "LBFGS":
@@ -171,7 +172,7 @@ def test_a_cut_that_fails_changes_nothing(how):
 def test_averaged_copies_are_cut_along():
     model, optimizer, groups, masks = trained()
     average = AveragedModel(model)
-    cut(model, channels.plan(groups, masks), [optimizer], [average.module])
+    cut(model, structure.cut_of(groups, masks), [optimizer], [average.module])
     steps(model, optimizer, 1)
     average.update_parameters(model)
     assert [p.shape for p in average.module.parameters()] == [p.shape for p in model.parameters()]
@@ -179,7 +180,7 @@ def test_averaged_copies_are_cut_along():
 
 def test_a_snapshot_is_cut_with_the_same_plan():
     model, optimizer, groups, masks = trained()
-    snapshot, plan = Snapshot.take(model, [optimizer]), channels.plan(groups, masks)
+    snapshot, plan = Snapshot.take(model, [optimizer]), structure.cut_of(groups, masks)
     kept = deepcopy(snapshot.state_dict())
     cut(model, plan, [optimizer])
     want = deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -191,7 +192,7 @@ def test_a_snapshot_is_cut_with_the_same_plan():
 
 def test_load_pruned_is_bit_exact_and_refuses_other_models(tmp_path):
     model, _, groups, masks = trained()
-    cut(model, channels.plan(groups, masks))
+    cut(model, structure.cut_of(groups, masks))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
     torch.save(model.state_dict(), tmp_path / "b.pt")
     for name in ("a.ckpt", "b.pt"):
@@ -213,7 +214,7 @@ def test_load_pruned_is_bit_exact_and_refuses_other_models(tmp_path):
 
 def test_load_pruned_does_not_need_torch_pruning(tmp_path):
     model, _, groups, masks = trained()
-    cut(model, channels.plan(groups, masks))
+    cut(model, structure.cut_of(groups, masks))
     torch.save({"fresh": Net().state_dict(), "cut": model.state_dict()}, tmp_path / "state.pt")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "small.ckpt")
     code = """
@@ -232,7 +233,7 @@ assert same(load_pruned(model, "small.ckpt").state_dict(), stored["cut"])
 def test_a_cut_network_exports_to_onnxruntime(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     model, _, groups, masks = trained()
-    cut(model, channels.plan(groups, masks))
+    cut(model, structure.cut_of(groups, masks))
     model.eval()
     x = torch.randn(IMAGE)
     program = torch.export.export(model, (x,))

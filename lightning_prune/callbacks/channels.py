@@ -22,9 +22,10 @@ from lightning_prune.holding import Hold
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.pruning import Allocation, Criterion, groups
 from lightning_prune.schedules import OneShot, Schedule
-from lightning_prune.structured import coupling as channels
-from lightning_prune.structured import filters, surgery
-from lightning_prune.structured.coupling import Groups
+from lightning_prune.structured import filters
+from lightning_prune.structured import interim as channels
+from lightning_prune.structured import interim as surgery
+from lightning_prune.structured.interim import Groups
 
 
 class StructuredChannelPruning(IterativeMagnitudePruning):

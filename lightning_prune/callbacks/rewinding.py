@@ -15,7 +15,8 @@ from lightning_prune.checks import whole
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
-from lightning_prune.structured.surgery import Plan, cut_snapshot
+from lightning_prune.structured.surgery import Cut as Plan
+from lightning_prune.structured.surgery import cut_snapshot
 
 
 class LotteryTicketRewind(Callback):

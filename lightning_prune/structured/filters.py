@@ -29,22 +29,15 @@ from lightning_prune.evidence import asked, undisturbed
 from lightning_prune.masks import Masks
 from lightning_prune.pruning import Criterion, Sparsity, next_masks, score
 from lightning_prune.selection import DEAD, Keep, Scores, keep_top
-from lightning_prune.structured.coupling import (
-    Channels,
-    Groups,
-    as_input,
-    discover,
-    out_dimension,
-    parameter,
-    parameters,
-    plan,
-    run,
-)
+from lightning_prune.structured.coupling import out_dimension
+from lightning_prune.structured.discovery import discover
 from lightning_prune.structured.surgery import Site, cut
+from lightning_prune.structured.trial import as_input, run
+from lightning_prune.structured.units import Coupling, Couplings, cut_of, parameter, parameters
 
 
 def unit_scores(
-    groups: Groups, criterion: Criterion, params: Mapping[str, Tensor], **evidence: Any
+    groups: Couplings, criterion: Criterion, params: Mapping[str, Tensor], **evidence: Any
 ) -> Scores:
     """The score of each unit: the mean of the criterion's scores over the weights that make its channels.
 
@@ -65,7 +58,7 @@ def unit_scores(
     return {name: _mean(group, group.filters, scores) for name, group in groups.items()}
 
 
-def _mean(group: Channels, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> Tensor:
+def _mean(group: Coupling, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> Tensor:
     total, weights = torch.zeros(group.units), torch.zeros(group.units)
     for site in sites:
         indices, units = group.sites[site]
@@ -75,7 +68,7 @@ def _mean(group: Channels, sites: Sequence[Site], scores: Mapping[str, Tensor]) 
     return total / weights
 
 
-def batch_norm_scale(params: Mapping[str, Tensor], channels: Groups) -> Scores:
+def batch_norm_scale(params: Mapping[str, Tensor], channels: Couplings) -> Scores:
     """Network slimming: the scale |gamma| of the batch normalizations that channels pass.
 
     Raises:
@@ -92,7 +85,7 @@ def batch_norm_scale(params: Mapping[str, Tensor], channels: Groups) -> Scores:
     return {name: _mean(group, group.scales, scales) for name, group in channels.items()}
 
 
-def geometric_median(params: Mapping[str, Tensor], channels: Groups) -> Scores:
+def geometric_median(params: Mapping[str, Tensor], channels: Couplings) -> Scores:
     """FPGM: a filter's summed distance to the other filters of its layer; the nearest to all go first.
 
     Reference: He et al. (2019), arXiv:1811.00250, Equation 5.
@@ -121,12 +114,12 @@ class RandomChannels:
 
     seed: int = 0
 
-    def __call__(self, params: Mapping[str, Tensor], channels: Groups) -> Scores:
+    def __call__(self, params: Mapping[str, Tensor], channels: Couplings) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
         return {name: torch.rand(group.units, generator=generator) for name, group in channels.items()}
 
 
-def isomorphic(scores: Scores, total: int, *, channels: Groups) -> Keep:
+def isomorphic(scores: Scores, total: int, *, channels: Couplings) -> Keep:
     """Isomorphic: groups that are coupled alike are ranked together, and each kind keeps the same part.
 
     Reference: Fang et al. (2024), arXiv:2407.04616.
@@ -144,7 +137,7 @@ def isomorphic(scores: Scores, total: int, *, channels: Groups) -> Keep:
 
 
 def next_units(
-    groups: Groups,
+    groups: Couplings,
     scores: Scores,
     masks: Masks,
     sparsities: Sequence[tuple[Sequence[str], Sparsity]],
@@ -224,10 +217,10 @@ class Removed:
         return high
 
 
-def cost(groups: Groups, alive: Masks, weights: Mapping[str, tuple[Sequence[int], float]]) -> float:
+def cost(groups: Couplings, alive: Masks, weights: Mapping[str, tuple[Sequence[int], float]]) -> float:
     """The elements left of all weights, {name: (shape, how often each element counts)}."""
     sizes = {name: list(shape) for name, (shape, _) in weights.items()}
-    for site, gone in plan(groups, alive).items():
+    for site, gone in cut_of(groups, alive).items():
         if parameter(site) in sizes:
             sizes[parameter(site)][site[2]] -= len(gone)
     return sum(math.prod(size) * weights[name][1] for name, size in sizes.items())
@@ -298,5 +291,5 @@ def prune_channels(
     scores = unit_scores(groups, criterion, parameters(groups, model))
     dense = {name: torch.ones(group.units, dtype=torch.bool) for name, group in groups.items()}
     units = next_units(groups, scores, dense, [(list(groups), sparsity)], allocate, round_to, at_least)
-    cut(model, plan(groups, units))
+    cut(model, cut_of(groups, units))
     return units

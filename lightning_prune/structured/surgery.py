@@ -1,22 +1,23 @@
-"""Surgery: carry a plan of removed channels out on a model, its optimizers and all that copies them.
+"""Surgery: carry a cut out on a model, its optimizers and all that copies them.
 
-A plan says for each (module, tensor, dimension) which indices go. It is plain data: nothing here knows how
-it was found. Every operation is all or nothing: what will be is computed first, and put in place at the end.
+A cut says for each (module, tensor, dimension) which indices go. It is plain data: nothing here knows how it
+was found. Every operation is all or nothing: what will be is computed first, and put in place at the end.
 Parameters and buffers keep their identity, so optimizers, schedulers and hooks go on with the same objects.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+from torch.nn.modules.batchnorm import _NormBase as Norm
+from torch.nn.modules.conv import _ConvNd as Convolution
 
 from lightning_prune.rewind import Snapshot
 
 Site = tuple[str, str, int]  # name of a module, name of its parameter or buffer, dimension
-Plan = dict[Site, Tensor]  # the indices that go, of the tensor as it is before the cut
+Cut = dict[Site, Tensor]  # the indices that go, of the tensor as it is before
 Kept = dict[int, Tensor]  # dimension -> the indices that stay, in order
 
 # What these remember is not of the shape of their parameters, from their first step on.
@@ -24,7 +25,7 @@ NOT_SLICED = (optim.LBFGS, optim.Adafactor)
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What a model will be: nothing is in place yet."""
 
     tensors: list[tuple[Tensor, Tensor, Tensor | None]]  # the tensor, its new data, its new gradient
@@ -42,11 +43,11 @@ class _Prepared:
 @torch.no_grad()
 def cut(
     model: nn.Module,
-    plan: Plan,
+    what: Cut,
     optimizers: Iterable[optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
 ) -> None:
-    """Take the channels of a plan out of a model, its gradients, its optimizers' states and copies of it.
+    """Take channels out of a model, its gradients, its optimizers' states and copies of it.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> gone = torch.tensor([1])
@@ -59,25 +60,25 @@ def cut(
 
     Args:
         model: any module; `requires_grad`, memory format, ties and the mode are kept.
-        plan: from `lightning_prune.channels`.
+        what: what goes from each tensor, see `lightning_prune.structured.cut_of`.
         optimizers: those that step the model. What they keep for a parameter is cut as the parameter is.
         copies: modules with the tensors of `model` under the same names, such as averaged weights.
 
     Raises:
-        ValueError: when the plan is not one of this model, or an optimizer keeps what cannot be cut with its
+        ValueError: when the cut is not one of this model, or an optimizer keeps what cannot be cut with its
             parameter. Nothing is changed then.
     """
     optimizers = list(optimizers)
     check_optimizers(optimizers)
-    prepared: list[_Prepared] = []
-    for its in (model, *copies):
-        kept = _kept(its, plan)
+    prepared: list[Prepared] = []
+    for module in (model, *copies):
+        kept = _kept(module, what)
         new = {id(t): (t, _sliced(t, dims)) for t, dims in kept.values()}
         grads = {id(t): _sliced(t.grad, dims) for t, dims in kept.values() if t.grad is not None}
-        prepared.append(_prepare(its, new, grads))
-    states = _cut_states(optimizers, _kept(model, plan))
-    for its in prepared:
-        its.commit()
+        prepared.append(prepare(module, new, grads))
+    states = _cut_states(optimizers, _kept(model, what))
+    for ready in prepared:
+        ready.commit()
     for state, values in states:
         state.update(values)
 
@@ -97,31 +98,50 @@ def check_optimizers(optimizers: Iterable[optim.Optimizer]) -> None:
             )
 
 
-def _kept(model: nn.Module, plan: Plan) -> dict[int, tuple[Tensor, Kept]]:
+def _kept(model: nn.Module, what: Cut) -> dict[int, tuple[Tensor, Kept]]:
     """Which indices of which tensors stay, by identity of the tensor."""
     found: dict[int, tuple[Tensor, Kept]] = {}
-    for (module, name, dim), gone in plan.items():
+    for (module, name, dim), gone in what.items():
         try:
             tensor = getattr(model.get_submodule(module), name)
             size = tensor.shape[dim]
         except (AttributeError, IndexError):
             raise ValueError(
-                f"plan: {type(model).__name__} has no tensor {name} with dimension {dim} in its module "
-                f"{module!r}; allowed are those it has. Make the plan for this model."
+                f"cut: {type(model).__name__} has no tensor {name} with dimension {dim} in its module "
+                f"{module!r}; allowed are those it has. Make the cut for this model."
             ) from None
-        stays = torch.ones(size, dtype=torch.bool)
-        if len(gone) and not 0 <= int(gone.min()) <= int(gone.max()) < size:
-            raise ValueError(
-                f"plan: indices {gone.tolist()} of {module}.{name}, dimension {dim}, of size {size}; allowed "
-                f"are 0 to {size - 1}. Make another plan if this was carried out."
-            )
-        stays[gone] = False
-        if not stays.any():
-            raise ValueError(
-                f"plan: nothing would be left of {module}.{name}; one channel at least is needed. Keep one."
-            )
-        found.setdefault(id(tensor), (tensor, {}))[1][dim] = stays.nonzero().flatten()
+        found.setdefault(id(tensor), (tensor, {}))[1][dim] = _staying(gone, size, f"{module}.{name}", dim)
     return found
+
+
+def _staying(gone: Tensor, size: int, name: str, dim: int) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    if len(gone) and not 0 <= int(gone.min()) <= int(gone.max()) < size:
+        raise ValueError(
+            f"cut: indices {gone.tolist()} of {name}, dimension {dim}, of size {size}; allowed "
+            f"are 0 to {size - 1}. Make another cut if this was carried out."
+        )
+    stays[gone] = False
+    if not stays.any():
+        raise ValueError(f"cut: nothing would be left of {name}; one channel at least is needed. Keep one.")
+    return stays.nonzero().flatten()
+
+
+def cut_tensors(tensors: Mapping[str, Tensor], what: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+    """Tensors by name without the indices {(name, dimension): indices}; nothing that was given is changed.
+
+    >>> cut_tensors({"w": torch.arange(4), "b": torch.arange(2)}, {("w", 0): torch.tensor([1, 2])})
+    {'w': tensor([0, 3]), 'b': tensor([0, 1])}
+
+    Raises:
+        ValueError: when a tensor has no such indices.
+    """
+    kept: dict[str, Kept] = {}
+    for (name, dim), gone in what.items():
+        if name in tensors:
+            size = tensors[name].shape[dim] if dim < tensors[name].dim() else 0
+            kept.setdefault(name, {})[dim] = _staying(gone, size, name, dim)
+    return {name: _sliced(t, kept[name]) if name in kept else t for name, t in tensors.items()}
 
 
 def _sliced(tensor: Tensor, kept: Kept) -> Tensor:
@@ -129,10 +149,11 @@ def _sliced(tensor: Tensor, kept: Kept) -> Tensor:
     new = tensor.detach()
     for dim, index in kept.items():
         new = new.index_select(dim, index.to(tensor.device))
-    return new.contiguous(memory_format=_memory_format(tensor))
+    return new.contiguous(memory_format=memory_format(tensor))
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Channels last, where the tensor is stored so, else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
     if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
         return last
@@ -147,8 +168,8 @@ def _cut_states(
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) in kept):
             state = optimizer.state.get(p, {})
-            its = _cut_state(state, kept[id(p)][0].shape, kept[id(p)][1], type(optimizer).__name__)
-            found.append((state, its))
+            new = _cut_state(state, kept[id(p)][0].shape, kept[id(p)][1], type(optimizer).__name__)
+            found.append((state, new))
     return found
 
 
@@ -165,22 +186,30 @@ def _cut_state(state: Mapping[str, Any], shape: torch.Size, kept: Kept, optimize
     return new
 
 
-def _prepare(
+def prepare(
     model: nn.Module, new: Mapping[int, tuple[Tensor, Tensor]], grads: Mapping[int, Tensor]
-) -> _Prepared:
+) -> Prepared:
+    """What a model will be with other data in some of its tensors.
+
+    Args:
+        model: any module.
+        new: identity of a tensor -> the tensor and its new data.
+        grads: identity of a tensor -> its new gradient; without one it has none.
+    """
     attributes: list[tuple[nn.Module, dict[str, Any]]] = []
     for module in model.modules():  # all owners of a tied tensor
-        own = {**module._parameters, **module._buffers}
+        own = {
+            **dict(module.named_parameters(recurse=False, remove_duplicate=False)),
+            **dict(module.named_buffers(recurse=False, remove_duplicate=False)),
+        }
         if any(id(t) in new for t in own.values()):
-            shapes = {
-                n: (new[id(t)][1] if id(t) in new else t).shape for n, t in own.items() if t is not None
-            }
+            shapes = {n: (new[id(t)][1] if id(t) in new else t).shape for n, t in own.items()}
             attributes.append((module, _attributes(module, shapes)))
-        if (its := attention(module)) is not None and id(its.proj.weight) in new:
-            width = new[id(its.proj.weight)][1].shape[1]
-            attributes.append((module, {"num_heads": width // its.head_dim, "attn_dim": width}))
+        if (heads := attention(module)) is not None and id(heads.proj.weight) in new:
+            width = new[id(heads.proj.weight)][1].shape[1]
+            attributes.append((module, {"num_heads": width // heads.head_dim, "attn_dim": width}))
     tensors = [(t, data, grads.get(key)) for key, (t, data) in new.items()]
-    return _Prepared(tensors, attributes)
+    return Prepared(tensors, attributes)
 
 
 def attention(module: Any) -> Any:
@@ -199,14 +228,14 @@ def _attributes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
     weight = shapes.get("weight", torch.Size())
     if isinstance(module, nn.Linear):
         return {"out_features": weight[0], "in_features": weight[1]}
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         if 1 < module.groups == module.in_channels == module.out_channels:  # depthwise
             return dict.fromkeys(("out_channels", "in_channels", "groups"), weight[0])
         first, second = weight[:2]
         if module.transposed:
             return {"in_channels": first, "out_channels": second * module.groups}
         return {"out_channels": first, "in_channels": second * module.groups}
-    if isinstance(module, (nn.modules.batchnorm._NormBase,)):
+    if isinstance(module, Norm):
         return {"num_features": next(iter(shapes.values()))[0]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight[0]}
@@ -216,23 +245,24 @@ def _attributes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
 
 
 def cut_snapshot(
-    snapshot: Snapshot, plan: Plan, model: nn.Module, optimizers: Sequence[optim.Optimizer]
+    snapshot: Snapshot, what: Cut, model: nn.Module, optimizers: Sequence[optim.Optimizer]
 ) -> Snapshot:
-    """The snapshot of an earlier step, cut with the same plan: a structured lottery ticket.
+    """The snapshot of an earlier step, cut alike: a structured lottery ticket.
 
     Args:
-        snapshot: taken of `model` and `optimizers` before the plan was carried out; it is not changed.
-        plan: the plan.
+        snapshot: taken of `model` and `optimizers` before the cut was carried out; it is not changed.
+        what: what goes from each tensor.
         model: the model, before or after the cut.
         optimizers: the optimizers of the snapshot, in its order.
     """
     names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    by_name = {
+        (names[id(getattr(model.get_submodule(module), tensor))], dim): gone
+        for (module, tensor, dim), gone in what.items()
+    }
     kept: dict[str, Kept] = {}
-    for (module, tensor, dim), gone in plan.items():
-        name = names[id(getattr(model.get_submodule(module), tensor))]
-        stays = torch.ones(snapshot.tensors[name].shape[dim], dtype=torch.bool)
-        stays[gone] = False
-        kept.setdefault(name, {})[dim] = stays.nonzero().flatten()
+    for (name, dim), gone in by_name.items():
+        kept.setdefault(name, {})[dim] = _staying(gone, snapshot.tensors[name].shape[dim], name, dim)
     states: list[dict[str, Any]] = []
     for optimizer, state in zip(optimizers, snapshot.optimizers, strict=True):
         params = [names.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
@@ -240,66 +270,14 @@ def cut_snapshot(
         new = dict(state["state"])
         for key, name in zip(keys, params, strict=True):
             if name in kept and key in new:
-                its = _cut_state(new[key], snapshot.tensors[name].shape, kept[name], type(optimizer).__name__)
-                new[key] = {**new[key], **its}
+                shape = snapshot.tensors[name].shape
+                smaller = _cut_state(new[key], shape, kept[name], type(optimizer).__name__)
+                new[key] = {**new[key], **smaller}
         states.append({**state, "state": new})
-
-    def cut_tensors(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        its = ((name, kept.get(name.removeprefix(prefix)), t) for name, t in tensors.items())
-        return {name: t if dims is None else _sliced(t, dims) for name, dims, t in its}
-
-    averages = [cut_tensors(average, "module.") for average in snapshot.averages]
-    return replace(snapshot, tensors=cut_tensors(snapshot.tensors), optimizers=states, averages=averages)
-
-
-@torch.no_grad()
-def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Give a full-size model the shapes of a cut one's `state_dict`; what the new tensors hold is undefined.
-
-    Raises:
-        ValueError: when a tensor is there in other dimensions, or larger than in the model. Nothing is
-            changed then.
-    """
-    new: dict[int, tuple[Tensor, Tensor]] = {}
-    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    for name, tensor in own:
-        there = state_dict.get(name)
-        if not isinstance(there, Tensor) or there.shape == tensor.shape:
-            continue
-        if there.dim() != tensor.dim() or any(a > b for a, b in zip(there.shape, tensor.shape, strict=True)):
-            raise ValueError(
-                f"{name} is {tuple(there.shape)} in the checkpoint and {tuple(tensor.shape)} in "
-                f"{type(model).__name__}; allowed is what a cut leaves of it. Use the full-size model that "
-                "was pruned."
-            )
-        fresh = torch.empty_like(tensor.new_empty(there.shape), memory_format=_memory_format(tensor))
-        new[id(tensor)] = (tensor, fresh)
-    _prepare(model, new, {}).commit()
-
-
-def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load a checkpoint of a cut network into a freshly built, full-size model, which becomes as small.
-
-    Needs neither Lightning nor torch-pruning: the shapes in the file say what was cut.
-
-    Args:
-        model: the model as it was built before pruning; changed in place.
-        path: a Lightning checkpoint, or a file with a `state_dict`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: when the names or dimensions in the file are not the model's. It is unchanged then.
-    """
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    state = stored.get("state_dict", stored)
-    if different := sorted(set(state) ^ set(model.state_dict())):
-        where = "file" if different[0] in state else "model"
-        raise ValueError(
-            f"path={str(path)!r}: {different[0]} is only in the {where}, as are {len(different) - 1} other "
-            f"names in one of the two; allowed is a checkpoint of {type(model).__name__}. Load one."
-        )
-    reshape(model, state)
-    model.load_state_dict(state)
-    return model
+    averaged = {(f"module.{name}", dim): gone for (name, dim), gone in by_name.items()}
+    return replace(
+        snapshot,
+        tensors=cut_tensors(snapshot.tensors, by_name),
+        optimizers=states,
+        averages=[cut_tensors(average, {**by_name, **averaged}) for average in snapshot.averages],
+    )

@@ -1,0 +1,142 @@
+"""Discovery: the coupled channels of a network that may be removed, and why the others stay."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_prune import rng
+from lightning_prune.layers import matching
+from lightning_prune.structured import surgery
+from lightning_prune.structured.coupling import HEAD, coupled
+from lightning_prune.structured.surgery import Site
+from lightning_prune.structured.trial import as_input, synthetic, why_not
+from lightning_prune.structured.units import Coupling, Couplings, parameter
+
+SHOWN = 8  # names in a message for one reason; a network may have hundreds
+
+
+def discover(
+    model: nn.Module,
+    example: Any,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Couplings:
+    """The coupled channels of a model that may be removed, by name; each tried on a copy.
+
+    Channels that are outputs of the model stay. A trial removes half of the units: the copy must run, in
+    training and in evaluation, give outputs of the same shapes, and those of the network in which the same
+    channels are zero. Channels that fail are left out, with a warning that names them and says why.
+
+    >>> sorted(discover(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), [1, 2]))
+    ['0.weight']
+
+    Args:
+        model: any module; it is not changed, nor are the random number generators.
+        example: an input: a tensor, its shape, a tuple of arguments or a dict of keyword arguments.
+        include: fnmatch patterns over weight names; only channels that one of these makes.
+        exclude: fnmatch patterns over weight names; no channels that one of these makes.
+
+    Raises:
+        ValueError: when a pattern matches nothing, the model cannot be traced, or no channels are left.
+        ImportError: without torch-pruning.
+
+    Reference: Fang et al. (2023), "DepGraph", arXiv:2301.12900.
+    """
+    _check(model)
+    generators = rng.capture()
+    try:
+        device = next(model.parameters()).device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            copy, example = synthetic(model, as_input(example))
+            found, reasons = coupled(copy, example)
+            heads = attention_heads(copy)
+            found |= heads
+            reasons = {name: reason for name, reason in reasons.items() if name not in heads}
+            chosen = _chosen(found, reasons, include, exclude)
+            good = {name: found[name] for name in chosen if name not in reasons}
+            copy.requires_grad_(False)
+            reasons |= why_not(copy, example, good)
+    finally:
+        rng.restore(generators)
+    stay = _shown({name: reasons[name] for name in chosen if reasons.get(name, HEAD) != HEAD})
+    good = {name: coupling for name, coupling in good.items() if name not in reasons and coupling.units > 1}
+    if not good:
+        raise ValueError(
+            f"{type(model).__name__} has no channels to remove: "
+            f"{stay or _why_nothing(found, reasons, chosen, include, exclude)}. "
+            "Use IterativeMagnitudePruning or lightning_prune.prune, which need no structure."
+        )
+    if stay:
+        warnings.warn(f"channels left as they are: {stay}. Exclude them to silence this.", stacklevel=2)
+    return good
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse what has no weights to be copied."""
+    params = dict(model.named_parameters())
+    if not params:
+        raise ValueError(f"{type(model).__name__} has no parameters, so no channels; give one that has.")
+    for name, p in params.items():
+        if is_lazy(p):
+            raise ValueError(f"{name} is not initialized yet; run a batch through the lazy layer first.")
+        if p.is_meta:
+            raise ValueError(f"{name} is on the meta device, without values; load the weights first.")
+
+
+def attention_heads(model: nn.Module) -> Couplings:
+    """Attention heads, which go as a whole, where the module says how many it has."""
+    found: Couplings = {}
+    for name, module in model.named_modules():
+        if (one := surgery.attention(module)) is not None:
+            qkv, proj = (f"{name}.{layer}".lstrip(".") for layer in ("qkv", "proj"))
+            wide = torch.arange(one.proj.in_features)
+            head = wide // one.head_dim
+            of_all = torch.arange(3 * len(wide)), head.repeat(3)  # queries, keys, values
+            made: list[Site] = [(qkv, n, 0) for n, _ in one.qkv.named_parameters()]
+            sites = {**dict.fromkeys(made, of_all), (proj, "weight", 1): (wide, head)}
+            weight = f"{qkv}.weight"
+            found[weight] = Coupling(weight, one.num_heads, sites, (made[0],), (), ("heads",))
+    return found
+
+
+def _chosen(
+    found: Couplings, reasons: Mapping[str, str], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[str]:
+    """The names of channels that the patterns leave, of those that stay for a reason, too."""
+    makers = {name: [name] for name in reasons}
+    for name, coupling in found.items():
+        makers[name] = [parameter(site) for site in coupling.filters] or [name]
+    weights = list(dict.fromkeys(weight for made in makers.values() for weight in made))
+    kept = set(weights if include is None else matching(weights, "include", include))
+    gone = set(matching(weights, "exclude", exclude or []))
+    return [name for name in makers if kept & {*makers[name]} and not gone & {*makers[name]}]
+
+
+def _why_nothing(
+    found: Couplings,
+    reasons: Mapping[str, str],
+    chosen: Sequence[str],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> str:
+    others = [name for name in (*found, *reasons) if name not in chosen and reasons.get(name) != HEAD]
+    if others:
+        names = _some(list(dict.fromkeys(others)))
+        return f"include={include}, exclude={exclude} leave none of {names}; change the patterns"
+    if any(coupling.units == 1 for coupling in found.values() if coupling.name not in reasons):
+        return "its layers have one channel each"
+    return "all are its outputs"
+
+
+def _shown(reasons: Mapping[str, str]) -> str:
+    names = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values()}
+    return "; ".join(f"{reason}: {_some(those)}" for reason, those in names.items())
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
