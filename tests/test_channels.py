@@ -4,13 +4,14 @@ import re
 import sys
 import warnings
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_prune import allocation, criteria, filters, load_pruned, prune_channels
+from lightning_prune import load_pruned
 from lightning_prune.structured import discover
 from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
@@ -265,19 +266,261 @@ def test_branches_of_training_are_seen():
 
 def test_what_cannot_be_traced_is_refused_with_a_reason():
     x = torch.randn(IMAGE)
-    net = Around(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)))
-    with pytest.raises(ValueError, match=r"'middle' is parametrized"):
-        discover(net, x)
-    net = Around(nn.Conv2d(8, 8, 1))
-    nn.utils.prune.l1_unstructured(net.first, "weight", 0.5)
-    with pytest.raises(ValueError, match=r"'first' carries a mask of torch.nn.utils.prune"):
-        discover(net, x)
     with pytest.raises(ValueError, match="is not initialized yet"):
         discover(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(2)), torch.randn(2, 2))
     with pytest.raises(ValueError, match=r"Residual is refused: its channels cannot be traced"):
         discover(Residual(), torch.randn(2, 4, 8, 8))
-    with pytest.raises(ValueError, match=r"Linear has no channels to remove. All are its outputs."):
+    with pytest.raises(ValueError, match=r"Linear has no channels to remove: all are its outputs"):
         discover(nn.Linear(3, 4), torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"0.weight is on the meta device"):
+        discover(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to("meta"), torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"no channels to remove: `include` and `exclude` leave none"):
+        discover(Residual(), x, exclude=["*"])
+
+
+def mlp(*more):
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2), *more)
+
+
+def transformers_layer():
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Sequential(Conv1D(8, 6), nn.ReLU(), Conv1D(2, 8))
+
+
+NOTHING = {  # what has no channels to remove, and the reason that is said
+    "no parameters": (nn.ReLU, "ReLU has no parameters"),
+    "argmax": (lambda: mlp(Lambda(lambda y: y.argmax(-1))), "none of its outputs has a gradient.*argmax"),
+    "no_grad": (lambda: Lambda(torch.no_grad()(lambda x, net: net(x)), mlp()), "computed under no_grad"),
+    "NumPy": (lambda: mlp(Lambda(lambda y: y.detach().numpy())), "no tensor in its output, a ndarray"),
+    "Conv1D": (transformers_layer, "the channels of Conv1D cannot be traced"),
+    "one unit": (lambda: nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 2)), "its layers have one unit each"),
+    "zero outputs": (lambda: mlp(Lambda(lambda y: y * 0)), "outputs are all zero or empty on the example"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_where_nothing_can_go_the_true_reason_is_said(name):
+    make, reason = NOTHING[name]
+    with pytest.raises(ValueError, match=reason):
+        discover(make(), torch.randn(2, 6))
+
+
+class Sequence(nn.Module):
+    """A layer, a recurrent one, and another layer: what goes into the second stays."""
+
+    def __init__(self, recurrent):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8))
+        self.recurrent = recurrent
+        self.last = nn.Sequential(nn.Linear(7, 10), nn.ReLU(), nn.Linear(10, 3))
+
+    def forward(self, x):
+        x = self.first(x)
+        if isinstance(self.recurrent, nn.RNNCellBase):
+            return self.last(self.recurrent(x[:, 0]))
+        return self.last(self.recurrent(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN, nn.GRUCell])
+def test_what_goes_into_a_recurrent_layer_stays_and_the_rest_goes(kind):
+    options = {} if issubclass(kind, nn.RNNCellBase) else {"batch_first": True, "num_layers": 2}
+    model, x = Sequence(kind(8, 7, **options)), torch.randn(2, 5, 6)
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} is not supported: first.2.weight\."):
+        couplings = discover(model, x)
+    assert list(couplings) == ["first.0.weight", "last.0.weight"]
+    removed = structure.cut_of(couplings, alive(couplings))
+    twin = masked(model, removed)
+    cut(model, removed)
+    assert relative(model, twin, x) < 1e-5
+
+
+def pruned(layer):
+    nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "torch.nn.utils.prune": pruned,
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_layer_that_computes_its_weight_keeps_its_own_channels_and_no_others(name):
+    model, x = randomized(Around(COMPUTED[name](nn.Conv2d(8, 8, 1)))), torch.randn(IMAGE)
+    model(x)  # leaves a weight with a graph on the layer
+    said = r"a layer computes its weight from others .*: first.weight, middle.weight\."
+    with pytest.warns(UserWarning, match=said):
+        couplings = discover(model, x)
+    assert list(couplings) == ["extra.weight"]
+    removed = structure.cut_of(couplings, alive(couplings))
+    twin = deepcopy_of(model)
+    cut(model, removed)
+    assert relative(model, masked(twin, removed), x) < 1e-5
+    with pytest.warns(UserWarning, match=r": first.weight\."):
+        discover(twin, x, exclude=["middle.weight"])  # what comes to it stays, too
+    assert list(discover(twin, x, exclude=["middle.weight", "first.weight"])) == ["extra.weight"]
+
+
+def deepcopy_of(model):
+    from lightning_prune.structured.trial import copied
+
+    return copied(model)
+
+
+class Windows(nn.Module):
+    """Attention in windows of an image, on tensors of five and six dimensions."""
+
+    def __init__(self, dim=12, heads=3, window=4):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.embed, self.norm = nn.Conv2d(3, dim, 1), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 20), nn.GELU(), nn.Linear(20, dim))
+        self.head = nn.Linear(dim, 4)
+
+    def forward(self, x):
+        x = self.embed(x).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        n = self.window
+        x = x.view(b, h // n, n, w // n, n, c).transpose(2, 3).reshape(b, -1, n * n, c)
+        parts = self.qkv(self.norm(x)).reshape(*x.shape[:3], 3, self.heads, c // self.heads)
+        q, k, v = parts.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        x = x + self.proj(y.transpose(2, 3).reshape(x.shape))
+        return self.head((x + self.mlp(x)).mean((1, 2)))
+
+
+class Halves(nn.Module):
+    """The block of YOLO: half of the channels pass, half go through more layers, all meet again."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = conv(3, 16), conv(16, 16, 1)
+        self.more = nn.ModuleList([nn.Sequential(conv(8, 8), conv(8, 8)) for _ in range(2)])
+        self.last, self.head = conv(32, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        y = list(self.first(self.stem(x)).split((8, 8), 1))
+        for block in self.more:
+            y.append(block(y[-1]))
+        return self.head(self.last(torch.cat(y, 1)))
+
+
+class Recurrence(nn.Module):
+    """A convolutional LSTM, which runs the same layer on what it made, and a layer beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gates, self.head = conv(3, 8), nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(8, 2, 1)
+        self.beside = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x):
+        seen = self.stem(x)
+        h = c = torch.zeros_like(seen)
+        for _ in range(2):
+            i, f, o, g = self.gates(torch.cat([seen, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.head(h) + self.beside(x)
+
+
+PART = {  # model -> channels that stay, and some that go
+    Windows: ({"qkv.weight", "embed.weight"}, {"mlp.0.weight"}),
+    Halves: ({"first.0.weight"}, {"stem.0.weight", "more.0.0.0.weight", "last.0.weight"}),
+    Recurrence: ({"stem.0.weight", "gates.weight"}, {"beside.0.weight"}),
+}
+
+
+@pytest.mark.parametrize("make", PART)
+def test_what_torch_pruning_cannot_read_stays_and_the_rest_goes(make):
+    stay, go = PART[make]
+    model, x = randomized(make()), torch.randn(IMAGE)
+    with pytest.warns(UserWarning, match="channels left as they are") as caught:
+        couplings = discover(model, x)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert all(name in said and name not in couplings for name in stay)
+    assert go <= set(couplings)
+    removed = structure.cut_of(couplings, alive(couplings))
+    twin = masked(model, removed)
+    cut(model, removed)
+    assert relative(model, twin, x) < 1e-5
+
+
+def test_layers_that_no_output_depends_on_are_named():
+    class Partly(Residual):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.teacher = nn.Linear(3, 4), nn.Linear(3, 5)
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.teacher(x.mean((2, 3)))
+            return super().forward(x) + target
+
+    with pytest.warns(UserWarning, match="channels left as they are") as caught:
+        assert len(discover(Partly(), torch.randn(IMAGE))) == 6
+    said = str(caught[0].message)
+    assert "no gradient reaches them from an output (no_grad, detach, argmax): teacher.weight" in said
+    assert "their layer does not run on the example input: unused.weight" in said
+
+
+@pytest.mark.parametrize("how", ["wrapper", "in place"])
+def test_a_compiled_network_is_cut_as_the_plain_one(how):
+    model, x = randomized(Residual()), torch.randn(IMAGE)
+    plain = deepcopy(model)
+    if how == "in place":
+        model.compile(backend="aot_eager")
+    network = torch.compile(model, backend="aot_eager") if how == "wrapper" else model
+    couplings = discover(network, x)
+    assert [name.replace("_orig_mod.", "") for name in couplings] == list(discover(plain, x))
+    masks = alive(couplings)
+    cut(network, structure.cut_of(couplings, masks))
+    bare = {name.replace("_orig_mod.", ""): mask for name, mask in masks.items()}
+    cut(plain, structure.cut_of(discover(plain, x), bare))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), plain(x))
+
+
+def test_a_module_may_keep_what_it_computed():
+    class Keeps(Residual):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    model = Keeps()
+    model(torch.randn(IMAGE))
+    assert len(discover(model, torch.randn(IMAGE))) == 6
+    model.all = [Residual()(torch.randn(IMAGE))]
+    with pytest.raises(ValueError, match=r"Keeps cannot be copied.* Detach"):
+        discover(model, torch.randn(IMAGE))
+
+
+def test_an_example_is_an_input_or_a_shape():
+    want = list(discover(Residual(), torch.randn(IMAGE)))
+    for example in (list(IMAGE), IMAGE, torch.Size(IMAGE), (torch.randn(IMAGE),), {"x": torch.randn(IMAGE)}):
+        assert list(discover(Residual(), example)) == want
+    for example in ([0, 3, 8, 8], [2, -3, 8, 8]):
+        with pytest.raises(ValueError, match=r"example_input=\[.*\]: allowed are sizes from 1 on"):
+            discover(Residual(), example)
+
+
+def test_outputs_may_be_dataclasses():
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        name: str = "five classes"
+
+    class Named(Residual):
+        def forward(self, x):
+            return Output(super().forward(x))
+
+    assert len(discover(Named(), torch.randn(IMAGE))) == 6
 
 
 class Attention(nn.Module):
@@ -329,80 +572,6 @@ def test_the_heads_of_multihead_attention_stay_with_a_reason():
     with pytest.warns(UserWarning, match="MultiheadAttention is not supported"):
         groups = discover(model, x)
     assert list(groups) == ["2.inner.0.weight"]
-
-
-# ------------------------------------------------------------------------------------------- scores and units
-
-
-def test_scores_are_norms_of_the_filters_that_make_a_channel():
-    model = randomized(Residual())
-    groups = discover(model, torch.randn(IMAGE))
-    params = structure.parameters(groups, model)
-    for criterion, power in ((criteria.magnitude, 1), (criteria.Ln(2), 2)):
-        scores = filters.unit_scores(groups, criterion, params)
-        inner = [float((w.abs() ** power).mean()) for w in model.plain[0][0].weight.detach()]
-        torch.testing.assert_close(scores["plain.0.0.weight"], torch.tensor(inner))
-        # of the grouped block's second convolution: the i-th filter of every group
-        w = (model.grouped[1][0].weight.detach().abs() ** power).view(4, 6, -1)
-        torch.testing.assert_close(scores["grouped.1.0.weight"], w.mean((0, 2)))
-
-
-def test_channel_criteria_equal_their_definitions():
-    model = randomized(Residual())
-    groups = discover(model, torch.randn(IMAGE), include=["plain.0.*"])
-    groups = {"plain.0.0.weight": groups["plain.0.0.weight"]}
-    params = structure.parameters(groups, model)
-    slim = filters.unit_scores(groups, filters.batch_norm_scale, params)["plain.0.0.weight"]
-    assert torch.equal(slim, model.plain[0][1].weight.abs())
-    median = filters.unit_scores(groups, filters.geometric_median, params)["plain.0.0.weight"]
-    w = model.plain[0][0].weight.detach().flatten(1)
-    far = torch.tensor([sum(float((a - b).norm()) for b in w) / len(w) for a in w])
-    torch.testing.assert_close(median, far)
-    first = filters.unit_scores(groups, filters.RandomChannels(1), params)
-    assert same(first, filters.unit_scores(groups, filters.RandomChannels(1), params))
-
-
-def units(groups, sparsity, allocate=allocation.uniform, **options):
-    scores = {n: torch.rand(g.units) for n, g in groups.items()}
-    masks = {n: torch.ones(g.units, dtype=torch.bool) for n, g in groups.items()}
-    return filters.next_units(groups, scores, masks, [(list(groups), sparsity)], allocate, **options)
-
-
-@pytest.mark.parametrize("allocate", [allocation.uniform, allocation.global_rank, filters.isomorphic])
-def test_the_budget_is_met_exactly(allocate):
-    groups = discover(Residual(), torch.randn(IMAGE))
-    total = sum(g.units for g in groups.values())
-    for sparsity in (0.1, 0.5, 0.8):
-        masks = units(groups, sparsity, allocate)
-        assert sum(int(m.sum()) for m in masks.values()) == round((1 - sparsity) * total)
-        assert all(m.any() for m in masks.values())
-
-
-def test_channels_of_any_module_are_cut_once():
-    model, x = randomized(Residual()), torch.randn(IMAGE)
-    twin, weight = deepcopy(model), model.plain[0][0].weight
-    alive = prune_channels(model, 0.5, x, allocate=allocation.global_rank)
-    cut(twin, structure.cut_of(discover(twin, x), alive))
-    assert same(model.state_dict(), twin.state_dict())
-    assert model.plain[0][0].weight is weight
-    total = sum(mask.numel() for mask in alive.values())
-    assert sum(int(mask.sum()) for mask in alive.values()) == total / 2
-    with pytest.raises(ValueError, match=r"taylor asks for `model`"):
-        prune_channels(Residual(), 0.5, list(IMAGE), criteria.taylor)
-
-
-def test_widths_are_rounded_up_and_never_fall_below_the_minimum():
-    groups = discover(Residual(), torch.randn(IMAGE))
-    left = {n: int(m.sum()) * groups[n].per_unit for n, m in units(groups, 0.5, round_to=8).items()}
-    assert left == {
-        "stem.0.weight": 8,
-        "plain.0.0.weight": 8,
-        "grouped.0.0.weight": 16,
-        "grouped.1.0.weight": 16,
-        "depthwise.0.0.weight": 16,
-        "gate.0.weight": 4,  # all it has
-    }
-    assert min(int(m.sum()) for m in units(groups, 0.9, at_least=3).values()) >= 3
 
 
 def test_cutting_twice_equals_cutting_once():

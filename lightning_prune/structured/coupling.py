@@ -6,6 +6,7 @@ torch-pruning's dependency graph says how channels of one layer lie in the layer
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,21 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.nn.modules.conv import _ConvNd as Convolution
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import first_line, run, tensors_in
-from lightning_prune.structured.units import Coupling, Couplings, parameter
+from lightning_prune.structured.trial import Unsuitable, as_one_operation, differentiable_outputs, first_line
+from lightning_prune.structured.units import MAKERS, Coupling, Couplings, out_dimension, parameter
 
 HEAD = "its channels are an output of the model"
+COMPUTED = "a layer computes its weight from others (a weight norm, a mask, another parametrization)"
+LOST = "torch-pruning loses them at a split, a reshape or a product"
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-MAKERS = (nn.Linear, Convolution)  # what makes channels
 
 
-def out_dimension(module: nn.Module) -> int:
-    """The dimension of a layer's weight along which its outputs lie."""
-    return 1 if getattr(module, "transposed", False) else 0
+def _rank(reason: str) -> int:
+    """Of several reasons why channels stay the one of the highest rank is said."""
+    return {"": 0, COMPUTED: 2, HEAD: 3}.get(reason, 1)
 
 
 def coupled(model: nn.Module, example: Any) -> tuple[Couplings, dict[str, str]]:
@@ -47,7 +47,7 @@ def coupled(model: nn.Module, example: Any) -> tuple[Couplings, dict[str, str]]:
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, MAKERS)}
     inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
-    graph, ran = _trace(model, example)
+    graph, ran, misread = _trace(model, example)
     reasons = {
         f"{name}.weight".lstrip("."): "no gradient reaches them from an output (no_grad, detach, argmax)"
         if id(m) in ran
@@ -56,41 +56,22 @@ def coupled(model: nn.Module, example: Any) -> tuple[Couplings, dict[str, str]]:
         if m not in graph.module2node and id(m) not in inside
     }
     makers = [m for m in modules.values() if m in graph.module2node]
-    walk = _walk(graph, makers, max(size for p in model.parameters() for size in p.shape))
+    walk = _walk(graph, makers, misread, max(size for p in model.parameters() for size in p.shape))
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     layers = {id(m): f"{name}.weight".lstrip(".") for name, m in modules.items()}
     places = _places(graph, walk, names)
     unit_of = [walk.find(element) for element in range(len(walk.parent))]
     owner = [names.get(id(m.weight), layers[id(m)]) for m in walk.maker]
-    reasons |= {owner[unit_of[element]]: reason for element, reason in walk.why.items()}
-    reasons |= {owner[unit_of[element]]: HEAD for element, reason in walk.why.items() if reason == HEAD}
+    for element, why in sorted(walk.why.items(), key=lambda item: _rank(item[1])):
+        reasons[owner[unit_of[element]]] = why
     return _grouped(unit_of, owner, places), reasons
 
 
 # ---------------------------------------------------------------------------------------------------- tracing
 
 
-class _Opaque(torch.autograd.Function):
-    """The outputs of a layer as one operation, whatever is computed inside: f(number, *outputs, *inputs)."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(t.clone() for t in args[1 : 1 + args[0]])
-
-
-def _as_one_operation(module: nn.Module, args: Any, output: Any) -> Any:
-    plain = [a.data if isinstance(a, PackedSequence) else a for a in args]
-    inputs = [t for t in tree_flatten(plain)[0] if isinstance(t, Tensor)]
-    leaves, structure = tree_flatten(output)
-    tensors = [t.detach() for t in leaves if isinstance(t, Tensor)]
-    new = iter(_Opaque.apply(len(tensors), *tensors, *inputs))
-    return tree_unflatten([next(new) if isinstance(t, Tensor) else t for t in leaves], structure)
-
-
 class _Recurrent:
     """What torch-pruning asks of a layer of which no channels go: none of its inputs lies in its outputs."""
-
-    pruning_dim = 1
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         return layer
@@ -104,14 +85,9 @@ class _Recurrent:
     def get_in_channels(self, layer: Any) -> int:
         return layer.input_size
 
-    def get_in_channel_groups(self, layer: nn.Module) -> int:
-        return 1
 
-    get_out_channel_groups = get_in_channel_groups
-
-
-def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int]]:
-    """torch-pruning's graph, and the identities of the layers that ran."""
+def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int], set[int]]:
+    """torch-pruning's graph, and by identity the layers that ran and the nodes that it cannot read."""
     try:
         import torch_pruning
     except ImportError as error:
@@ -123,24 +99,27 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int]]:
     ran: set[int] = set()
     makers = [m for m in model.modules() if isinstance(m, MAKERS)]
     handles = [m.register_forward_hook(lambda m, *_: ran.add(id(m))) for m in makers]
-    handles += [m.register_forward_hook(_as_one_operation) for m in recurrent]
+    handles += [m.register_forward_hook(as_one_operation) for m in recurrent]
     failure = ""
     try:
         for training in (True, False):  # auxiliary heads run in training only; some models want targets there
-            graph = torch_pruning.DependencyGraph()
+            graph: Any = torch_pruning.DependencyGraph()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     graph.build_dependency(
                         model,
                         example,
-                        forward_fn=partial(_differentiable_outputs, training=training),
+                        forward_fn=partial(differentiable_outputs, training=training),
                         customized_pruners={type(m): _Recurrent() for m in recurrent},
                         verbose=False,
                     )
-                return graph, ran
+                return graph, ran, set()
             except Exception as error:  # it meets an architecture that it does not know in many ways
-                failure = str(error) if isinstance(error, _Unsuitable) else first_line(error)
+                nodes = _nodes(graph)
+                if nodes and all(len(n.dependencies) == len(n.inputs) + len(n.outputs) for n in nodes):
+                    return graph, ran, _misread(graph)
+                failure = str(error) if isinstance(error, Unsuitable) else first_line(error)
     finally:
         for handle in handles:
             handle.remove()
@@ -151,21 +130,23 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int]]:
     )
 
 
-class _Unsuitable(Exception):
-    pass
+def _nodes(graph: Any) -> list[Any]:
+    return list(getattr(graph, "module2node", {}).values())
 
 
-def _differentiable_outputs(model: nn.Module, example: Any, training: bool) -> list[Tensor]:
-    output = run(model, example, training)
-    tensors = tensors_in(output)
-    if not tensors:
-        raise _Unsuitable(f"there is no tensor in its output, a {type(output).__name__}")
-    if not (found := [t for t in tensors if t.requires_grad]):
-        raise _Unsuitable(
-            "none of its outputs has a gradient: they are computed under no_grad, detached, or are indices "
-            "such as those of argmax; return logits"
-        )
-    return found
+def _misread(graph: Any) -> set[int]:
+    """The nodes whose indices torch-pruning cannot map to those around them; the others are mapped."""
+    from torch_pruning.dependency import index_mapping
+
+    misread: set[int] = set()
+    for node in _nodes(graph):
+        alone = copy(graph)
+        alone.module2node = {node.module: node}
+        try:
+            index_mapping.update_index_mapping(alone)
+        except Exception:  # a division by zero, say, where it takes a reshape for another
+            misread.add(id(node))
+    return misread
 
 
 # ----------------------------------------------------------------------------------------------- the one walk
@@ -195,7 +176,7 @@ class _Walk:
             self.parent[j] = i
 
 
-def _walk(graph: Any, makers: Sequence[Any], widest: int) -> _Walk:
+def _walk(graph: Any, makers: Sequence[Any], misread: set[int], widest: int) -> _Walk:
     """Follow the channels of all layers through the graph.
 
     torch-pruning walks once for each group and forgets where two channels of a group meet; one walk over all
@@ -204,6 +185,7 @@ def _walk(graph: Any, makers: Sequence[Any], widest: int) -> _Walk:
     Args:
         graph: torch-pruning's.
         makers: layers in it that make channels.
+        misread: nodes, by identity, at which channels are lost.
         widest: no layer has more channels than this.
     """
     from torch_pruning._helpers import _HybridIndex  # an index, and the element that it came from
@@ -226,6 +208,9 @@ def _walk(graph: Any, makers: Sequence[Any], widest: int) -> _Walk:
                 else:
                     seen[channel.idx] = channel.root_idx
                     unseen.append(channel)
+            if id(target) in misread:
+                walk.why.update((channel.root_idx, LOST) for channel in channels)
+                continue
             for dependency in target.dependencies if unseen else ():
                 if dependency.is_triggered_by(fn):
                     mapped = _mapped(dependency, unseen, widest, walk.why)
@@ -243,7 +228,7 @@ def _mapped(dependency: Any, channels: list[Any], widest: int, why: dict[int, st
     except (ArithmeticError, LookupError, TypeError):  # torch-pruning misread a reshape or a split
         mapped, lost = [], channels
     if lost:
-        why.update((channel.root_idx, "tracing lost them at a reshape or a split") for channel in lost)
+        why.update((channel.root_idx, LOST) for channel in lost)
         mapped = [channel for channel in mapped if 0 <= channel.idx < widest]
     return mapped
 
@@ -274,9 +259,7 @@ def _places(graph: Any, walk: _Walk, names: Mapping[int, str]) -> dict[Site, _Pl
         tensors, reason = _tensors(graph, node, fn)
         for tensor, dim, period, makes in tensors:
             if id(tensor) not in names:
-                reason = f"{type(node.module).__name__.removeprefix('Parametrized')} computes its weight " + (
-                    "from others (weight norm, spectral norm, another parametrization, a mask)"
-                )
+                reason = COMPUTED
                 continue
             module_name, _, tensor_name = names[id(tensor)].rpartition(".")
             site = (module_name, tensor_name, dim)
@@ -288,13 +271,13 @@ def _places(graph: Any, walk: _Walk, names: Mapping[int, str]) -> dict[Site, _Pl
             end = tensor.shape[dim] * (1 if makes or dim != 1 else getattr(node.module, "groups", 1))
             for i, element in seen.items():
                 if not 0 <= i < end:
-                    reason = f"tracing lost them on the way to {parameter(site)}"
+                    reason = LOST
                     continue
                 index = i if makes else i % tensor.shape[dim]
                 walk.join(place.element.setdefault(index, element), element)
                 walk.join(aligned.setdefault(i % period, element), element)  # as many of every group
-        if reason:
-            walk.why.update((element, reason) for element in seen.values())
+        for element in seen.values() if reason else ():
+            walk.why[element] = max(reason, walk.why.get(element, ""), key=_rank)
     return places
 
 

@@ -14,7 +14,7 @@ from lightning_prune.structured import surgery
 from lightning_prune.structured.coupling import HEAD, coupled
 from lightning_prune.structured.surgery import Site
 from lightning_prune.structured.trial import as_input, synthetic, why_not
-from lightning_prune.structured.units import Coupling, Couplings, parameter
+from lightning_prune.structured.units import MAKERS, Coupling, Couplings, parameter
 
 SHOWN = 8  # names in a message for one reason; a network may have hundreds
 
@@ -67,7 +67,7 @@ def discover(
     if not good:
         raise ValueError(
             f"{type(model).__name__} has no channels to remove: "
-            f"{stay or _why_nothing(found, reasons, chosen, include, exclude)}. "
+            f"{stay or _why_nothing(model, found, reasons, chosen)}. "
             "Use IterativeMagnitudePruning or lightning_prune.prune, which need no structure."
         )
     if stay:
@@ -117,18 +117,23 @@ def _chosen(
 
 
 def _why_nothing(
-    found: Couplings,
-    reasons: Mapping[str, str],
-    chosen: Sequence[str],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
+    model: nn.Module, found: Couplings, reasons: Mapping[str, str], chosen: Sequence[str]
 ) -> str:
-    others = [name for name in (*found, *reasons) if name not in chosen and reasons.get(name) != HEAD]
+    """The true reason, where none of the chosen channels has one of its own."""
+    others = [name for name in found if name not in chosen and name not in reasons]
     if others:
-        names = _some(list(dict.fromkeys(others)))
-        return f"include={include}, exclude={exclude} leave none of {names}; change the patterns"
-    if any(coupling.units == 1 for coupling in found.values() if coupling.name not in reasons):
-        return "its layers have one channel each"
+        return f"`include` and `exclude` leave none of {_some(others)}; change the patterns"
+    if any(coupling.units == 1 for name, coupling in found.items() if name not in reasons):
+        return "its layers have one unit each"
+    known = (*MAKERS, nn.Embedding)
+    unknown = {
+        type(m).__name__
+        for m in model.modules()
+        if not isinstance(m, known) and any(p.dim() > 1 for p in m.parameters(recurse=False))
+    }
+    if unknown:
+        kinds = ", ".join(sorted(unknown))
+        return f"the channels of {kinds} cannot be traced, and all others are its outputs"
     return "all are its outputs"
 
 

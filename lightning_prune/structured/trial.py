@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_prune.structured.surgery import cut
 from lightning_prune.structured.units import Couplings, cut_of
@@ -78,12 +79,13 @@ def as_input(example: Any) -> Any:
     is_shape = isinstance(example, Sequence) and len(example) > 0 and not isinstance(example, str)
     if not is_shape or not all(isinstance(size, int) for size in example):
         return example
-    if min(example) < 1:
+    sizes = [int(size) for size in example]
+    if min(sizes) < 1:
         raise ValueError(
-            f"example_input={list(example)}: allowed are sizes from 1 on, the first of them that of the "
+            f"example_input={sizes}: allowed are sizes from 1 on, the first of them that of the "
             "batch, such as [2, 3, 32, 32]."
         )
-    return torch.rand(tuple(example), generator=torch.Generator().manual_seed(0))
+    return torch.rand(sizes, generator=torch.Generator().manual_seed(0))
 
 
 def run(model: nn.Module, example: Any, training: bool = False) -> Any:
@@ -112,6 +114,46 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
             yield leaf
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             yield from _tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+
+
+class Unsuitable(Exception):
+    """The output of a model is none that can be differentiated; says why."""
+
+
+def differentiable_outputs(model: nn.Module, example: Any, training: bool) -> list[Tensor]:
+    """The tensors of the output that depend on weights by a gradient.
+
+    Raises:
+        Unsuitable: when there is none.
+    """
+    output = run(model, example, training)
+    tensors = tensors_in(output)
+    if not tensors:
+        raise Unsuitable(f"there is no tensor in its output, a {type(output).__name__}")
+    if not (found := [t for t in tensors if t.requires_grad]):
+        raise Unsuitable(
+            "none of its outputs has a gradient: they are computed under no_grad, detached, or are indices "
+            "such as those of argmax; return logits"
+        )
+    return found
+
+
+class _Opaque(torch.autograd.Function):
+    """The outputs of a layer as one operation, whatever is computed inside: f(number, *outputs, *inputs)."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in args[1 : 1 + args[0]])
+
+
+def as_one_operation(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook: to autograd a layer is one operation, whatever it computes inside."""
+    plain = [a.data if isinstance(a, PackedSequence) else a for a in args]
+    inputs = [t for t in tree_flatten(plain)[0] if isinstance(t, Tensor)]
+    leaves, structure = tree_flatten(output)
+    tensors = [t.detach() for t in leaves if isinstance(t, Tensor)]
+    new = iter(_Opaque.apply(len(tensors), *tensors, *inputs))
+    return tree_unflatten([next(new) if isinstance(t, Tensor) else t for t in leaves], structure)
 
 
 def first_line(error: Exception) -> str:
@@ -178,11 +220,11 @@ def _fails(model: nn.Module, example: Any, couplings: Couplings) -> str:
         return "without half of them the model's output has another shape"
     if not any(bool(t.any()) for t in want):
         return "the model's outputs are all zero or empty on the example, so nothing can be compared"
-    if not (far := _relative(want, got)) <= TOLERANCE:  # NaN, too
+    if not _relative(want, got) <= TOLERANCE:  # NaN, too
         if next(model.parameters()).dtype != torch.float64:
             with suppress(Exception):  # rounding in a deep network with drawn weights may be as large
                 return _fails(copied(model).double(), _floating(example, torch.float64), couplings)
-        return f"a network without half of them is not that in which they are zero (relatively, by {far:.2g})"
+        return "a network without half of them is not that in which they are zero"
     return _fails_in_training(model, copy, example)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as Convolution
 
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.structured.surgery import Cut, Site
@@ -34,6 +35,12 @@ class Coupling:
 
 
 Couplings = dict[str, Coupling]
+MAKERS = (nn.Linear, Convolution)  # the layers that make channels
+
+
+def out_dimension(module: nn.Module) -> int:
+    """The dimension of a layer's weight along which its outputs lie."""
+    return 1 if getattr(module, "transposed", False) else 0
 
 
 def parameter(site: Site) -> str:

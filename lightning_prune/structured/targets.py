@@ -1,0 +1,223 @@
+"""Targets: which units stay, as far as a pruning goes; sparsity may be of parameters or multiply-adds, too.
+
+Budgets, ties and masks are those of weight pruning.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_prune.allocation import Allocation, AtLeast, global_rank
+from lightning_prune.checks import number
+from lightning_prune.evidence import asked, call, undisturbed
+from lightning_prune.masks import Masks, alive
+from lightning_prune.pruning import Sparsity, budget
+from lightning_prune.selection import DEAD, Scores, keep_top, only, select
+from lightning_prune.structured.trial import as_input, run
+from lightning_prune.structured.units import MAKERS, Coupling, Couplings, cut_of, out_dimension, parameter
+
+Elements = Mapping[str, tuple[Sequence[int], float]]  # of weights by name: shape, how often each one counts
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A schedule of what is removed of the parameters or multiply-adds: the least sparsity that reaches it.
+
+    Fractions are those of the whole model. Where a schedule is given for each of several patterns, what each
+    removes is counted alone.
+
+    >>> Removed(0.75)(1, removed=lambda sparsity, multiply_adds: 1 - (1 - sparsity) ** 2)
+    0.5
+
+    Args:
+        schedule: round -> fraction that is to be gone; or a number in [0, 1), that of every round from 1 on.
+        of: "parameters", or "multiply_adds": those of linear layers and convolutions on the example input.
+
+    Raises:
+        ValueError: when the removable channels do not make up as much.
+    """
+
+    schedule: Callable[[int], float] | float
+    of: str = "parameters"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("parameters", "multiply_adds"):
+            raise ValueError(f"of={self.of!r}: allowed are 'parameters' and 'multiply_adds'.")
+        if not callable(self.schedule):
+            number(
+                "schedule", self.schedule, "are schedules and fractions, such as 0.5", lambda v: 0 <= v < 1
+            )
+
+    def __call__(self, round: int, removed: Callable[[float, bool], float]) -> float:
+        target = self.schedule(round) if callable(self.schedule) else self.schedule * bool(round)
+        if not target:
+            return 0.0
+        multiply_adds = self.of == "multiply_adds"
+        if (most := removed(1.0, multiply_adds)) < target:
+            raise ValueError(
+                f"schedule: {target} of the {self.of.replace('_', '-')} is to be removed in round {round}, "
+                "and without all removable channels but the few that each layer has to keep, "
+                f"{most:.4f} would be; allowed is less than that. Lower the schedule."
+            )
+        low, high = 0.0, 1.0
+        for _ in range(30):  # halves of halves: exact to far less than a channel
+            middle = (low + high) / 2
+            low, high = (middle, high) if removed(middle, multiply_adds) < target else (low, middle)
+        return high
+
+
+def cost(couplings: Couplings, alive: Masks, weights: Elements) -> float:
+    """The elements left of all weights, each counted as often as it says, with these units."""
+    sizes = {name: list(shape) for name, (shape, _) in weights.items()}
+    for site, gone in cut_of(couplings, alive).items():
+        if parameter(site) in sizes:
+            sizes[parameter(site)][site[2]] -= len(gone)
+    return sum(math.prod(size) * weights[name][1] for name, size in sizes.items())
+
+
+def elements(model: nn.Module, example: Any, multiply_adds: bool) -> Elements:
+    """The elements of a model's weights: once each, or as many multiply-adds as they do on the example."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    often = uses(model, example) if multiply_adds else dict.fromkeys(shapes, 1.0)
+    return {name: (shape, often[name]) for name, shape in shapes.items() if name in often}
+
+
+def uses(model: nn.Module, example: Any) -> dict[str, float]:
+    """How many multiply-adds each element of a weight does on the example: {weight name: uses}.
+
+    >>> uses(nn.Linear(3, 2), [4, 3])
+    {'weight': 4.0}
+    """
+    found: dict[str, float] = {}
+    layers = {m: name for name, m in model.named_modules() if isinstance(m, MAKERS)}
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def count(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        wide = args[0] if out_dimension(module) else output  # a transposed convolution is used at its inputs
+        channel = module.weight.shape[0]
+        name = names.get(id(module.weight), f"{layers[module]}.weight")
+        found[name] = found.get(name, 0.0) + wide.numel() / channel
+
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    device = next(model.parameters()).device
+    here = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, as_input(example))
+    try:
+        with torch.no_grad(), undisturbed(model):
+            run(model, here)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def next_units(
+    couplings: Couplings,
+    scores: Scores,
+    masks: Masks,
+    sparsities: Sequence[tuple[Sequence[str], Sparsity]],
+    allocate: Allocation = global_rank,
+    round_to: int = 1,
+    at_least: int = 1,
+    cost: Callable[[Masks, bool], float] | None = None,
+) -> Masks:
+    """One pruning of units: which are alive after it. Masks only shrink, and no coupling is left empty.
+
+    Args:
+        couplings: from `discover`.
+        scores: of the units, from `unit_scores`.
+        masks: which of them are alive now.
+        sparsities: pairs of names of couplings and the fraction of their units that is to be gone, or a
+            function that says it of what its signature names: `scores`, or `removed`, (sparsity,
+            multiply-adds?) -> the part of the whole network that is gone with these couplings alone.
+        allocate: how many where.
+        round_to: the channels left of each coupling are rounded up to a multiple of this; then fewer go than
+            `sparsities` say.
+        at_least: units left of each.
+        cost: (units alive, multiply-adds?) -> parameters or multiply-adds, for `Removed`.
+
+    Returns:
+        The new masks of the names in `sparsities`.
+
+    Raises:
+        ValueError: when the score of a unit that is alive is not finite, or a target cannot be reached.
+    """
+    if "channels" in asked(allocate, 2):
+        allocate = partial(allocate, channels=couplings)
+    dense, new = {name: torch.ones_like(mask) for name, mask in masks.items()}, Masks()
+    for names, sparsity in sparsities:
+        stay = partial(
+            _staying,
+            {name: couplings[name] for name in names},
+            {name: scores[name] for name in names},
+            {name: masks[name] for name in names},
+            allocate=allocate,
+            round_to=round_to,
+            at_least=at_least,
+        )
+
+        def removed(sparsity: float, multiply_adds: bool, stay: Callable[[float], Masks] = stay) -> float:
+            assert cost is not None
+            return 1 - cost({**dense, **stay(sparsity)}, multiply_adds) / cost(dense, multiply_adds)
+
+        if callable(sparsity):
+            living = only({name: scores[name] for name in names}, masks)
+            sparsity = call(sparsity, scores=living, removed=removed if cost else None)
+        new.update(stay(sparsity))
+    return {name: new[name] for name in masks if name in new}
+
+
+def _staying(
+    couplings: Couplings,
+    scores: Scores,
+    masks: Masks,
+    sparsity: float,
+    allocate: Allocation,
+    round_to: int,
+    at_least: int,
+) -> Masks:
+    """Which units of these couplings stay at a sparsity."""
+    for name, values in scores.items():
+        if not bool(values[masks[name]].isfinite().all()):
+            raise ValueError(
+                f"the scores of {name}'s units hold NaN or infinity; allowed are finite numbers. "
+                "Nothing was pruned. Look where the training diverged."
+            )
+    total = budget(sparsity, sum(coupling.units for coupling in couplings.values()))
+    if not sparsity or total >= alive(masks):
+        return {name: mask.clone() for name, mask in masks.items()}
+    total = max(total, sum(min(at_least, int(mask.sum())) for mask in masks.values()))
+    new = select(scores, masks, total, AtLeast(at_least, of=allocate), params=scores, masks=masks)
+    for name, mask in new.items():
+        step, before = _step(couplings[name], round_to), int(masks[name].sum())
+        rounded = min(before, -(-int(mask.sum()) // step) * step)
+        new[name] = keep_top(scores[name].masked_fill(~masks[name], DEAD), rounded)
+    return new
+
+
+def _step(coupling: Coupling, round_to: int) -> int:
+    """The units of which a multiple has a width that is a multiple of `round_to`."""
+    return math.lcm(round_to, coupling.per_unit) // coupling.per_unit
+
+
+def check_widths(couplings: Couplings, round_to: int, at_least: int) -> None:
+    """Refuse widths that leave nothing to remove.
+
+    Raises:
+        ValueError: when every coupling is as narrow as `round_to` or `at_least` wants it to stay.
+    """
+    widest = max(couplings.values(), key=lambda coupling: coupling.units * coupling.per_unit)
+    for coupling in couplings.values():
+        step = _step(coupling, round_to)
+        if -(-at_least // step) * step < coupling.units:
+            return
+    raise ValueError(
+        f"round_to={round_to}, at_least={at_least}: no channel could go. The widest layer, {widest.name}, "
+        f"has {widest.units * widest.per_unit} channels in {widest.units} units; allowed are numbers below "
+        "these. Give smaller ones."
+    )

@@ -1,0 +1,230 @@
+"""Units are scored as the papers say, budgets and targets are met, and arguments are checked."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import allocation, criteria, filters, prune_channels
+from lightning_prune.structured import discover, targets
+from lightning_prune.structured import units as structure
+from lightning_prune.structured.surgery import cut
+from tests.networks import same
+from tests.test_channels import IMAGE, Residual, randomized
+
+
+def test_scores_are_norms_of_the_filters_that_make_a_channel():
+    model = randomized(Residual())
+    groups = discover(model, torch.randn(IMAGE))
+    params = structure.parameters(groups, model)
+    for criterion, power in ((criteria.magnitude, 1), (criteria.Ln(2), 2)):
+        scores = filters.unit_scores(groups, criterion, params)
+        inner = [float((w.abs() ** power).mean()) for w in model.plain[0][0].weight.detach()]
+        torch.testing.assert_close(scores["plain.0.0.weight"], torch.tensor(inner))
+        # of the grouped block's second convolution: the i-th filter of every group
+        w = (model.grouped[1][0].weight.detach().abs() ** power).view(4, 6, -1)
+        torch.testing.assert_close(scores["grouped.1.0.weight"], w.mean((0, 2)))
+
+
+def test_channel_criteria_equal_their_definitions():
+    model = randomized(Residual())
+    groups = discover(model, torch.randn(IMAGE), include=["plain.0.*"])
+    groups = {"plain.0.0.weight": groups["plain.0.0.weight"]}
+    params = structure.parameters(groups, model)
+    slim = filters.unit_scores(groups, filters.batch_norm_scale, params)["plain.0.0.weight"]
+    assert torch.equal(slim, model.plain[0][1].weight.abs())
+    median = filters.unit_scores(groups, filters.geometric_median, params)["plain.0.0.weight"]
+    w = model.plain[0][0].weight.detach().flatten(1)
+    far = torch.tensor([sum(float((a - b).norm()) for b in w) / len(w) for a in w])
+    torch.testing.assert_close(median, far)
+    first = filters.unit_scores(groups, filters.RandomChannels(1), params)
+    assert same(first, filters.unit_scores(groups, filters.RandomChannels(1), params))
+
+
+def units(groups, sparsity, allocate=allocation.uniform, **options):
+    scores = {n: torch.rand(g.units) for n, g in groups.items()}
+    masks = {n: torch.ones(g.units, dtype=torch.bool) for n, g in groups.items()}
+    return filters.next_units(groups, scores, masks, [(list(groups), sparsity)], allocate, **options)
+
+
+@pytest.mark.parametrize("allocate", [allocation.uniform, allocation.global_rank, filters.isomorphic])
+def test_the_budget_is_met_exactly(allocate):
+    groups = discover(Residual(), torch.randn(IMAGE))
+    total = sum(g.units for g in groups.values())
+    for sparsity in (0.1, 0.5, 0.8):
+        masks = units(groups, sparsity, allocate)
+        assert sum(int(m.sum()) for m in masks.values()) == round((1 - sparsity) * total)
+        assert all(m.any() for m in masks.values())
+
+
+def test_channels_of_any_module_are_cut_once():
+    model, x = randomized(Residual()), torch.randn(IMAGE)
+    twin, weight = deepcopy(model), model.plain[0][0].weight
+    alive = prune_channels(model, 0.5, x, allocate=allocation.global_rank)
+    cut(twin, structure.cut_of(discover(twin, x), alive))
+    assert same(model.state_dict(), twin.state_dict())
+    assert model.plain[0][0].weight is weight
+    total = sum(mask.numel() for mask in alive.values())
+    assert sum(int(mask.sum()) for mask in alive.values()) == total / 2
+
+
+def examples(n=3):
+    return [(torch.randn(IMAGE), torch.tensor([0, 3])) for _ in range(n)]
+
+
+def test_criteria_that_need_data_get_it_without_a_trainer():
+    model, data = randomized(Residual()).train(), examples()
+    before, grads = deepcopy(model), torch.random.get_rng_state()
+    couplings = discover(model, data[0][0])
+    params = structure.parameters(couplings, model)
+    loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    want = filters.unit_scores(couplings, criteria.taylor, params, model=before, batches=data, loss=loss)
+    alive = prune_channels(
+        model, 0.5, list(IMAGE), criteria.taylor, data=iter(data), loss=nn.functional.cross_entropy
+    )
+    for name, mask in alive.items():
+        assert want[name][mask].min() >= want[name][~mask].max()
+    assert torch.equal(torch.random.get_rng_state(), grads)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    for options, message in (
+        ({}, "taylor asks for `batches`"),
+        ({"data": data}, "taylor asks for `loss`"),
+        ({"data": data, "loss": lambda y, t: y}, "a scalar tensor that depends on the weights is needed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_channels(before, 0.5, list(IMAGE), criteria.taylor, **options)
+
+
+@pytest.mark.parametrize("of", ["parameters", "multiply_adds"])
+def test_a_target_on_the_size_is_met_without_a_trainer(of):
+    model, x = randomized(Residual()), torch.randn(IMAGE)
+    size = lambda: structure_size(model, x, of)  # noqa: E731
+    full = size()
+    prune_channels(model, filters.Removed(0.4, of), x)
+    assert 0.4 <= 1 - size() / full < 0.47
+    with pytest.raises(ValueError, match=rf"schedule: 0.999 of the {of.replace('_', '-')} is to be removed"):
+        prune_channels(model, filters.Removed(0.999, of), x)
+    with pytest.raises(ValueError, match="of='bytes': allowed are 'parameters' and 'multiply_adds'"):
+        filters.Removed(0.4, "bytes")
+
+
+def structure_size(model, x, of):
+    """The slow way: count while the network runs."""
+    if of == "parameters":
+        return sum(p.numel() for p in model.parameters())
+    done = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda m, a, y: done.append(y.numel() * m.weight[0].numel()))
+        elif isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda m, a, y: done.append(y.numel() * m.in_features))
+    model(x)
+    for layer in model.modules():
+        layer._forward_hooks.clear()
+    return sum(done)
+
+
+def test_a_target_for_each_of_several_patterns_is_met_by_each_alone():
+    model, x = randomized(Residual()), torch.randn(IMAGE)
+    couplings = discover(model, x)
+    scores = filters.unit_scores(couplings, criteria.magnitude, structure.parameters(couplings, model))
+    weights = targets.elements(model, x, False)
+    cost = lambda units, multiply_adds: targets.cost(couplings, units, weights)  # noqa: E731
+    dense = structure.all_units(couplings)
+    first = ["plain.0.0.weight"]
+    rest = [name for name in couplings if name not in first]
+    goals = {tuple(first): 0.1, tuple(rest): 0.3}
+    units = filters.next_units(
+        couplings,
+        scores,
+        dense,
+        [(names, partial(filters.Removed(goal), 1)) for names, goal in goals.items()],
+        cost=cost,
+    )
+    assert list(units) == list(couplings)
+    for names, goal in goals.items():
+        alone = {**dense, **{name: units[name] for name in names}}
+        assert goal <= 1 - cost(alone, False) / cost(dense, False) < goal + 0.06
+
+
+def test_an_optimizer_goes_on_after_the_cut():
+    model, x = Residual(), torch.randn(IMAGE)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    prune_channels(model, 0.5, x, optimizer=optimizer)
+    assert all(s.shape == p.shape for p, kept in optimizer.state.items() for s in kept.values() if s.dim())
+    step()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="LBFGS keeps state"):
+        prune_channels(model, 0.5, x, optimizer=torch.optim.LBFGS(model.parameters()))
+    assert same(dict(model.state_dict()), dict(before))
+
+
+def of_wrong_shape(params, channels):
+    return {name: torch.ones(1) for name in channels}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity=1.0: allowed is 0 \(dense\) to below 1"),
+        ({"sparsity": -0.1}, r"sparsity=-0.1: allowed"),
+        ({"sparsity": "half"}, r"sparsity='half': allowed"),
+        ({"round_to": 0}, r"round_to=0: allowed are whole numbers from 1 on"),
+        ({"round_to": 8.0}, r"round_to=8.0: allowed"),
+        ({"round_to": 64}, r"round_to=64, at_least=1: no channel could go. The widest layer, grouped"),
+        ({"at_least": 0}, r"at_least=0: allowed"),
+        ({"at_least": 24}, r"at_least=24: no channel could go"),
+        ({"criterion": of_wrong_shape}, r"must give 16 scores of stem.0.weight, one for each unit"),
+        ({"criterion": lambda params, channels: {}}, r"must give 16 scores of stem.0.weight"),
+        ({"criterion": "magnitude"}, r"criterion='magnitude': a function is needed"),
+        ({"allocate": "uniform"}, r"allocate='uniform': a function is needed"),
+        ({"allocate": lambda scores, total: dict.fromkeys(scores, 1)}, r"were asked for"),
+        ({"example_input": None}, r"its channels cannot be traced"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_by_name_and_change_nothing(options, message):
+    model = Residual()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune_channels(model, **{"sparsity": 0.5, "example_input": IMAGE, **options})
+    assert same(dict(model.state_dict()), dict(before))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = Residual()
+    model.plain[0][0].weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"scores of plain.0.0.weight's units hold NaN or infinity"):
+        prune_channels(model, 0.5, IMAGE)
+
+
+def test_it_is_said_where_nothing_goes():
+    with pytest.warns(UserWarning, match=r"sparsity=0.001: nothing goes of 64 units"):
+        prune_channels(Residual(), 0.001, IMAGE)
+    with pytest.warns(UserWarning, match=r"sparsity=0.1: nothing goes of .* with round_to=16"):
+        prune_channels(Residual(), 0.1, IMAGE, round_to=16)
+    prune_channels(Residual(), 0, IMAGE)  # that is what was asked for
+
+
+def test_widths_are_rounded_up_and_never_fall_below_the_minimum():
+    groups = discover(Residual(), torch.randn(IMAGE))
+    left = {n: int(m.sum()) * groups[n].per_unit for n, m in units(groups, 0.5, round_to=8).items()}
+    assert left == {
+        "stem.0.weight": 8,
+        "plain.0.0.weight": 8,
+        "grouped.0.0.weight": 16,
+        "grouped.1.0.weight": 16,
+        "depthwise.0.0.weight": 16,
+        "gate.0.weight": 4,  # all it has
+    }
+    assert min(int(m.sum()) for m in units(groups, 0.9, at_least=3).values()) >= 3
