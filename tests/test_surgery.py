@@ -1,10 +1,6 @@
 """A plan is carried out all or nothing, on everything that has the channels, and nothing else notices."""
 
-import os
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +8,6 @@ from torch import nn, optim
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune import load_pruned
 from lightning_prune.holding import Hold
 from lightning_prune.rewind import Snapshot
 from lightning_prune.structured import discover
@@ -188,46 +183,6 @@ def test_a_snapshot_is_cut_with_the_same_plan():
     cut_snapshot(snapshot, plan, model, [optimizer]).restore(model, [optimizer])
     assert same((model.state_dict(), optimizer.state_dict()), want)
     assert same(snapshot.state_dict(), kept)
-
-
-def test_load_pruned_is_bit_exact_and_refuses_other_models(tmp_path):
-    model, _, groups, masks = trained()
-    cut(model, structure.cut_of(groups, masks))
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
-    torch.save(model.state_dict(), tmp_path / "b.pt")
-    for name in ("a.ckpt", "b.pt"):
-        fresh = load_pruned(Net(), tmp_path / name)
-        assert same(fresh.state_dict(), model.state_dict())
-        assert str(fresh) == str(model)
-        x = torch.randn(IMAGE)
-        assert torch.equal(fresh.eval()(x), model.eval()(x))
-    other = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="is only in the"):
-        load_pruned(other, tmp_path / "b.pt")
-    small = Net()
-    small.head = nn.Linear(2, 5)
-    before = deepcopy(small.state_dict())
-    with pytest.raises(ValueError, match=r"head.weight is .* in the checkpoint"):
-        load_pruned(small, tmp_path / "b.pt")
-    assert same(small.state_dict(), before)
-
-
-def test_load_pruned_does_not_need_torch_pruning(tmp_path):
-    model, _, groups, masks = trained()
-    cut(model, structure.cut_of(groups, masks))
-    torch.save({"fresh": Net().state_dict(), "cut": model.state_dict()}, tmp_path / "state.pt")
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "small.ckpt")
-    code = """
-import sys
-sys.modules["torch_pruning"] = None  # importing it fails
-import torch
-from tests.test_surgery import Net, load_pruned, same
-stored = torch.load("state.pt", weights_only=True)
-(model := Net()).load_state_dict(stored["fresh"])
-assert same(load_pruned(model, "small.ckpt").state_dict(), stored["cut"])
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=600)
 
 
 def test_a_cut_network_exports_to_onnxruntime(tmp_path):

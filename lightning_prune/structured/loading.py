@@ -65,7 +65,7 @@ def _read(path: Path, weights_only: bool) -> Mapping[str, Any]:
             "objects (hyper-parameters that are enums or paths, say) and you trust it, load it with "
             f"weights_only=False, which runs code from it. ({first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, AttributeError, ImportError, LookupError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, ImportError, LookupError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(stored, Mapping):
         raise ValueError(
