@@ -1,4 +1,4 @@
-"""What was cut, or is to be, loads into the full-size model from every file that it may be in, bit for bit."""
+"""What was cut, or is to be, loads into the full-size model from every file that it may be in."""
 
 import enum
 import os
@@ -81,7 +81,8 @@ PREFIXES = ("net.", "model.", "module.", "_orig_mod.", "net._orig_mod.", "net.mo
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_prefix_in_the_file_is_found(prefix, small, tmp_path):
     state = {prefix + name: t for name, t in small.state_dict().items()}
-    torch.save({"state_dict": {**state, "loss.weight": torch.ones(2)}}, tmp_path / "a.ckpt")
+    beside = {"loss.weight": torch.ones(2)} if prefix != "_orig_mod." else {}
+    torch.save({"state_dict": {**state, **beside}}, tmp_path / "a.ckpt")
     assert same(dict(load_pruned(Net(), tmp_path / "a.ckpt").state_dict()), dict(small.state_dict()))
 
 
@@ -107,7 +108,9 @@ def test_several_prefixes_are_named(small, tmp_path):
 
 def test_another_model_is_refused_and_nothing_is_changed(small, tmp_path):
     torch.save(small.state_dict(), tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="is only in the"):
+    with pytest.raises(ValueError, match=r"depthwise.0.0.weight is only in the file, as are \d+ other names"):
+        load_pruned(nn.Sequential(OrderedDict(embed=nn.Embedding(2, 2))), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"of Linear are there under several prefixes, 'gate.0.', "):
         load_pruned(nn.Linear(2, 2), tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"The first in the file is scale, in the model net.scale"):
         load_pruned(Task(Net()), tmp_path / "b.pt")

@@ -44,9 +44,9 @@ INNER = {  # layer normalization or attention hold the stream together: only wha
     "torchvision swin_t": (64, 0.15),
     "timm swin_tiny_patch4_window7_224": (224, 0.15),
     "timm res2net50_26w_4s": (64, 0.2),  # splits of a split
+    "torchvision shufflenet_v2_x0_5": (64, 0.15),  # halves that are shuffled: what is inside a branch goes
 }
 REFUSED = {
-    "torchvision shufflenet_v2_x0_5": (64, "cannot be traced"),
     "timm convnextv2_atto": (64, "LayerNorm.* takes its mean over them"),
 }
 FAST = (
@@ -137,10 +137,7 @@ def test_a_resnet18_becomes_smaller_with_one_callback():
     assert after.total.sparse_size < 0.3 * before.total.sparse_size
     said = after.against(before)
     assert f"{before.total.parameters / after.total.parameters:.2f}x smaller" in said
-    assert [line.split()[1] for line in said.splitlines() if "parameters" not in line and "│" in line] == [
-        "before",
-        "after",
-    ]
+    assert [line.split()[0] for line in said.splitlines()[-2:]] == ["before", "after"]
 
 
 @pytest.mark.parametrize("name", table(REFUSED))
