@@ -210,15 +210,12 @@ def train_from(
     Nothing is pruned, whatever the schedule says.
     """
     options: Any = OmegaConf.to_container(cfg.pruner, resolve=True)
-    pruner = instantiate(
-        {**options, "schedule": {"_target_": "lightning_prune.schedules.Hold"}, "masks": None}
-    )
-    pruner.round = round
+    changed = {"schedule": {"_target_": "lightning_prune.schedules.Hold"}, "masks": None, "rounds": round}
+    pruner = instantiate({**options, **changed})
+    pruner.start_from(begin.masks if begin is not None else {}, round)
     callbacks: list[Callback] = [pruner]
-    if begin is not None:
-        pruner.masks = begin.masks
-        if not (folder / "resume.ckpt").is_file():
-            callbacks = [begin, pruner]  # which puts the masks on what the other has begun with
+    if begin is not None and not (folder / "resume.ckpt").is_file():
+        callbacks = [begin, pruner]  # which puts the masks on what the other has begun with
     fit(cfg, folder, task, instantiate(cfg.batches), callbacks, steps, order)
 
 

@@ -18,7 +18,7 @@ receives, by keyword, what its signature names (what has a default there is opti
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Concatenate
+from typing import TYPE_CHECKING, Any, Concatenate
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ from lightning_prune.selection import DEAD, Scores, keep_top
 
 Params = dict[str, Tensor]
 # (weights, and by keyword what it asks for) -> scores
-Criterion = Callable[Concatenate[Params, ...], Scores]
+if TYPE_CHECKING:
+    Criterion = Callable[Concatenate[Params, ...], Scores]
+else:  # LightningCLI reads type hints at run time, and knows no Concatenate
+    Criterion = Callable[..., Scores]
 
 # -------------------------------------------------------------------------------- of the weights themselves
 

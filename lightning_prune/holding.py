@@ -3,11 +3,13 @@
 Nothing is added to the model, and the hooks go when the hold is removed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn, optim
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import final
 
 from lightning_prune.masks import Masks, bits, zero_dead_
@@ -32,8 +34,13 @@ ELEMENTWISE = (
 
 
 @final
+@final
 class Hold:
     """Masks held on parameters: after every step of every optimizer, dead weights are exactly +0.0.
+
+    Whoever made the optimizer and whenever: torch calls a hook after each step of any optimizer in the
+    process, also of one within another. Those that are given are also held where torch has not prepared their
+    `step`.
 
     Args:
         params: the masked parameters, by name.
@@ -52,27 +59,55 @@ class Hold:
         gradients: bool,
     ) -> None:
         self._params = dict(params)
-        self._optimizers = list(optimizers)
+        self._ids = {id(p) for p in self._params.values()}
+        self._optimizers: list[optim.Optimizer] = []
+        self._steps: WeakKeyDictionary[optim.Optimizer, int] = WeakKeyDictionary()  # ours -> its groups
         self._bits: dict[str, Tensor] = {}
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._handles: list[Any] = []
+        self._gradients = False
+        check_fit(masks, self._params)
+        self._handles.append(register_optimizer_step_post_hook(self._stepped))
+        self.watch(optimizers, gradients=gradients)
         self.set(masks)
-        self._handles = [o.register_step_post_hook(lambda *_: self.apply()) for o in self._optimizers]
-        for name, p in self._params.items() if gradients else ():
+
+    def watch(self, optimizers: Iterable[optim.Optimizer], *, gradients: bool) -> None:
+        """Hold with these optimizers from now on, such as some that were made anew."""
+        self._optimizers = list(optimizers)
+        self._handles += [_Wrapped(o, self.apply) for o in self._optimizers if not _calls_hooks(o)]
+        for o in self._optimizers:
+            self._zero_state(o)
+        if not gradients or self._gradients:
+            return
+        self._gradients = True
+        for name, p in self._params.items():
             frozen = not p.requires_grad  # now; it may be trained later
             p.requires_grad_(True)
             self._handles.append(p.register_post_accumulate_grad_hook(self._mask_gradient(name)))
             p.requires_grad_(not frozen)
 
     def set(self, masks: Masks) -> None:
-        """Hold these masks from now on: dead weights become 0, and what the optimizers remember of them."""
+        """Hold these masks from now on: on the weights, their gradients, and what optimizers remember."""
         check_fit(masks, self._params)
         pruned = {name: p for name, p in self._params.items() if not bool(masks[name].all())}
         self._bits = {name: bits(masks[name], like=p) for name, p in pruned.items()}
         self._views = []
         self.apply()
+        for name, p in pruned.items():
+            self._mask_gradient(name)(p)
+        for optimizer in {id(o): o for o in (*self._optimizers, *self._steps)}.values():
+            self._zero_state(optimizer)
+
+    def _zero_state(self, optimizer: optim.Optimizer) -> None:
         # A dead weight's momentum would otherwise decay into denormals, which a CPU computes slowly.
-        for optimizer in self._optimizers:
-            _zero_dead_state(optimizer, {self._params[name]: masks[name] for name in masks})
+        zero_dead_state(optimizer, {self._params[name]: dead for name, dead in self._bits.items()})
+
+    def _stepped(self, optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._steps.get(optimizer) != len(optimizer.param_groups):
+            if not any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"]):
+                return
+            self._steps[optimizer] = len(optimizer.param_groups)
+        self.apply()
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -100,16 +135,50 @@ class Hold:
         self._handles.clear()
 
 
-def _zero_dead_state(optimizer: optim.Optimizer, masks: dict[Tensor, Tensor]) -> None:
-    """Zero what an optimizer keeps for dead weights, where it keeps something of the weight's shape."""
-    for p, mask in masks.items():
-        for value in optimizer.state.get(p, {}).values():
+def _calls_hooks(optimizer: optim.Optimizer) -> bool:
+    """Whether torch calls hooks after this optimizer's steps: not, where its class skips `__init__`."""
+    return getattr(type(optimizer).step, "hooked", False)
+
+
+@final
+class _Wrapped:
+    """An optimizer's `step` that does something afterwards, until `remove`."""
+
+    def __init__(self, optimizer: Any, then: Callable[[], None]) -> None:
+        self._optimizer, self._then = optimizer, then
+        self._step = optimizer.step
+        optimizer.step = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._step(*args, **kwargs)
+        self._then()
+        return result
+
+    def remove(self) -> None:
+        if vars(self._optimizer).get("step") is self:
+            self._optimizer.step = self._step
+        self._then = lambda: None  # where somebody else has wrapped it since
+
+
+def zero_dead_state(optimizer: optim.Optimizer, alive_bits: dict[Tensor, Tensor]) -> None:
+    """Zero what an optimizer keeps for dead weights, where it keeps something of the weight's shape.
+
+    Args:
+        optimizer: any.
+        alive_bits: parameter -> its mask as `lightning_prune.masks.bits` makes it.
+    """
+    state: Any = getattr(optimizer, "state", {})
+    for p, living in alive_bits.items():
+        for value in state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:
-                value.masked_fill_(~mask.to(value.device), 0)
+                value.masked_fill_(living.to(value.device) == 0, 0)
     if isinstance(optimizer, optim.LBFGS):  # keeps vectors over all of its parameters, under the first
         params: list[Tensor] = optimizer.param_groups[0]["params"]
-        full = [masks.get(p, torch.ones_like(p, dtype=torch.bool)).to(p.device).reshape(-1) for p in params]
-        dead = ~torch.cat(full)
+        all_alive = torch.zeros(1, dtype=torch.bool)
+        parts = [
+            alive_bits[p] == 0 if p in alive_bits else all_alive.to(p.device).expand(p.shape) for p in params
+        ]
+        dead = torch.cat([part.reshape(-1) for part in parts])
         for value in optimizer.state.get(params[0], {}).values():
             for vector in value if isinstance(value, list) else [value]:
                 if isinstance(vector, Tensor) and vector.shape == dead.shape:

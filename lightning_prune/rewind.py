@@ -7,7 +7,7 @@ which the round before ended.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Concatenate
+from typing import TYPE_CHECKING, Any, Concatenate
 
 import torch
 from torch import Tensor, nn, optim
@@ -101,7 +101,10 @@ class Snapshot:
 
 
 # (the early snapshot, and by keyword the final state) -> what a round begins with
-Policy = Callable[Concatenate[Snapshot, ...], Snapshot]
+if TYPE_CHECKING:
+    Policy = Callable[Concatenate[Snapshot, ...], Snapshot]
+else:  # LightningCLI reads type hints at run time, and knows no Concatenate
+    Policy = Callable[..., Snapshot]
 
 
 def everything(early: Snapshot) -> Snapshot:

@@ -11,7 +11,7 @@ it is gradual pruning during training; with a sparsity above 0 in round 0 it is 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Concatenate
+from typing import TYPE_CHECKING, Concatenate
 
 import torch
 
@@ -19,7 +19,10 @@ from lightning_prune.checks import number, whole
 from lightning_prune.selection import DEAD, Scores, count_above
 
 # (round, and by keyword what it asks for) -> sparsity
-Schedule = Callable[Concatenate[int, ...], float]
+if TYPE_CHECKING:
+    Schedule = Callable[Concatenate[int, ...], float]
+else:  # LightningCLI reads type hints at run time, and knows no Concatenate
+    Schedule = Callable[..., float]
 
 
 def _check_fraction(name: str, value: float) -> None:

@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, reduce
-from typing import Any, Concatenate, Protocol
+from typing import TYPE_CHECKING, Any, Concatenate, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from lightning_prune.masks import Masks, count, integer
 
 Scores = dict[str, Tensor]
 # (scores, total, and by keyword what it asks for) -> how many each tensor keeps
-Allocation = Callable[Concatenate[Scores, int, ...], dict[str, int]]
+if TYPE_CHECKING:
+    Allocation = Callable[Concatenate[Scores, int, ...], dict[str, int]]
+else:  # LightningCLI reads type hints at run time, and knows no Concatenate
+    Allocation = Callable[..., dict[str, int]]
 Keys = Any  # integers of the order of scores: on the CPU a numpy array, which compares faster than torch
 
 # the score of a dead weight: below every score a weight can have, so it is never a candidate

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
-from lightning_prune.callbacks import pruning as callback_module
+from lightning_prune.callbacks import masked
 from lightning_prune.schedules import Explicit, Geometric, OneShot
 from tests.networks import Net, bits_of, fitter, samples
 
@@ -86,7 +86,7 @@ def fit(pruner, *others, model=None, world, epochs=3, ddp=None, ckpt_path=None, 
         "optimizers": [o.state_dict() for o in trainer.optimizers],
         "random": torch.get_rng_state(),
         "round": pruner.round,
-        "seed": pruner._seed,
+        "seed": pruner.state_dict()["seed"],
     }
 
 
@@ -240,8 +240,8 @@ def own_random(params):
 def rank_local(world, rank, folder):
     """A criterion that draws for itself: the masks of rank 0 hold; without that step, they would differ."""
     result = fit(pruning(criterion=own_random), world=world)
-    agreed = callback_module.agreed
-    callback_module.agreed = lambda trainer, masks: masks
+    decided = masked.decided
+    masked.decided = lambda trainer, decide: decide()
     try:
         result["alone"] = fit(pruning(criterion=own_random, verify=False), world=world)["masks"]
         try:
@@ -249,7 +249,7 @@ def rank_local(world, rank, folder):
         except RuntimeError as error:
             result["error"] = str(error)
     finally:
-        callback_module.agreed = agreed
+        masked.decided = decided
     return result
 
 

@@ -168,7 +168,7 @@ def test_a_rewind_without_a_pruner_or_with_two():
 
 def test_two_pruning_callbacks_over_the_same_weights():
     refused(
-        r"two pruning callbacks hold the same weights: head\.weight\. Divide them with include= and exclude=",
+        r"two pruning callbacks hold the same weights: head\.weight\. Divide them with include=",
         pruning(include=["head*", "stem*"]),
         pruning(include=["head*", "body*"]),
     )
@@ -250,7 +250,7 @@ def test_a_second_fit_with_another_model():
     other.body = nn.Linear(16, 8)
     other.head = nn.Linear(8, 3)
     before = all_of(other)
-    with pytest.raises(ValueError, match=r"masks: body\.weight is .*\(16, 16\); allowed is .*\(8, 16\)"):
+    with pytest.raises(ValueError, match=r"it is in round 1 at sparsity 0\.3000 of another network"):
         fitter(pruner, Never(), epochs=2).fit(other)
     assert same(all_of(other), before)
     assert same(pruner.masks, masks)

@@ -272,7 +272,7 @@ def test_training_begins_in_the_state_that_the_ticket_rewound_to(ticket, change)
     if change == "weights":
         start = Start({n: t + 1 for n, t in snapshot.tensors.items()}, masks)
     pruner, first = lp.IterativeMagnitudePruning(rounds=3, every_n_train_steps=9), First()
-    pruner.masks, pruner.round = start.masks, 2
+    pruner.start_from(start.masks, round=2)
     net = Net(schedule=step_schedule, interval="step")
     fitter(Begin(start, snapshot), pruner, first, max_steps=9, max_epochs=-1).fit(net)
     assert pruner.round == 2

@@ -20,6 +20,7 @@ from experiments.recording import Records
 from experiments.records import read
 from experiments.round_masks import masks_of
 from lightning_prune import rewind
+from lightning_prune.callbacks import masked
 from lightning_prune.callbacks import pruning as callback_module
 from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
 from lightning_prune.holding import Hold
@@ -36,10 +37,10 @@ SPOTS = {
     "a step": (torch.optim.SGD, "step"),
     "masking after a step": (Hold, "apply"),
     "choosing masks": (callback_module, "next_masks"),
-    "between pruning and rewinding": (lp.LotteryTicketRewind, "on_prune"),
+    "between pruning and rewinding": (lp.LotteryTicketRewind, "on_round_start"),
     "within a rewind": (rewind, "_keep_precision"),
     "between rewinding and masking": (Hold, "set"),
-    "collecting a checkpoint": (callback_module, "pack"),
+    "collecting a checkpoint": (masked, "pack"),
     "before a file is on the disk": (os, "fsync"),
     "before a file has its name": (os, "replace"),
     "writing the masks of a round": (round_masks, "save"),
@@ -318,7 +319,7 @@ def test_the_checkpoint_of_another_callback_is_refused(tmp_path):
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     with (
         pytest.warns(UserWarning, match="Be aware"),
-        pytest.raises(ValueError, match="Give include and exclude as"),
+        pytest.raises(ValueError, match="Give layers, include and exclude as"),
     ):
         resume(tmp_path / "x.ckpt")
 
@@ -336,6 +337,11 @@ def test_a_checkpoint_plugin_of_ones_own_stays():
     trainer = fitter(lp.IterativeMagnitudePruning(rounds=1), epochs=1, plugins=[mine])
     trainer.fit(Net())
     assert trainer.strategy.checkpoint_io is mine
-    trainer = fitter(lp.IterativeMagnitudePruning(rounds=1), epochs=1)
+
+    class Look(Callback):
+        def on_train_start(self, trainer, model):
+            assert type(trainer.strategy.checkpoint_io) is WholeCheckpointIO
+
+    trainer = fitter(lp.IterativeMagnitudePruning(rounds=1), Look(), epochs=1)
     trainer.fit(Net())
-    assert type(trainer.strategy.checkpoint_io) is WholeCheckpointIO
+    assert type(trainer.strategy.checkpoint_io) is TorchCheckpointIO  # nothing of ours stays behind

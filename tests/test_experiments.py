@@ -397,6 +397,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:granularity. Filter")  # it prunes classes here, too
 @pytest.mark.parametrize(("group", "name"), METHODS)
 def test_every_method_runs_from_its_config_in_the_mnist1d_experiment(group, name, tmp_path):
     # half_rate_output is the experiment's own schedule; any other replaces it for all layers

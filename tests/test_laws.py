@@ -501,7 +501,7 @@ def test_checkpoints_are_truthful(clock, first, at_epoch_end, tmp_path):
         assert score(bare) == pytest.approx(loss, abs=1e-6)
         kept = next(v for k, v in file["callbacks"].items() if k.startswith("IterativeMagnitudePruning"))
         masks = unpack(kept["masks"])
-        assert kept["round"] == round_
+        assert kept["rounds"]["number"] == round_
         assert alive(masks) == round((1 - (1 - 0.7**round_)) * 400)
         assert dead_are_zero(file["state_dict"], masks)
         for name, mask in masks.items():  # trained: no living weight rests at zero

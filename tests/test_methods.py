@@ -282,6 +282,7 @@ ARGUMENT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:granularity. Filter")  # it prunes classes here, too
 @pytest.mark.parametrize(("group", "name"), list(yamls()))
 def test_every_method_runs_from_its_yaml(group, name):
     assert len((CONF / group / f"{name}.yaml").read_text().splitlines()) <= 5
@@ -495,6 +496,7 @@ def test_a_training_step_without_a_loss_is_refused_before_a_mask_changes():
     assert pruner.sparsity == 0
 
 
+@pytest.mark.filterwarnings("ignore:granularity. Filter")  # it prunes classes here, too
 def test_structured_and_semi_structured_masks_train():
     for granularity, check in (
         (Filter(0), lambda m: bool((m.all(1) | ~m.any(1)).all())),

@@ -1,33 +1,22 @@
 """Lightning's own callbacks beside a pruning: what they keep follows the rounds and the masks."""
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
+from lightning_prune.callbacks import _lightning
 from lightning_prune.masks import Masks, bits, zero_dead_
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The trainer's callbacks (an attribute that its class does not declare)."""
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def averages_of(trainer: Trainer) -> list[nn.Module]:
-    """The averaged copies of the module that `WeightAveraging` and `StochasticWeightAveraging` keep."""
-    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [its.module if isinstance(its, AveragedModel) else its for its in found if its is not None]
 
 
 def averaging_of(trainer: Trainer) -> list[StochasticWeightAveraging]:
     """The callbacks of stochastic weight averaging."""
-    return [c for c in callbacks_of(trainer) if isinstance(c, StochasticWeightAveraging)]
+    return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, StochasticWeightAveraging)]
 
 
 def mask_averages(trainer: Trainer, masks: Masks) -> None:
     """An average over steps with other masks is not zero where the weight is dead."""
-    for average in averages_of(trainer):
+    for average in _lightning.averages_of(trainer):
         for name, mask in masks.items():
             zero_dead_(p := average.get_parameter(name), bits(mask, like=p))
 

@@ -7,20 +7,22 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
-from typing_extensions import override
+from typing_extensions import final, override
 
 from lightning_prune import allocation, criteria
-from lightning_prune.callbacks.beside import averages_of, callbacks_of
-from lightning_prune.callbacks.evidence import _batches, check_run, evidence_of
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
+from lightning_prune.allocation import Allocation
+from lightning_prune.callbacks import _lightning
+from lightning_prune.callbacks.evidence import check_run, evidence_of, first_batches
+from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.rounds import Rounds
+from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
+from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import inputs, undisturbed
-from lightning_prune.holding import Hold
 from lightning_prune.masks import Masks, pack, unpack
-from lightning_prune.pruning import Allocation, Criterion, groups
+from lightning_prune.pruning import check_schedule, groups, plan
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.structured import filters
 from lightning_prune.structured import interim as channels
@@ -28,7 +30,8 @@ from lightning_prune.structured import interim as surgery
 from lightning_prune.structured.interim import Groups
 
 
-class StructuredChannelPruning(IterativeMagnitudePruning):
+@final
+class StructuredChannelPruning(MaskedTraining):
     """Remove whole channels, so that the network becomes smaller and faster on any machine.
 
     Rounds, clock, logging and resumption are those of `IterativeMagnitudePruning`; sparsity is the fraction
@@ -78,6 +81,8 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         (2023), arXiv:2301.12900.
     """
 
+    _unit = "channels"
+
     def __init__(
         self,
         schedule: Schedule | dict[str, Schedule] | None = None,
@@ -103,19 +108,23 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             whole(name, value, 1, such_as=1)
         allowed = "are finite numbers from 0 on, such as 1e-4"
         number("slimming", slimming, allowed, lambda v: 0 <= v < float("inf"))
+        whole("score_batches", score_batches, 1)
         super().__init__(
-            schedule=OneShot(0.3) if schedule is None else schedule,
             rounds=rounds,
             every_n_epochs=every_n_epochs,
-            criterion=criterion,
-            allocate=allocate,
+            every_n_train_steps=every_n_train_steps,
             include=include,
             exclude=exclude,
-            every_n_train_steps=every_n_train_steps,
-            score_batches=score_batches,
             save_sparse=save_sparse,
             verify=verify,
+            key={},
         )
+        self.schedule = OneShot(0.3) if schedule is None else schedule
+        for one in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
+            check_schedule(one, rounds)
+        self.criterion = criterion
+        self.allocate = allocate
+        self.score_batches = score_batches
         self.example_input = example_input
         self.remove = remove
         self.round_to = round_to
@@ -127,22 +136,20 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
         self._hooks: list[Any] = []
 
-    _of = "channels"
-
     @property
     @override
     def _units(self) -> Masks:
         return self.channels
 
-    @override
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that lose channels, by name."""
         return channels.parameters(self._groups, model)
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+        check_strategy(trainer)
         allowed = (
             (SingleDeviceStrategy,) if self.remove == "each_round" else (SingleDeviceStrategy, DDPStrategy)
         )
@@ -152,20 +159,20 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
                 "shapes of the parameters that a cut would change. Allowed are a single device, and with "
                 "remove='end' DDP."
             )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if _lightning.leaves_its_processes(trainer):
             raise ValueError(
                 "strategy: forked and spawned processes hand their weights back to the full-size model they "
                 "came from. Allowed is strategy='ddp', in a script; use that."
             )
+        super().setup(trainer, pl_module, stage)
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
-        self._hooks = [
-            its.register_load_state_dict_pre_hook(_take_shapes) for its in (pl_module, *averages_of(trainer))
-        ]
+        modules = (pl_module, *_lightning.averages_of(trainer))
+        self._hooks = [module.register_load_state_dict_pre_hook(_take_shapes) for module in modules]
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Parameter]:
         others = [
-            c for c in callbacks_of(trainer) if isinstance(c, IterativeMagnitudePruning) and c is not self
+            c for c in _lightning.callbacks_of(trainer) if isinstance(c, MaskedTraining) and c is not self
         ]
         if others:
             raise ValueError(
@@ -179,13 +186,15 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             self._groups = channels.discover(pl_module, example, self.include, self.exclude)
             full = {n: torch.ones(g.units, dtype=torch.bool) for n, g in self._groups.items()}
             self.channels, self._left = full, full
-        groups(self._names(), self.schedule)
-        if self._seed is None:
-            self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
-        self._params = self.prunable(pl_module) if self.remove == "end" else {}
-        self.masks = self._weight_masks()
+        groups(list(self._groups), self.schedule)
+        params = self.prunable(pl_module) if self.remove == "end" else {}
+        self.masks = channels.weight_masks(self._here(), self._alive_here(), params)
+        return params
+
+    @override
+    def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         # A dead channel's weights get gradients, and their noise reaches living ones through a clipped norm.
-        self._hold = Hold(self._params, self.masks, trainer.optimizers, gradients=True)
+        return True
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if self.example_input is not None:
@@ -194,7 +203,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
             return pl_module.example_input_array
         trainer.fit_loop.setup_data()
         with undisturbed(pl_module):
-            batch = inputs(_batches(trainer, pl_module, 1)[0])
+            batch = inputs(first_batches(trainer, pl_module, 1)[0])
         return tree_map(lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, batch)
 
     # ----------------------------------------------------------------------------------------- between rounds
@@ -206,15 +215,15 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
     def _alive_here(self) -> Masks:
         return {name: mask[self._left[name]] for name, mask in self.channels.items()}
 
-    def _weight_masks(self) -> Masks:
-        return channels.weight_masks(self._here(), self._alive_here(), self._params)
+    @override
+    def _begins_pruned(self) -> bool:
+        return any(callable(sparsity) or sparsity for _, sparsity in self._sparsities(0))
+
+    def _sparsities(self, round: int) -> list[tuple[list[str], Any]]:
+        return plan(groups(list(self._groups), self.schedule), round)
 
     @override
-    def _names(self) -> list[str]:
-        return list(self._groups)
-
-    @override
-    def _drawn(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
+    def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
         assert self._seed is not None
         here = self._here()
         with evidence_of(
@@ -238,15 +247,18 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
         )
 
     @override
-    def _exact(self, round: int) -> list[tuple[list[str], Any]]:
-        return []  # sparsity is of channels, or of what they cost
-
-    @override
-    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
-        self.channels = masks
+    def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:
+        self.channels = units
         if self.remove == "each_round":
             self._cut(trainer, pl_module)
-        self.masks = self._weight_masks()
+        params = self._running.params
+        self.masks = channels.weight_masks(self._here(), self._alive_here(), params)
+
+    @override
+    def _take_back(self, masks: Masks, units: Masks, at: Rounds, removed: int) -> None:
+        if self.remove == "end":  # What has been cut does not come back: then the round has begun.
+            self.channels = units
+            super()._take_back(masks, units, at, removed)
 
     def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
         """Parameters or multiply-adds of the network with these units."""
@@ -263,9 +275,9 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = channels.plan(self._here(), self._alive_here())
-        surgery.cut(pl_module, removed, trainer.optimizers, averages_of(trainer))
+        surgery.cut(pl_module, removed, trainer.optimizers, _lightning.averages_of(trainer))
         self._left = self.channels
-        for callback in callbacks_of(trainer):
+        for callback in _lightning.callbacks_of(trainer):
             if on_cut := getattr(callback, "on_cut", None):
                 on_cut(trainer, pl_module, removed)
 
@@ -285,13 +297,23 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.remove == "end":
             self._cut(trainer, pl_module)
+            self.masks = {}  # of weights that are no longer there
         super().on_fit_end(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._remove_hooks()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -304,7 +326,7 @@ class StructuredChannelPruning(IterativeMagnitudePruning):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._groups = {name: channels.Channels(**its) for name, its in state_dict["groups"].items()}
+        self._groups = {name: channels.Channels(**group) for name, group in state_dict["groups"].items()}
         self.channels = unpack(state_dict["channels"])
         self._left = unpack(state_dict["left"])
 

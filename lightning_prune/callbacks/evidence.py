@@ -11,12 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+from lightning_prune.callbacks import _lightning
+from lightning_prune.callbacks.ranks import gathered
+from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
-from lightning_prune.pruning import Criterion
 
 
 def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
@@ -26,10 +28,10 @@ def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
         ValueError: then.
     """
     if not pl_module.automatic_optimization and (
-        its := {"loss", "forward", "grads"} & asked(criterion).keys()
+        needed := {"loss", "forward", "grads"} & asked(criterion).keys()
     ):
         raise ValueError(
-            f"criterion: {criterion} asks for {', '.join(sorted(its))}, from training_step; that of "
+            f"criterion: {criterion} asks for {', '.join(sorted(needed))}, from training_step; that of "
             f"{type(pl_module).__name__} steps its optimizers itself (automatic_optimization=False). Allowed "
             "here are criteria of the weights alone. Use one of them."
         )
@@ -61,7 +63,7 @@ def evidence_of(
             yield {
                 "generator": generator,
                 "model": pl_module,
-                "batches": _batches(trainer, pl_module, n_batches),
+                "batches": first_batches(trainer, pl_module, n_batches),
                 "loss": step,
                 "forward": step,
             }
@@ -91,17 +93,15 @@ def _step(trainer: Trainer, pl_module: LightningModule) -> Loss:
     return loss
 
 
-def _batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[Any]:
-    running = trainer.fit_loop._combined_loader
+def first_batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[Any]:
+    """The first n batches of a fresh pass over the training data, of all ranks, on the device."""
+    running = _lightning.loaders_of(trainer)
     assert running is not None
-    loaders = CombinedLoader(tree_map(_twin, running.iterables), running._mode)  # type: ignore[arg-type]
-    batches = [batch for batch, _, _ in islice(iter(loaders), n)]
-    if trainer.world_size > 1:
-        of_all: list[list[Any]] = [[]] * trainer.world_size
-        distributed.all_gather_object(of_all, batches)
-        batches = [batch for of_ranks in zip(*of_all, strict=True) for batch in of_ranks]
+    loaders = CombinedLoader(tree_map(_twin, running.iterables), _lightning.mode_of(running))
+    of_all = gathered(trainer, lambda: [batch for batch, _, _ in islice(iter(loaders), n)])
+    batches = [batch for of_ranks in zip(*of_all, strict=True) for batch in of_ranks]
     for i, batch in enumerate(batches):
-        batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+        batch = _lightning.batch_before_transfer(trainer, pl_module, batch)
         batches[i] = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     return batches
 

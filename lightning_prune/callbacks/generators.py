@@ -7,16 +7,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune import rng
+from lightning_prune.callbacks import _lightning
 
 
 def of_loaders(trainer: Trainer) -> list[torch.Generator]:
     """The generators that training data are drawn with, where they have some of their own."""
-    running = trainer.fit_loop._combined_loader
+    running = _lightning.loaders_of(trainer)
     found: dict[int, torch.Generator] = {}
     for loader in running.flattened if running is not None else ():
         batches = getattr(loader, "batch_sampler", None)
-        for its in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-            if isinstance(generator := getattr(its, "generator", None), torch.Generator):
+        for draws in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            if isinstance(generator := getattr(draws, "generator", None), torch.Generator):
                 found[id(generator)] = generator
     return list(found.values())
 
@@ -45,12 +46,6 @@ def go_on(trainer: Trainer, ranks: list[dict[str, Any]]) -> None:
             f"here are {trainer.world_size}: masks, weights and rounds go on, random numbers do not."
         )
     restore_own(trainer, ranks)
-    loader, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
-    if loader is not None and fetcher is not None and not loader._state_dicts():
-        draw_anew(trainer)  # the iterator of this epoch is there already, and drew other numbers
-
-
-def draw_anew(trainer: Trainer) -> None:
-    """Make the iterator of this epoch again, which draws its order."""
-    assert trainer.fit_loop._data_fetcher is not None
-    iter(trainer.fit_loop._data_fetcher)
+    loaders = _lightning.loaders_of(trainer)
+    if loaders is not None and _lightning.has_iterator(trainer) and not _lightning.is_stateful(loaders):
+        _lightning.draw_anew(trainer)  # the iterator of this epoch is there already, and drew other numbers

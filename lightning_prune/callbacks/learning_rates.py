@@ -17,15 +17,15 @@ def rates_of(trainer: Trainer) -> Rates:
 
 
 def _copied(group: dict[str, Any]) -> dict[str, Any]:
-    its = {name: value for name, value in group.items() if name != "params"}
-    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in its.items()}
+    settings = {name: value for name, value in group.items() if name != "params"}
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in settings.items()}
 
 
 def hold(trainer: Trainer, rates: Rates) -> None:
     """Give the parameter groups these settings, and never step a scheduler again."""
     for optimizer, groups in zip(trainer.optimizers, rates, strict=True):
-        for group, its in zip(optimizer.param_groups, groups, strict=True):
-            for name, value in its.items():
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            for name, value in settings.items():
                 tensor = isinstance(value, Tensor)
                 group[name] = value.to(group[name].device, copy=True) if tensor else value
     for config in trainer.lr_scheduler_configs:

@@ -1,12 +1,15 @@
 """What the processes of a distributed training tell each other."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from torch import distributed
 
 from lightning_prune.doctor import digest
-from lightning_prune.masks import Masks, pack, unpack
+from lightning_prune.masks import Masks
+
+T = TypeVar("T")
 
 
 def of_ranks(trainer: Trainer, value: Any) -> list[Any]:
@@ -17,12 +20,36 @@ def of_ranks(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
-def agreed(trainer: Trainer, masks: Masks) -> Masks:
-    """The masks of rank 0, on every rank."""
+def decided(trainer: Trainer, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank. All ranks must call it, and each carries `decide` out.
+
+    Raises:
+        Exception: what `decide` raised on this rank.
+        RuntimeError: on the ranks on which it went well, when it failed on another.
+    """
     if trainer.world_size == 1:
-        return masks
-    packed = unpack(trainer.strategy.broadcast(pack(masks)))
-    return {name: packed[name].to(mask.device) for name, mask in masks.items()}
+        return decide()
+    return trainer.strategy.broadcast(_safely(trainer, decide))
+
+
+def gathered(trainer: Trainer, make: Callable[[], T]) -> list[T]:
+    """What each rank makes, on every rank, in order of ranks; errors as with `decided`."""
+    return of_ranks(trainer, make() if trainer.world_size == 1 else _safely(trainer, make))
+
+
+def _safely(trainer: Trainer, make: Callable[[], T]) -> T:
+    mine: Exception | None = None
+    value: Any = None
+    try:
+        value = make()
+    except Exception as error:  # told to the others first, so that none of them waits for this rank
+        mine = error
+    failed = of_ranks(trainer, None if mine is None else f"{type(mine).__name__}: {mine}")
+    if mine is not None:
+        raise mine
+    if (wrong := next((rank for rank, error in enumerate(failed) if error), None)) is not None:
+        raise RuntimeError(f"rank {wrong} failed: {failed[wrong]}")
+    return value
 
 
 def check_ranks(trainer: Trainer, masks: Masks) -> None:
@@ -34,7 +61,7 @@ def check_ranks(trainer: Trainer, masks: Masks) -> None:
     if trainer.world_size == 1:
         return
     first, *others = of_ranks(trainer, digest(masks))
-    if wrong := [rank for rank, its in enumerate(others, 1) if its != first]:
+    if wrong := [rank for rank, other in enumerate(others, 1) if other != first]:
         raise RuntimeError(
             f"masks differ between processes: those of rank {', '.join(map(str, wrong))} are not those of "
             "rank 0. Give all the same masks=, change none in on_prune, and draw random numbers from the "

@@ -1,16 +1,18 @@
 """LotteryTicketRewind: when to take the snapshot, when to go back to it."""
 
+import weakref
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from typing_extensions import override
+from torch import nn
+from typing_extensions import final, override
 
 from lightning_prune import rewind
-from lightning_prune.callbacks import generators, learning_rates
-from lightning_prune.callbacks.beside import averaging_of, callbacks_of
+from lightning_prune.callbacks import _lightning, generators, learning_rates
+from lightning_prune.callbacks.beside import averaging_of
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
+from lightning_prune.callbacks.masked import VERSION, MaskedTraining, check_settings, check_version
+from lightning_prune.callbacks.strategies import check_optimizers
 from lightning_prune.checks import whole
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
@@ -19,6 +21,7 @@ from lightning_prune.structured.surgery import Cut as Plan
 from lightning_prune.structured.surgery import cut_snapshot
 
 
+@final
 class LotteryTicketRewind(Callback):
     """After each pruning, go back to the state of an early step: the lottery ticket procedure.
 
@@ -73,13 +76,20 @@ class LotteryTicketRewind(Callback):
         self.same_batches = same_batches
         self.snapshot: Snapshot | None = None
         self._behind = 0  # what the pruning callback's clock read when the snapshot was taken
-        self._rates: Rates = []  # of the last step that a schedule had a say in
+        self._rates: Rates = []  # learning rates after the last scheduled step
         self._held = False  # whether they hold
         self._may_hold = False
         self._drawn: list[Masks] = []  # at the last checks of this round
         self._checked = 0  # the step of the last check
         self._random: dict[str, Any] | None = None  # as the epoch of the snapshot began
         self._replayed = False  # whether the generators are back already
+        self._network: weakref.ref[nn.Module] | None = None  # that the snapshot was taken of
+        self._resumed = False  # whether this fit goes on from a checkpoint
+
+    @property
+    def varies_rounds(self) -> bool:
+        """Whether rounds have other lengths than the pruning callback's arguments say."""
+        return self.shorten or self.until is not None
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -88,6 +98,11 @@ class LotteryTicketRewind(Callback):
         if stage != "fit":
             return
         pruner = _pruner(trainer)
+        if isinstance(self.policy, type) or not callable(self.policy):
+            raise ValueError(
+                f"policy={self.policy!r}: allowed are functions, such as lightning_prune.rewind.everything. "
+                "Give one."
+            )
         if pruner.every_n_train_steps is not None:
             self._check_step(pruner.every_n_train_steps)
         elif (self.to_epoch or 0) >= pruner.every_n_epochs:
@@ -106,6 +121,23 @@ class LotteryTicketRewind(Callback):
             raise ValueError(
                 f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round. Lower it."
             )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_optimizers(trainer)
+        last = self._network() if self._network is not None else None
+        if (
+            self.snapshot is not None
+            and self._network is not None
+            and not self._resumed
+            and last is not pl_module
+        ):
+            raise ValueError(
+                "LotteryTicketRewind: it has the snapshot of another network, and would rewind this one to "
+                "it. Allowed is the network of the fit before. Make new callbacks for a new network."
+            )
+        if self.snapshot is not None:
+            self._network = weakref.ref(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,26 +159,27 @@ class LotteryTicketRewind(Callback):
         self._may_hold = "final" in asked(self.policy)
         if self.policy not in (rewind.weights, rewind.nothing):  # under which a schedule is for the whole fit
             self._warn_of_schedules(trainer, pruner)
-        if self.same_batches and pruner._resumed:
+        if self.same_batches and pruner.resumption:
             # From here Lightning may go on with a batch, not with the start of an epoch.
             if self._random is None and self._now(trainer) == self._k:
-                self._random = pruner._resumed[0]
-            elif self._random is not None and pruner.round < pruner.rounds and pruner.is_over(trainer):
-                pruner._resumed = [self._random]  # which it restores too, if its turn is later
+                self._random = pruner.resumption.ranks[0]
+            elif self._random is not None and not pruner.is_last() and pruner.is_over(trainer):
+                # The pruning callback restores these when it runs after us.
+                pruner.resumption.ranks = [self._random]
                 generators.restore(trainer, self._random)
-                generators.draw_anew(trainer)
+                _lightning.draw_anew(trainer)
                 self._replayed = True
 
-    def _check_averaging(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
+    def _check_averaging(self, trainer: Trainer, pruner: MaskedTraining) -> None:
         """Averaging replaces the scheduler as it starts, so there is no way back from there."""
         every, regular = pruner.every_n_epochs, not (self.shorten or self.until)
         if pruner.every_n_train_steps is None and regular:
-            for its in averaging_of(trainer):
+            for averaging in averaging_of(trainer):
                 begin = [r * every for r in range(1, pruner.rounds + 1)]
-                if after := [epoch for epoch in begin if its.swa_start <= epoch <= its.swa_end]:
+                if after := [e for e in begin if averaging.swa_start <= e <= averaging.swa_end]:
                     raise _averaged(f"Set swa_epoch_start={after[-1] + 2} or later")
 
-    def _check_whole_epochs(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
+    def _check_whole_epochs(self, trainer: Trainer, pruner: MaskedTraining) -> None:
         steps = steps_per_epoch(trainer)
         k = self.to_step if self.to_epoch is None else 0
         length = pruner.every_n_train_steps or 0
@@ -157,7 +190,7 @@ class LotteryTicketRewind(Callback):
                 f"(of {steps} steps). Give the pruning callback every_n_epochs, and to_epoch here."
             )
 
-    def _warn_of_schedules(self, trainer: Trainer, pruner: IterativeMagnitudePruning) -> None:
+    def _warn_of_schedules(self, trainer: Trainer, pruner: MaskedTraining) -> None:
         per_epoch = steps_per_epoch(trainer)
         lengths = {
             "step": (pruner.steps_per_round, self.to_epoch * per_epoch if self.to_epoch else self.to_step)
@@ -175,12 +208,13 @@ class LotteryTicketRewind(Callback):
         if self.same_batches and self._random is None and self._now(trainer) == self._k:
             self._random = generators.capture(trainer)
             if trainer.current_epoch == 0:  # Lightning has drawn the order of this one epoch before
-                generators.draw_anew(trainer)
+                _lightning.draw_anew(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._resumed = False
         self._end_if_over(trainer)
         if self._may_hold and not self._held:
             self._rates = learning_rates.rates_of(trainer)
@@ -204,7 +238,7 @@ class LotteryTicketRewind(Callback):
                 "Allowed is a step still to come at which a batch begins (those of all optimizers count), or "
                 "a checkpoint of a run with this callback. Use one of these."
             )
-        self.snapshot = Snapshot.take(*_parts(trainer, pl_module))
+        self.snapshot, self._network = Snapshot.take(*_parts(trainer, pl_module)), weakref.ref(pl_module)
         self._behind = _pruner(trainer).clock(trainer)
 
     @override
@@ -213,7 +247,6 @@ class LotteryTicketRewind(Callback):
     ) -> None:
         every = self.until.every_n_train_steps if self.until else None
         if every is not None and trainer.global_step // every != self._checked // every:
-            self._checked = trainer.global_step
             self._check_ticket(trainer, pl_module)
 
     @override
@@ -224,16 +257,18 @@ class LotteryTicketRewind(Callback):
     def _check_ticket(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.until is not None
         pruner = _pruner(trainer)
-        if pruner.round < pruner.rounds:
+        # No round ends before its snapshot, and a resumed epoch's end is not looked at twice.
+        if not pruner.is_last() and self.snapshot is not None and trainer.global_step != self._checked:
+            self._checked = trainer.global_step
             self._drawn = [*self._drawn, pruner.drawn(trainer, pl_module)][-self.until.masks :]
             if self.until(self._drawn):
                 pruner.end_round(trainer)
 
     def _end_if_over(self, trainer: Trainer) -> None:
         """Rounds of several lengths: the last one has its own, whatever the fit was made for."""
-        if self.shorten or self.until:
+        if self.varies_rounds:
             pruner = _pruner(trainer)
-            if pruner.round == pruner.rounds and pruner.is_over(trainer):
+            if pruner.is_last() and pruner.is_over(trainer):
                 pruner.stop(trainer, "it has the length of a round.")
 
     def on_cut(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
@@ -241,10 +276,11 @@ class LotteryTicketRewind(Callback):
         if self.snapshot is not None:
             self.snapshot = cut_snapshot(self.snapshot, plan, pl_module, trainer.optimizers)
 
-    def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
+    def on_round_start(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Rewind; the pruning callback puts the masks on."""
         pruner = _pruner(trainer)
-        if not pruner.round:  # a pruning at initialization
+        if not pruner.round or not pruner.removed:  # at initialization, or where nothing was pruned
+            self._drawn = []
             return
         if self.snapshot is None:
             raise ValueError(
@@ -252,7 +288,7 @@ class LotteryTicketRewind(Callback):
                 "come to it. Allowed is a step (those of all optimizers count) or epoch within that round; "
                 "name one."
             )
-        if any(its._swa_scheduler is not None for its in averaging_of(trainer)):
+        if any(map(_lightning.has_replaced_its_scheduler, averaging_of(trainer))):
             raise _averaged("Start it later")
         parts = _parts(trainer, pl_module)
         final = Snapshot.take(*parts) if "final" in asked(self.policy) else None
@@ -263,19 +299,35 @@ class LotteryTicketRewind(Callback):
             self._held = True
             learning_rates.hold(trainer, self._rates)
         if self.shorten:
-            pruner.round_ends -= self._behind
+            pruner.shorten_round(self._behind)
         self._drawn = []
         if self.same_batches and self._random is not None and not self._replayed:
             generators.restore(trainer, self._random)
             if trainer.current_epoch == 0:  # a second fit
-                generators.draw_anew(trainer)
+                _lightning.draw_anew(trainer)
         self._replayed = False
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must not change."""
+        return {
+            "to_step": self.to_step,
+            "to_epoch": self.to_epoch,
+            "policy": getattr(self.policy, "__qualname__", repr(self.policy)),
+            "shorten": self.shorten,
+            "until": repr(self.until),
+            "same_batches": self.same_batches,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_network": None}
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
+            "version": VERSION,
+            "settings": self._settings(),
             "snapshot": self.snapshot.state_dict() if self.snapshot else None,
             "behind": self._behind,
             "rates": copied(self._rates),
@@ -287,6 +339,9 @@ class LotteryTicketRewind(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(type(self).__name__, state_dict)
+        check_settings(type(self).__name__, state_dict["settings"], self._settings())
+        self._resumed = True
         snapshot = state_dict["snapshot"]
         self.snapshot = Snapshot(**snapshot) if snapshot else None
         self._behind = state_dict["behind"]
@@ -297,8 +352,8 @@ class LotteryTicketRewind(Callback):
         self._random = state_dict["random"]
 
 
-def _pruner(trainer: Trainer) -> IterativeMagnitudePruning:
-    pruners = [c for c in callbacks_of(trainer) if isinstance(c, IterativeMagnitudePruning)]
+def _pruner(trainer: Trainer) -> MaskedTraining:
+    pruners = [c for c in _lightning.callbacks_of(trainer) if isinstance(c, MaskedTraining)]
     if len(pruners) != 1:
         raise ValueError(
             f"LotteryTicketRewind goes with exactly one pruning callback; here are {len(pruners)}. Add "
@@ -310,8 +365,7 @@ def _pruner(trainer: Trainer) -> IterativeMagnitudePruning:
 def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...]:
     """What a snapshot is of."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    averages = [c._average_model for c in callbacks_of(trainer) if isinstance(c, WeightAveraging)]
-    return pl_module, trainer.optimizers, schedulers, averages
+    return pl_module, trainer.optimizers, schedulers, _lightning.averaged_models(trainer)
 
 
 def _averaged(what: str) -> ValueError:

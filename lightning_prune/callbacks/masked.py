@@ -1,0 +1,693 @@
+"""MaskedTraining: what every callback has in common that trains a network under masks."""
+
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from typing_extensions import override
+
+from lightning_prune import doctor
+from lightning_prune.callbacks import _lightning, generators
+from lightning_prune.callbacks.beside import averaging_of, compare_anew, mask_averages, show
+from lightning_prune.callbacks.checkpoints import WholeCheckpointIO, make_plain
+from lightning_prune.callbacks.learning_rates import steps_per_epoch
+from lightning_prune.callbacks.ranks import check_ranks, decided, of_ranks
+from lightning_prune.callbacks.resumption import Resumption
+from lightning_prune.callbacks.rounds import Clock, Rounds
+from lightning_prune.checks import whole
+from lightning_prune.deploy import storage
+from lightning_prune.holding import Hold, check_fit, mixes_weights
+from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
+
+log = logging.getLogger(__name__)
+
+VERSION = 2  # of the state in a checkpoint
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What a round was: a row of a callback's `history`."""
+
+    round: int
+    sparsity: float
+    alive: int
+    total: int
+    steps: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class _Fit:
+    """What lives as long as a fit, and is dropped with it."""
+
+    trainer: Trainer
+    checkpoint_io: CheckpointIO | None  # that ours stands in for
+    params: dict[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
+    followed: dict[str, str] = field(default_factory=dict[str, str])  # copy -> the weight that it copies
+    hold: Hold | None = None
+    optimizers: list[int] = field(default_factory=list[int])  # which the hold watches
+    begun: bool = False  # whether training has begun
+    announce: bool = True  # the round, with the next batch
+    looked: bool = False  # at the dead weights after the first step of the round
+    stopped: bool = False  # by this callback
+
+
+class MaskedTraining(Callback, ABC):
+    """Train in rounds under masks that change from round to round, and keep dead weights exactly zero.
+
+    A round ends with the epoch or the step that it has the length of, and is over as the next one starts; so
+    what validation, checkpoints and `fit` leave behind is the trained network of a round with its masks.
+    Masks are kept here and in the checkpoint, never in the model.
+
+    A subclass says what is held (`_prepare`), which units the next round has (`_next`) and how they become
+    masks (`_put_on`). This class says when.
+
+    Attributes:
+        masks: {parameter name: bool tensor, True = alive}; empty before the first fit.
+        removed: how many units the last pruning took.
+        history: one `RoundRecord` for each round that is over, in order.
+        resumption: what a checkpoint still has to give back to this fit; None from its first batch on.
+    """
+
+    _unit: ClassVar[str]  # what sparsity counts, in the plural
+
+    def __init__(
+        self,
+        *,
+        rounds: int,
+        every_n_epochs: int,
+        every_n_train_steps: int | None,
+        include: list[str] | None,
+        exclude: list[str] | None,
+        save_sparse: str | Path | None,
+        verify: bool,
+        key: Mapping[str, Any],
+    ) -> None:
+        whole("rounds", rounds, 0)
+        whole("every_n_epochs", every_n_epochs, 1)
+        if every_n_train_steps is not None:
+            whole("every_n_train_steps", every_n_train_steps, 1)
+        self.rounds = rounds
+        self.every_n_epochs = every_n_epochs
+        self.every_n_train_steps = every_n_train_steps
+        self.include = include
+        self.exclude = exclude
+        self.save_sparse = save_sparse
+        if save_sparse is not None:
+            storage.libraries()  # Import now, so that a missing package fails before training.
+        self.verify = verify
+
+        self.masks: Masks = {}
+        self.removed = 0
+        self.history: list[RoundRecord] = []
+        self.resumption: Resumption | None = None
+        length = every_n_epochs if every_n_train_steps is None else every_n_train_steps
+        clock = Clock.EPOCHS if every_n_train_steps is None else Clock.STEPS
+        self._at = Rounds(clock, length, ends=length)
+        # Lightning asks for it at every hook of every step.
+        self._key = self._generate_state_key(include=include, exclude=exclude, **key)
+        self._seed: int | None = None  # of what criteria draw
+        self._network: weakref.ref[nn.Module] | None = None  # that the last fit trained
+        self._fit: _Fit | None = None
+
+    # ----------------------------------------------------------------------------------------- what is public
+
+    @property
+    def round(self) -> int:
+        """The round in progress."""
+        return self._at.number
+
+    @property
+    def round_ends(self) -> int:
+        """What `clock` says when the round in progress is over."""
+        return self._at.ends
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of what may be pruned that is dead, 0 before the first fit."""
+        units = self._units
+        total = sum(mask.numel() for mask in units.values())
+        return (total - alive(units)) / total if total else 0.0
+
+    @property
+    def steps_per_round(self) -> int | float:
+        """Optimizer steps of a round, for learning rate schedules made in `configure_optimizers`.
+
+        Rounds counted in epochs: of one optimizer that steps once for each batch or, with gradient
+        accumulation, for several; infinite for epochs of unknown length. Rounds counted in steps: of all
+        optimizers together, as `trainer.global_step`.
+        """
+        if self.every_n_train_steps is not None:
+            return self.every_n_train_steps
+        if self._fit is None:
+            raise RuntimeError(
+                "steps_per_round is known during a fit, from `configure_optimizers` on, and there is none. "
+                "Ask there, or give every_n_train_steps."
+            )
+        self._fit.trainer.fit_loop.setup_data()
+        return steps_per_epoch(self._fit.trainer) * self.every_n_epochs
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._key
+
+    def start_from(self, masks: Masks, round: int = 0) -> None:
+        """Let the next fit begin in this round with these masks.
+
+        Raises:
+            RuntimeError: during a fit.
+        """
+        if self._fit is not None:
+            raise RuntimeError("start_from: a fit is under way; allowed is before a fit. Call it there.")
+        self.masks, self._at = dict(masks), replace(self._at, number=round)
+
+    def clock(self, trainer: Trainer) -> int:
+        """What rounds are counted in: epochs, or the steps of all optimizers."""
+        return self._at.clock.read(trainer)
+
+    def is_over(self, trainer: Trainer) -> bool:
+        """Whether the round in progress has come to its end."""
+        return self._at.is_over(self.clock(trainer))
+
+    def is_last(self) -> bool:
+        """Whether no pruning comes after the round in progress."""
+        return self.round >= self.rounds
+
+    def end_round(self, trainer: Trainer) -> None:
+        """Let the round in progress end with the step, or the epoch, that was trained last."""
+        self._at = self._at.ending(self.clock(trainer) + (self._at.clock is Clock.EPOCHS))
+
+    def shorten_round(self, by: int) -> None:
+        """Let the round in progress end so many epochs, or steps, earlier."""
+        self._at = self._at.shorter(by)
+
+    def stop(self, trainer: Trainer, reason: str) -> None:
+        """End the fit with this round, before its next batch."""
+        log.info("round %d is the last: %s", self.round, reason)
+        if self._fit is not None:
+            self._fit.stopped = True
+        trainer.should_stop = True
+        raise StopIteration  # Lightning's own way out of an epoch before its next batch
+
+    def drawn(self, trainer: Trainer, pl_module: LightningModule) -> Masks:
+        """The units that the next pruning would leave alive if it were now. Training is not disturbed."""
+        return self._decided(trainer, pl_module, self.round + 1)
+
+    # ------------------------------------------------------------------------------- what a subclass says
+
+    @property
+    @abstractmethod
+    def _units(self) -> Masks:
+        """What sparsity counts: True = alive."""
+
+    @abstractmethod
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Parameter]:
+        """As a fit starts: check what was asked for, set the masks, return the weights to hold by name."""
+
+    @abstractmethod
+    def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
+        """The units of a round, drawn from the state of training, which is not changed."""
+
+    @abstractmethod
+    def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:
+        """Make these units those of the network, and `masks` the masks of its weights."""
+
+    def _begins_pruned(self) -> bool:
+        """Whether a pruning may be due before the first step of round 0."""
+        return False
+
+    def _before_pruning(self, trainer: Trainer) -> str | None:
+        """Why the fit ends with this round instead of another pruning, or None."""
+        return None
+
+    def _too_few(self, units: Masks) -> str | None:
+        """Why these units make no round, so that the fit ends with the one before; or None."""
+        return None
+
+    def _missed(self, before: Masks) -> list[str]:
+        """What the masks are not that was asked for."""
+        return []
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must not change: plain values, kept in the checkpoint."""
+        return {"every_n_epochs": self.every_n_epochs, "every_n_train_steps": self.every_n_train_steps}
+
+    # ----------------------------------------------------------------------------------------- the fit starts
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        strategy, replaced = trainer.strategy, None
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            replaced, strategy.checkpoint_io = strategy.checkpoint_io, WholeCheckpointIO()
+        self._fit = _Fit(trainer, replaced)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fit = self._running
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
+        self._check_network(pl_module)
+        fit.params = self._prepare(trainer, pl_module)
+        if self.verify:
+            check_ranks(trainer, self.masks)
+            advice = "Masks and weights of this checkpoint are not of one training; resume from another."
+            doctor.report(doctor.awake(fit.params, self.masks, advice) if self.resumption else [])
+        self._hold_on(trainer, pl_module)
+        self._network = weakref.ref(pl_module)
+
+    @property
+    def _running(self) -> _Fit:
+        assert self._fit is not None
+        return self._fit
+
+    def _check_network(self, pl_module: LightningModule) -> None:
+        """Refuse a network that is not the one whose rounds these are.
+
+        Raises:
+            ValueError: then.
+        """
+        last = self._network() if self._network is not None else None
+        if self._network is None or self.resumption or last is pl_module or not (self.round or self.sparsity):
+            return
+        parameters = dict(pl_module.named_parameters())
+        masks = {n: m for n, m in self.masks.items() if n in parameters and parameters[n].shape == m.shape}
+        if len(masks) < len(self.masks) or doctor.awake(parameters, masks, ""):
+            raise ValueError(
+                f"{type(self).__name__}: it is in round {self.round} at sparsity {self.sparsity:.4f} of "
+                "another network, and the weights of this one are not zero where its masks are. Allowed is "
+                "the network of the fit before. Make new callbacks for a new network, or load the weights "
+                "that were trained."
+            )
+
+    def _hold_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fit = self._running
+        check_fit(self.masks, fit.params)
+        self.masks = {name: self.masks[name].to(p.device) for name, p in fit.params.items()}
+        copies = {name: pl_module.get_parameter(name) for name in fit.followed}
+        if fit.hold is not None:
+            fit.hold.remove()
+        gradients = self._reads_gradients(trainer, pl_module)
+        fit.hold = Hold({**fit.params, **copies}, self._held_masks(), trainer.optimizers, gradients=gradients)
+        fit.optimizers = [id(optimizer) for optimizer in trainer.optimizers]
+        mask_averages(trainer, self.masks)
+
+    def _held_masks(self) -> Masks:
+        return {**self.masks, **{copy: self.masks[of] for copy, of in self._running.followed.items()}}
+
+    def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether a dead weight's gradient may reach a living one, by clipping or in an optimizer's step."""
+        hooks = ("on_after_backward", "on_before_optimizer_step")
+        of_module = (*hooks, "backward", "configure_gradient_clipping", "optimizer_step")
+        return bool(
+            trainer.gradient_clip_val
+            or not pl_module.automatic_optimization
+            or any(mixes_weights(optimizer) for optimizer in trainer.optimizers)
+            or any(is_overridden(hook, pl_module) for hook in of_module)
+            or any(is_overridden(hook, c) for c in _lightning.callbacks_of(trainer) for hook in hooks)
+        )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running.begun = True
+        if self.resumption is None:  # Lightning restores its counters just before this hook.
+            self._at = self._at.on(self.clock(trainer), trainer.global_step)
+        else:
+            self.resumption.on_train_start(trainer)
+        self._say_if_short(trainer)
+
+    def _say_if_short(self, trainer: Trainer) -> None:
+        """Say at the start of a fit that it has no room for all prunings, where that can be known."""
+        others = _lightning.callbacks_of(trainer)
+        if _lightning.is_a_trial(trainer) or any(getattr(other, "varies_rounds", False) for other in others):
+            return
+        steps: float = trainer.max_steps if trainer.max_steps >= 0 else float("inf")
+        epochs = float("inf") if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+        each = steps_per_epoch(trainer) if trainer.lightning_module.automatic_optimization else float("inf")
+        end = min(steps, epochs * each)
+        if self._at.clock is Clock.EPOCHS:
+            end = min(epochs, steps / each if each < float("inf") else epochs)
+        room = self._at.to_come(end)
+        if self.round + room < self.rounds:
+            rank_zero_warn(
+                f"the fit has room for {room} of the {self.rounds - self.round} prunings that are left (it "
+                f"ends with {self._at.clock.value[:-1]} {end:.0f}, a round has {self._at.length}). Train "
+                "longer, make rounds shorter, or lower rounds; a later fit goes on from there.",
+                stacklevel=2,
+            )
+            self._running.stopped = True  # which is said now, and not at the end again
+
+    # ----------------------------------------------------------------------------------------- between rounds
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.resumption:
+            self.resumption.on_train_epoch_start(trainer)
+        self._begin_round_if_due(trainer, pl_module)
+        self._running.announce = True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        fit = self._running
+        self.resumption = None
+        if fit.optimizers != [id(optimizer) for optimizer in trainer.optimizers]:  # they were made anew
+            assert fit.hold is not None
+            fit.hold.watch(trainer.optimizers, gradients=self._reads_gradients(trainer, pl_module))
+            fit.optimizers = [id(optimizer) for optimizer in trainer.optimizers]
+        if not self._at.opened:
+            self._at = replace(self._at, opened=True)
+            self._open(trainer, pl_module)
+        # Here too: rounds in steps begin within an epoch, and a checkpoint of an epoch's last batch resumes
+        # here.
+        self._begin_round_if_due(trainer, pl_module)
+        if fit.announce or (trainer.global_step + 1) % _lightning.log_interval(trainer) == 0:
+            self._show(trainer)
+
+    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first batch of round 0 begins."""
+        if self._begins_pruned():
+            units = self._decided(trainer, pl_module, 0)
+            if alive(units) != alive(self._units):
+                self._prune(trainer, pl_module, units, replace(self._at, number=0, step=trainer.global_step))
+
+    def _show(self, trainer: Trainer) -> None:
+        fit = self._running
+        if trainer.barebones:
+            return
+        values = {"round_step": float(trainer.global_step - self._at.step)}
+        if fit.announce and trainer.loggers:
+            values |= {f"density/{name}": alive({name: m}) / m.numel() for name, m in self.masks.items()}
+        fit.announce = False
+        show(trainer, {"round": float(self.round), "sparsity": self.sparsity}, values)
+
+    def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.is_last() or not self.is_over(trainer):
+            return
+        if any(trainer.current_epoch > averaging.swa_end for averaging in averaging_of(trainer)):
+            return  # an epoch that trains nothing: the statistics of the averaged network
+        if reason := decided(trainer, lambda: self._before_pruning(trainer)):
+            self.stop(trainer, reason)
+        units = self._decided(trainer, pl_module, self.round + 1)
+        if reason := self._too_few(units):
+            self.stop(trainer, reason)
+        self._record(trainer)
+        self._prune(trainer, pl_module, units, self._at.next(self.clock(trainer), trainer.global_step))
+
+    def _decided(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
+        hold = self._running.hold
+        assert hold is not None
+        hold.apply()
+        units = decided(trainer, lambda: pack(self._next(trainer, pl_module, round)))
+        there = self._units
+        return {name: mask.to(there[name].device) for name, mask in unpack(units).items()}
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, units: Masks, then: Rounds) -> None:
+        """Begin a round: put its masks on, tell the other callbacks, and only then change the weights."""
+        fit, before = self._running, (self.masks, self._units, self._at, self.removed)
+        candidates = alive(self._units)
+        self._put_on(trainer, pl_module, units)
+        self.removed, self._at = candidates - alive(units), then
+        others = _lightning.callbacks_of(trainer)
+        try:
+            for hook in ("on_prune", "on_round_start"):
+                for other in others:
+                    if tell := getattr(other, hook, None):
+                        decided(trainer, partial(_told, tell, trainer, pl_module, self.masks))
+        except BaseException:
+            self._take_back(*before)
+            raise
+        assert fit.hold is not None
+        fit.hold.set(self._held_masks())
+        for p in pl_module.parameters():
+            p.grad = None  # of another network
+        mask_averages(trainer, self.masks)
+        compare_anew(trainer)
+        fit.announce, fit.looked = True, False
+        if self.verify:
+            self._verify(trainer, pl_module, before[0])
+        left = alive(self._units)
+        log.info(
+            f"round {self.round} of {self.rounds}: pruned {self.removed}, "
+            f"{left} {self._unit} left ({100 * (1 - self.sparsity):.2f} %)"
+        )
+
+    def _take_back(self, masks: Masks, units: Masks, at: Rounds, removed: int) -> None:
+        """Undo a pruning whose masks are not on the weights yet."""
+        self.masks, self._at, self.removed = masks, at, removed
+
+    def _verify(self, trainer: Trainer, pl_module: LightningModule, before: Masks) -> None:
+        params = self._running.params
+        found = doctor.awake(params, self.masks, "Something wrote to them after the masks were put on.")
+        found += doctor.replaced(params, pl_module, trainer.optimizers)
+        doctor.report([*found, *self._missed(before)])
+        check_ranks(trainer, self.masks)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        fit = self._running
+        if fit.looked or not self.verify or trainer.global_step <= self._at.step:
+            return
+        fit.looked = True
+        advice = (
+            "An optimizer's step revived them, which calls no hook of torch's, or something wrote to them "
+            "after the step. Let the trainer have the optimizer, or call `super().__init__` in its class."
+        )
+        doctor.report(doctor.awake(fit.params, self.masks, advice))
+
+    def _record(self, trainer: Trainer) -> None:
+        """Add the round that is over to the history; a round that goes on in another fit replaces its row."""
+        units = self._units
+        metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
+        total, steps = sum(mask.numel() for mask in units.values()), trainer.global_step - self._at.step
+        record = RoundRecord(self.round, self.sparsity, alive(units), total, steps, metrics)
+        self.history = [*(r for r in self.history if r.round < self.round), record]
+
+    # -------------------------------------------------------------------- wherever weights leave the training
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fit and self._fit.trainer is trainer and self._fit.hold:
+            self._fit.hold.apply()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._fit and self._fit.hold:
+            self._fit.hold.apply()
+        if self.verify:
+            doctor.report(self._doubts(trainer, checkpoint))
+        if trainer.world_size > 1 and not self.resumption:
+            state = checkpoint["callbacks"][self.state_key]
+            state["rng"] = of_ranks(trainer, state["rng"][0])
+        make_plain(checkpoint, pl_module)
+
+    def _doubts(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
+        """List disagreements between the checkpoint's weights, masks and logged values."""
+        stored = checkpoint["state_dict"]
+        # Not what the module leaves out of its checkpoints, nor what has been cut since.
+        masks = {n: m for n, m in self.masks.items() if n in stored and stored[n].shape == m.shape}
+        found = doctor.awake(stored, masks, "The checkpoint was not written.")
+        others = (c for c in _lightning.callbacks_of(trainer) if isinstance(c, MaskedTraining))
+        if [*others] == [self] and self._fit and not self._fit.announce and not trainer.barebones:
+            shown = {"round": float(self.round), "sparsity": self.sparsity}
+            found += doctor.disagreeing(trainer.callback_metrics, shown)
+        return found
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fit = self._running
+        self._at = replace(self._at, read=self.clock(trainer))
+        self._record(trainer)
+        if fit.hold:
+            fit.hold.apply()
+        if self.round < self.rounds and not (fit.stopped or _lightning.is_a_trial(trainer)):
+            rank_zero_warn(
+                f"the fit ended in round {self.round}, after {self.round} of {self.rounds} prunings and at "
+                f"sparsity {self.sparsity:.4f}. Train longer, or let EarlyStopping wait longer; a later fit "
+                "goes on from here.",
+                stacklevel=2,
+            )
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(trainer)
+        for name, mask in self.masks.items():  # whatever other callbacks did when training ended
+            p = pl_module.get_parameter(name)
+            zero_dead_(p, bits(mask, like=p))
+        if self.save_sparse is not None and trainer.is_global_zero and not _lightning.is_a_trial(trainer):
+            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            path = Path(folder, self.save_sparse)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.save_sparse(pl_module.state_dict(), path)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._fit is None or self._fit.trainer is not trainer:
+            return
+        if self._fit.begun:
+            self._at = replace(self._at, read=self.clock(trainer))
+            if self._fit.hold:
+                self._fit.hold.apply()
+        if isinstance(exception, KeyboardInterrupt):
+            log.info(
+                "interrupted in round %d of %d. Fit again with ckpt_path=<the last checkpoint> to go on from "
+                "there, or without it to go on from the weights as they are.",
+                self.round,
+                self.rounds,
+            )
+        self._leave(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            self.resumption = None  # A validation of a checkpoint is no resumption.
+        elif self._fit is not None and self._fit.trainer is trainer:
+            self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        """Take away everything of ours that acts on module, optimizers, strategy or trainer."""
+        fit, self._fit, self.resumption = self._fit, None, None
+        if fit is None:
+            return
+        if fit.hold:
+            fit.hold.remove()
+        if fit.checkpoint_io is not None and isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO):
+            trainer.strategy.checkpoint_io = fit.checkpoint_io
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a fit: hooks and trainers cannot be pickled, and a copy has none."""
+        return {**vars(self), "_fit": None, "_network": None}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(round {self.round} of {self.rounds}, sparsity {self.sparsity:.4f})"
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        fit = self._fit
+        at = replace(self._at, read=self.clock(fit.trainer)) if fit and fit.begun else self._at
+        ranks = (
+            self.resumption.ranks if self.resumption else [generators.capture(fit.trainer if fit else None)]
+        )
+        return {
+            "version": VERSION,
+            "settings": self._settings(),
+            "rounds": at.state_dict(),
+            "seed": self._seed,
+            "masks": pack(self.masks),
+            "removed": self.removed,
+            "history": [asdict(record) for record in self.history],
+            "rng": ranks,
+        }
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        there = [key for key in checkpoint["callbacks"] if key.startswith(type(self).__qualname__)]
+        if there and self.state_key not in there:
+            raise ValueError(
+                f"ckpt_path: the checkpoint holds the masks of {', '.join(there)}, and this callback is "
+                f"{self.state_key}; the same is needed. Give layers, include and exclude as they were."
+            )
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(type(self).__name__, state_dict)
+        check_settings(type(self).__name__, state_dict["settings"], self._settings())
+        self._at = Rounds.of(state_dict["rounds"])
+        self._seed = state_dict["seed"]
+        self.masks = unpack(state_dict["masks"])
+        self.removed = state_dict["removed"]
+        self.history = [RoundRecord(**record) for record in state_dict["history"]]
+        self.resumption = Resumption(state_dict["rng"])
+
+
+def _told(tell: Callable[..., Any], *args: Any) -> None:
+    tell(*args)
+
+
+def check_version(name: str, state: Mapping[str, Any]) -> None:
+    """Refuse the state of another version.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if (version := state.get("version", 1)) != VERSION:
+        raise ValueError(
+            f"ckpt_path: the checkpoint holds the state of a {name} of version {version}, and this is "
+            f"version {VERSION}; allowed is the same. Finish that run with the release of lightning_prune "
+            "that began it, or start anew with masks=<the checkpoint>."
+        )
+
+
+def check_settings(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than those of the checkpoint.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if changed := [key for key in here if there.get(key) != here[key]]:
+        shown = "; ".join(f"{key}={there.get(key)!r} there, {key}={here[key]!r} here" for key in changed)
+        raise ValueError(
+            f"ckpt_path: the checkpoint is of a {name} with {shown}. Allowed are the same, since the rounds "
+            "of the checkpoint are counted by them. Give them as they were, or start another run."
+        )
+
+
+def following(follow: Mapping[str, str], masked: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Which parameters are copies of which masked ones, by patterns in which `*` stands for the same text.
+
+    >>> following({"target.*": "net.*"}, ["net.fc.weight"], ["net.fc.weight", "target.fc.weight"])
+    {'target.fc.weight': 'net.fc.weight'}
+
+    Args:
+        follow: {pattern of copies: pattern of originals}, each with one `*`.
+        masked: names of the originals that have masks.
+        names: of all parameters.
+
+    Raises:
+        ValueError: when a pattern has not one `*`, or leads to no copy.
+    """
+    found: dict[str, str] = {}
+    for copies, originals in follow.items():
+        if copies.count("*") != 1 or originals.count("*") != 1:
+            raise ValueError(
+                f"follow={{{copies!r}: {originals!r}}}: each pattern has exactly one *, such as "
+                "{'target.*': 'net.*'}."
+            )
+        (before, after), (start, end) = originals.split("*"), copies.split("*")
+        middles = {
+            n: n[len(before) : len(n) - len(after)]
+            for n in masked
+            if n.startswith(before) and n.endswith(after)
+        }
+        new = {
+            start + middle + end: name for name, middle in middles.items() if start + middle + end in names
+        }
+        if not new:
+            raise ValueError(
+                f"follow={{{copies!r}: {originals!r}}}: no parameter is such a copy of a masked one. Masked "
+                f"are: {', '.join(masked)}. Name patterns of these and their copies."
+            )
+        found |= new
+    return found

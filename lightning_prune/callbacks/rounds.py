@@ -1,0 +1,79 @@
+"""Rounds: where a training is in its rounds, as a value."""
+
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+class Clock(Enum):
+    """What rounds are counted in: epochs, or the steps of all optimizers together."""
+
+    EPOCHS = "epochs"
+    STEPS = "steps"
+
+    def read(self, trainer: Trainer) -> int:
+        """What the clock says now."""
+        return trainer.current_epoch if self is Clock.EPOCHS else trainer.global_step
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Where a training is in its rounds. Round 0 is the first; each begins where the one before it ends.
+
+    >>> rounds = Rounds(Clock.EPOCHS, length=2, ends=2)
+    >>> rounds.is_over(1), rounds.is_over(2), rounds.next(now=2, step=40).ends
+    (False, True, 4)
+
+    Args:
+        clock: what rounds are counted in.
+        length: of a round, by the clock.
+        number: the round in progress.
+        step: the global step at which it began.
+        ends: what the clock says when it is over.
+        read: what the clock said when this value was last brought in line with it. Another fit may have a
+            clock that says something else.
+        opened: whether the first batch of round 0 has begun.
+    """
+
+    clock: Clock
+    length: int
+    number: int = 0
+    step: int = 0
+    ends: int = 0
+    read: int = 0
+    opened: bool = False
+
+    def is_over(self, now: int) -> bool:
+        """Whether the round in progress has come to its end."""
+        return now >= self.ends
+
+    def next(self, now: int, step: int) -> "Rounds":
+        """The next round, which begins now. It does not drift where the clock jumps over an end."""
+        return replace(self, number=self.number + 1, step=step, ends=max(self.ends + self.length, now + 1))
+
+    def ending(self, now: int) -> "Rounds":
+        """The same round; it ends now, or earlier if it was to."""
+        return replace(self, ends=min(self.ends, now))
+
+    def shorter(self, by: int) -> "Rounds":
+        """The same round; it ends so much earlier."""
+        return replace(self, ends=self.ends - by)
+
+    def on(self, now: int, step: int) -> "Rounds":
+        """The same place in the rounds on the clock of another fit, which says `now`."""
+        return replace(self, ends=self.ends + now - self.read, read=now, step=step)
+
+    def to_come(self, end: float) -> float:
+        """How many rounds can still begin before the clock says `end`."""
+        return max(0, -int((self.ends - end) // self.length)) if end < float("inf") else float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {**asdict(self), "clock": self.clock.value}
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> "Rounds":
+        """The rounds that `state_dict` described."""
+        return Rounds(Clock(state["clock"]), **{name: v for name, v in state.items() if name != "clock"})
