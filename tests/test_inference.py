@@ -31,10 +31,10 @@ def sparse(model, sparsity=0.9):
 def faster(monkeypatch, form="csr"):
     """Let `form` win all races, so that what it computes can be tested on any machine."""
 
-    def race(candidates, **_):
+    def race(candidates, _):
         return {name: [1.0 if name in (form, "fast") else 2.0] for name in candidates}
 
-    monkeypatch.setattr(accelerating, "alternated", race)
+    monkeypatch.setattr(accelerating, "settled", race)
 
 
 def packed(model):
@@ -394,9 +394,7 @@ def test_nothing_of_the_surroundings_is_changed():
 
 def test_a_copy_that_is_not_faster_is_dense_and_says_so(monkeypatch, caplog):
     model, x = sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40)
-    monkeypatch.setattr(
-        accelerating, "alternated", lambda candidates, **_: {name: [1.0] for name in candidates}
-    )
+    monkeypatch.setattr(accelerating, "settled", lambda candidates, _: {name: [1.0] for name in candidates})
     fast = lp.accelerate(model, x)
     assert not packed(fast)
     assert fast is not model
@@ -410,7 +408,7 @@ def test_a_layer_that_loses_its_neighbours_is_measured_again(monkeypatch):
     """`out` is slower as csr; then `fc2` is as well."""
     rounds = []
 
-    def race(candidates, **_):
+    def race(candidates, _):
         if "fast" in candidates:
             return {"dense": [1.5], "fast": [1.0]}
         if "csr" not in candidates:
@@ -421,7 +419,7 @@ def test_a_layer_that_loses_its_neighbours_is_measured_again(monkeypatch):
         slow = outputs == 10 or (outputs == 20 and not form.stays_transposed)
         return {key: [1.0] for key in candidates} | {"csr": [2.0 if slow else 0.5]}
 
-    monkeypatch.setattr(accelerating, "alternated", race)
+    monkeypatch.setattr(accelerating, "settled", race)
     fast = lp.accelerate(sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40))
     assert list(packed(fast)) == ["fc1"]
     assert not packed(fast)["fc1"].stays_transposed
@@ -431,7 +429,7 @@ def test_a_layer_that_loses_its_neighbours_is_measured_again(monkeypatch):
 def times_of(dense, fast):
     """A race of whole models whose runs take these times; of layers, csr wins."""
 
-    def race(candidates, **_):
+    def race(candidates, _):
         if "fast" in candidates:
             return {"dense": dense, "fast": fast}
         return {key: [2.0] for key in candidates} | {"csr": [1.0]}
@@ -442,7 +440,7 @@ def times_of(dense, fast):
 def test_a_copy_timed_on_a_busy_machine_is_dense_and_says_so(monkeypatch, caplog):
     """The parts of the runs say 0.4, 0.99 and 2.1."""
     model, x = sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40)
-    monkeypatch.setattr(accelerating, "alternated", times_of([1.2, 0.99, 2.1], [3.0, 1.0, 1.0]))
+    monkeypatch.setattr(accelerating, "settled", times_of([1.2, 0.99, 2.1], [3.0, 1.0, 1.0]))
     fast = lp.accelerate(model, x)
     assert not packed(fast)
     assert fast.acceleration.speed_up == 1
@@ -452,7 +450,7 @@ def test_a_copy_timed_on_a_busy_machine_is_dense_and_says_so(monkeypatch, caplog
 
 def test_a_copy_that_is_faster_in_every_part_of_noisy_runs_is_taken(monkeypatch):
     model, x = sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40)
-    monkeypatch.setattr(accelerating, "alternated", times_of([2.0, 9.0, 3.0], [1.0, 1.0, 1.0]))
+    monkeypatch.setattr(accelerating, "settled", times_of([2.0, 9.0, 3.0], [1.0, 1.0, 1.0]))
     fast = lp.accelerate(model, x)
     assert list(packed(fast)) == ["fc1", "fc2", "out"]
     assert fast.acceleration.measured == Ratio(2.0, 2.0, 9.0)
@@ -652,6 +650,25 @@ def test_what_the_runs_disagree_on_is_not_said(n):
         wrong += not found.noisy and not 0.75 < found.value < 1.33
     assert wrong <= 4
     assert n == 60 or said < 100
+
+
+def test_runs_that_disagree_are_repeated_until_they_agree_or_patience_ends(monkeypatch):
+    done = []
+
+    def runs(candidates, at_least, warm_up=0):
+        done.append((at_least, warm_up))
+        return {"a": [1.0, 1.0, 1.0], "b": [disturbed, 1.0, 1.0]}
+
+    monkeypatch.setattr(timing, "alternated", runs)
+    disturbed = 9.0
+    assert timing.settled({"a": None, "b": None}, 0.5)["b"] == [9, 1, 1, 9, 1, 1]  # whose parts agree
+    assert done == [(0.5, 2), (0.5, 0)]
+    disturbed = 1.1
+    assert timing.settled({"a": None, "b": None}, 0.5)["b"] == [1.1, 1, 1]
+    slower = iter([1, 2, 4, 8, 16])
+    monkeypatch.setattr(timing, "alternated", lambda *_, **__: {"a": [1] * 3, "b": [next(slower)] * 3})
+    monkeypatch.setattr(timing, "ratio", lambda a, b: Ratio(1.0, 0.5, 2.0))
+    assert timing.settled({"a": None, "b": None}, 0.5)["b"] == [1] * 3 + [2] * 3 + [4] * 3 + [8] * 3
 
 
 def test_a_measurement_waits_for_what_was_started_on_a_gpu(monkeypatch):

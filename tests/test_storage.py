@@ -1,4 +1,5 @@
 import json
+import random
 import struct
 import sys
 import tracemalloc
@@ -15,7 +16,7 @@ from torch import nn
 
 import lightning_prune as lp
 from experiments.benchmarks.size import limit
-from lightning_prune.deploy import pieces
+from lightning_prune.deploy import pieces, storage
 from tests.limited import in_a_process
 from tests.networks import Net, fitter, loader
 
@@ -133,6 +134,15 @@ def test_tied_tensors_are_stored_once_and_tied_again():
         assert len(twice.read()) - len(once.read()) < 50
 
 
+def test_a_conjugate_view_is_another_tensor():
+    x = torch.tensor([1 + 2j, 3 - 4j])
+    lp.save_sparse({"x": x, "conj": x.conj(), "imag": x.imag, "negative": x.conj().imag}, "x")
+    loaded = lp.load_sparse("x")
+    assert loaded["conj"].tolist() == [1 - 2j, 3 + 4j]
+    assert loaded["imag"].tolist() == [2, -4]
+    assert loaded["negative"].tolist() == [-2, 4]
+
+
 def test_views_of_one_memory_that_differ_are_not_tied():
     x = torch.arange(12.0)
     loaded = round_trip({"all": x, "first": x[:6], "half": x.view(3, 4), "turned": x.view(3, 4).t()})
@@ -206,13 +216,6 @@ def test_what_cannot_be_compressed_grows_by_next_to_nothing(dtype):
 def test_writing_and_reading_need_little_memory_besides(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 1 << 14)
     x = of_bits(torch.float32, (2_000_000,), 0.3)
-
-    def peak(work):
-        tracemalloc.start()
-        work()
-        (_, most), _ = tracemalloc.get_traced_memory(), tracemalloc.stop()
-        return most
-
     lp.save_sparse({"x": x}, "x")
     assert peak(lambda: lp.save_sparse({"x": x}, "x")) < x.nbytes / 8
     assert peak(lambda: lp.load_sparse("x")) < x.nbytes / 8
@@ -278,7 +281,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def assert_refused(content, message="cannot be read"):
     with open("damaged", "wb") as file:
         file.write(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(storage.UnreadableFile, match=message) as error:
         lp.load_sparse("damaged")
     assert "load_sparse: 'damaged' cannot be read" in str(error.value)
 
@@ -323,6 +326,246 @@ def test_random_damage_is_refused(whole):
             damaged = whole[:start] + damage + whole[end:]
             if damaged != whole:
                 assert_refused(damaged)
+
+
+# ------------------------------------------------------------------------- files that are made to do harm
+
+
+def with_index(whole, change):
+    """The file with another index, whose checksum is right."""
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    start, end = header["index"]["data_offsets"]
+    body = whole[8 + length :]
+    index = change(json.loads(zstandard.decompress(body[start:end])))
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    return in_container(body[:start], zstandard.compress(text))
+
+
+def in_container(data, packed, name="data", changed=()):
+    header = {
+        "__metadata__": {"format": "lightning_prune.sparse", "version": "1", "crc": str(crc32(packed))},
+        "data": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]},
+        "index": {
+            "dtype": "U8",
+            "shape": [len(packed)],
+            "data_offsets": [len(data), len(data) + len(packed)],
+        },
+    }
+    header[name].update(changed)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data + packed
+
+
+def edited(name, *path, to):
+    """A change of an index: that of one value in the row of a tensor."""
+
+    def change(index):
+        row = index[name]
+        for key in path[:-1]:
+            row = row[key]
+        row[path[-1]] = to
+        return index
+
+    return change
+
+
+HUGE = 1 << 33
+IMPOSSIBLE = {
+    "more values than elements": edited("dense", 2, 0, 3, to=HUGE),
+    "fewer values than elements": edited("dense", 2, 0, 3, to=39),
+    "a value less than positions": edited("gaps", 2, 0, 3, to=1),
+    "huge positions": edited("gaps", 2, 0, 4, to=HUGE),
+    "positions of another size": edited("bits", 2, 0, 4, to=74),
+    "huge stored sizes": edited("dense", 2, 0, 5, to=[0, HUGE, 0, 0, 0]),
+    "negative stored sizes": edited("dense", 2, 0, 5, to=[0, -1, 41, 40, 40]),
+    "too few stored sizes": edited("dense", 2, 0, 5, to=[0, 40]),
+    "a stored size that is true": edited("count", 2, 0, 5, to=[0, True, *[0] * 7]),
+    "a form that does not exist": edited("dense", 2, 0, 1, to="none"),
+    "a form that is a list": edited("dense", 2, 0, 1, to=["all"]),
+    "another form": edited("bits", 2, 0, 1, to="gaps"),
+    "a rotation beyond the word": edited("dense", 2, 0, 2, to=33),
+    "a fraction for a count": edited("dense", 2, 0, 3, to=40.0),
+    "another checksum": edited("dense", 2, 0, 0, to=7),
+    "a row that is too short": edited("dense", 2, 0, to=[1, "all"]),
+    "a row that is no list": edited("dense", 2, 0, to={}),
+    "no rows": edited("dense", 2, to=[]),
+    "a row too many": lambda index: {**index, "empty": [*index["empty"][:2], index["dense"][2]]},
+    "a huge shape": edited("dense", 1, to=[HUGE, HUGE]),
+    "a huge shape of nothing": edited("empty", 1, to=[0, HUGE, HUGE]),
+    "a shape of 8 GB": edited("dense", 1, to=[HUGE // 4]),
+    "a negative shape": edited("dense", 1, to=[-40]),
+    "a shape of text": edited("dense", 1, to=["40"]),
+    "no shape": edited("dense", 1, to=None),
+    "another dtype": edited("dense", 0, to="float64"),
+    "a dtype that does not exist": edited("dense", 0, to="float31"),
+    "a dtype that is a list": edited("dense", 0, to=["float32"]),
+    "a tie to nothing": lambda index: {**index, "tied": "nothing"},
+    "a tie to itself": lambda index: {**index, "tied": "tied"},
+    "a tie to a later one": lambda index: {"early": "dense", **index},
+    "a number for a row": lambda index: {**index, "dense": 3},
+    "a missing tensor": lambda index: {k: v for k, v in index.items() if k != "dense"},
+    "a list": lambda index: [index],
+    "text": lambda index: b"no JSON",
+    "nothing": lambda index: b"",
+    "no text": lambda index: b"\xff\xfe",
+    "deep nesting": lambda index: b"[" * 100_000,
+    "a number of many digits": lambda index: b"[" + b"9" * 10_000 + b"]",
+    "much of nothing": lambda index: b" " * 100_000_000,
+}
+
+
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_an_index_that_cannot_be_true_is_refused_before_memory_is_taken(what, whole):
+    content = with_index(whole, IMPOSSIBLE[what])
+
+    def refused():
+        assert_refused(content)
+
+    assert peak(refused) < 5_000_000
+
+
+def peak(work):
+    """Bytes of memory that Python and NumPy take at most."""
+    tracemalloc.start()
+    work()
+    (_, most), _ = tracemalloc.get_traced_memory(), tracemalloc.stop()
+    return most
+
+
+def test_a_whole_index_is_read(whole):
+    lp_given = lp.load_sparse("whole")
+    with open("rewritten", "wb") as file:
+        file.write(with_index(whole, lambda index: index))
+    assert_same(lp.load_sparse("rewritten"), lp_given)
+
+
+def test_a_compressed_part_that_grows_beyond_what_the_index_says_is_refused():
+    """33 kB that would become 8 GB: a bomb of zeros as the values of a tensor."""
+    bomb = zstandard.compress(bytes(200_000_000))
+    row = [crc32(bomb), "all", 0, 1 << 20, 0, [0, len(bomb)]]
+    assert len(bomb) < 33_000
+    packed = zstandard.compress(json.dumps({"x": ["uint8", [1 << 20], [row]]}).encode())
+    assert peak(lambda: assert_refused(in_container(bomb, packed), "of another size")) < 5_000_000
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20))
+    row = [crc32(unsized), "all", 0, 1 << 20, 0, [0, len(unsized)]]
+    packed = zstandard.compress(json.dumps({"x": ["uint8", [1 << 20], [row]]}).encode())
+    assert_refused(in_container(unsized, packed), "of another size")
+
+
+def test_positions_that_do_not_fit_their_values_are_refused():
+    def made(form, positions, n, alive, raw):
+        content = bytes(positions) + bytes(range(1, alive + 1))
+        row = [crc32(content), form, 0, alive, raw, [len(positions), alive]]
+        return in_container(content, zstandard.compress(json.dumps({"x": ["uint8", [n], [row]]}).encode()))
+
+    with open("fine", "wb") as file:
+        file.write(made("gaps", [1, 2], 9, 2, 2))
+    assert lp.load_sparse("fine")["x"].tolist() == [0, 1, 0, 0, 2, 0, 0, 0, 0]
+    for content in (
+        made("gaps", [1, 9], 9, 2, 2),  # beyond the end
+        made("gaps", [255, 255], 600, 2, 2),  # no survivor at all
+        made("bits", [0b11000000, 0b01000000], 9, 3, 2),  # one in what pads the bits
+        made("bits", [0b11000000, 0], 9, 1, 2),  # more positions than values
+    ):
+        assert_refused(content, "positions and values do not match")
+
+
+def test_a_container_of_another_kind_is_refused(whole):
+    for name, changed in (
+        ("index", {"dtype": "F16", "shape": [2]}),
+        ("data", {"dtype": "I8"}),
+        ("data", {"shape": [2, 2]}),
+        ("data", {"dtype": "BF16", "shape": [2]}),
+    ):
+        assert_refused(in_container(b"abcd", b"efgh", name, changed), "of another kind")
+
+
+def test_a_file_of_zeros_is_bounded_by_what_the_caller_allows():
+    lp.save_sparse({"x": torch.zeros(1 << 22), "tied": (y := torch.ones(10)), "again": y}, "x")
+    with open("x", "rb") as file:
+        assert len(file.read()) < 1000
+    takes = 4 * (1 << 22) + 40
+    assert lp.load_sparse("x", max_bytes=takes)["x"].shape == (1 << 22,)
+    with pytest.raises(storage.UnreadableFile, match=rf"take {takes} bytes, above max_bytes={takes - 1}"):
+        lp.load_sparse("x", max_bytes=takes - 1)
+
+
+def crafted(index, draw):
+    """An index in which something at random is something else at random."""
+    wild = [
+        0,
+        1,
+        -1,
+        2,
+        7,
+        40,
+        255,
+        1 << 20,
+        1 << 31,
+        HUGE,
+        1 << 64,
+        0.5,
+        True,
+        None,
+        "",
+        "all",
+        "gaps",
+        [],
+        {},
+    ]
+
+    def change(node):
+        if isinstance(node, (list, dict)) and node and draw.random() < 0.9:
+            key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            return (
+                node | {key: change(node[key])}
+                if isinstance(node, dict)
+                else [change(value) if i == key else value for i, value in enumerate(node)]
+            )
+        kind = draw.random()
+        if isinstance(node, list) and node and kind < 0.4:
+            return draw.choice([node[:-1], [*node, node[-1]], node[::-1]])
+        return node + draw.choice([-1, 1]) if type(node) is int and kind < 0.5 else draw.choice(wild)
+
+    return change(index)
+
+
+def damaged(content, draw):
+    """The file with some of its bytes replaced, removed, doubled or moved."""
+    start, other = draw.randrange(len(content)), draw.randrange(len(content))
+    end = start + draw.choice([1, 1, 2, 8, 64])
+    bytes_ = content[start:end]
+    noise = bytes(draw.randrange(256) for _ in bytes_)
+    new = draw.choice([noise, b"", bytes(len(bytes_)), 2 * bytes_, content[other : other + len(bytes_)]])
+    return content[:start] + new + content[end:]
+
+
+@pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_damage_gives_wrong_tensors_other_errors_or_much_memory(n, whole):
+    draw, given, refused = random.Random(n), lp.load_sparse("whole"), 0
+
+    def read_many():
+        nonlocal refused
+        for number in range(n):
+            if is_crafted := number % 2 == 0:
+                content = with_index(whole, lambda index: crafted(index, draw))
+            else:
+                content = damaged(whole, draw)
+            with open("damaged", "wb") as file:
+                file.write(content)
+            try:
+                loaded = lp.load_sparse("damaged")
+            except storage.UnreadableFile:
+                refused += 1
+                continue
+            if is_crafted:  # what such a file says is what it is
+                assert sum(tensor.nbytes for tensor in loaded.values()) < 1_000_000
+            else:
+                assert_same(loaded, given)
+
+    assert peak(read_many) < 5_000_000
+    assert refused > 0.8 * n
 
 
 def test_foreign_files_are_refused(tmp_path):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from lightning_prune.deploy.running import Example, call, calls, density, refuse_training, where
-from lightning_prune.deploy.timing import Ratio, alternated, low, ratio, timed
+from lightning_prune.deploy.timing import Ratio, low, ratio, settled, timed
 from lightning_prune.evidence import undisturbed
 from lightning_prune.tables import table
 
@@ -30,7 +30,7 @@ Forms: TypeAlias = dict[str, Callable[..., Tensor]]  # what a layer can be: name
 
 _CLEARLY = 1.05  # a layer changes its form for a gain that is more than noise,
 _AT_ALL = 1.02  # and a model, whose layers were measured already, for one that is just beyond it
-_SECONDS = 0.05  # to time a layer; the whole model gets ten times as long
+_SECONDS = 0.05  # to time a layer, longer on a busy machine; the whole model gets ten times as long
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def accelerate(model: nn.Module, example_input: Example) -> nn.Module:
         rows = _choose(fast, forms, example_input)
         whole = {"dense": dense, "fast": fast}
         works = {name: timed(partial(call, its, example_input)) for name, its in whole.items()}
-        times = alternated(works, at_least=10 * _SECONDS, warm_up=2)
+        times = settled(works, 10 * _SECONDS)
     measured = ratio(times["dense"], times["fast"])
     gains = measured.exceeds(_AT_ALL) and any(row.form != "dense" for row in rows)
     if gains:
@@ -291,7 +291,7 @@ def _choose(model: nn.Module, forms: dict[str, Forms], example: Example) -> tupl
 def _race(name: str, layer: Layer, forms: Forms, reached: partial[Any]) -> Choice:
     """Time the forms of a layer on what reaches it."""
     works = {form: timed(partial(its, *reached.args, **reached.keywords)) for form, its in forms.items()}
-    times = alternated(works, at_least=_SECONDS, warm_up=2)
+    times = settled(works, _SECONDS)
     gains = {form: ratio(times["dense"], its) for form, its in times.items()}
     fastest = max(gains, key=lambda form: gains[form].value)
     form = fastest if gains[fastest].exceeds(_CLEARLY) else "dense"

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 _MOST = 1000  # rounds: more tell nothing new
 _PARTS = 3  # of the runs, each of which gives a ratio of its own
+_PATIENCE = 4  # times as many runs, if they disagree
 _AGREE = 1.25  # the highest of these ratios over the lowest, at most
 
 
@@ -85,6 +86,23 @@ def alternated(
         for name, measure in candidates.items():
             times[name].append(measure())
         done += 1
+    return times
+
+
+def settled(candidates: Mapping[str, Callable[[], float]], at_least: float) -> dict[str, list[float]]:
+    """Alternated runs after a warm-up, and more of them as long as they disagree, up to four times as many.
+
+    Args:
+        candidates: calls that return seconds; the others are compared with the first.
+        at_least: seconds that the runs take, or four times as long on a busy machine.
+    """
+    times = alternated(candidates, at_least=at_least, warm_up=2)
+    for _ in range(_PATIENCE - 1):
+        first = next(iter(times.values()))
+        if not any(ratio(first, others).noisy for others in times.values()):
+            break
+        more = alternated(candidates, at_least=at_least)
+        times = {name: [*before, *more[name]] for name, before in times.items()}
     return times
 
 
