@@ -59,7 +59,7 @@ def evidence_of(
             for module in pl_module.modules():
                 if isinstance(module, LightningModule):
                     module.log = module.log_dict = _ignore
-            step = _step(trainer, pl_module)
+            step = loss_of(trainer, pl_module)
             yield {
                 "generator": generator,
                 "model": pl_module,
@@ -75,7 +75,7 @@ def _ignore(*_: Any, **__: Any) -> None:
     pass
 
 
-def _step(trainer: Trainer, pl_module: LightningModule) -> Loss:
+def loss_of(trainer: Trainer, pl_module: LightningModule) -> Loss:
     """The module's training step as a loss function."""
     with_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
 
