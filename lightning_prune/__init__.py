@@ -15,9 +15,8 @@ says from where to go on.*
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot, and the policies that say what of it comes back
-- `channels`: which channels are coupled; the plan that removes some
+- `structured`: which channels are coupled, tried on a copy, and cut out of a model and its optimizers
 - `filters`: which of them stay; their scores, targets on the size; `prune_channels` for any module
-- `surgery`: carries a plan out on a model and its optimizers; `load_pruned`
 - `doctor`: what may be wrong with masks, weights and optimizers, and what to do
 - `rng`: the state of the random number generators
 - `deploy`: what zeros are worth; sparse files, `accelerate`, `summarize`; one way to time, one to size

@@ -430,9 +430,25 @@ class Recurrence(nn.Module):
         return self.head(h) + self.beside(x)
 
 
+class Expanded(nn.Module):
+    """Two heads of two channels are repeated, as keys and values are in attention of grouped queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(3, 8), nn.Linear(8, 4)
+        self.beside = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 4))
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        heads = self.first(x).unflatten(2, (2, 2)).transpose(1, 2)[:, :, None]
+        repeated = heads.expand(-1, -1, 2, -1, -1).flatten(1, 2).transpose(1, 2).flatten(2)
+        return self.last(repeated + self.second(x)) + self.beside(x)
+
+
 PART = {  # model -> channels that stay, and some that go
     Windows: ({"qkv.weight", "embed.weight"}, {"mlp.0.weight"}),
     Halves: ({"first.0.weight"}, {"stem.0.weight", "more.0.0.0.weight", "last.0.weight"}),
+    Expanded: ({"first.weight"}, {"beside.0.weight"}),
     Recurrence: ({"stem.0.weight", "gates.weight"}, {"beside.0.weight"}),
 }
 

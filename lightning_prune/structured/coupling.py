@@ -123,11 +123,7 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int], set[int]]:
     finally:
         for handle in handles:
             handle.remove()
-    raise ValueError(
-        f"{type(model).__name__} is refused: its channels cannot be traced ({failure}). Allowed are "
-        "models whose forward runs on the example input and whose outputs depend on the weights by a "
-        "gradient. Give an example_input= of the right shape and type, or use IterativeMagnitudePruning."
-    )
+    raise refused(model, failure)
 
 
 def _nodes(graph: Any) -> list[Any]:
@@ -224,6 +220,8 @@ def _mapped(dependency: Any, channels: list[Any], widest: int, why: dict[int, st
     try:
         for mapping in dependency.index_mapping:
             mapped = mapping(mapped) if mapping is not None else mapped
+        if any(channel.root_idx is None for channel in mapped):  # it forgets them at an expansion
+            raise LookupError
         lost = [channel for channel in mapped if not 0 <= channel.idx < widest]
     except (ArithmeticError, LookupError, TypeError):  # torch-pruning misread a reshape or a split
         mapped, lost = [], channels

@@ -13,7 +13,7 @@ from lightning_prune.layers import matching
 from lightning_prune.structured import surgery
 from lightning_prune.structured.coupling import HEAD, coupled
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import as_input, synthetic, why_not
+from lightning_prune.structured.trial import as_input, first_line, refused, synthetic, why_not
 from lightning_prune.structured.units import MAKERS, Coupling, Couplings, parameter
 
 SHOWN = 8  # names in a message for one reason; a network may have hundreds
@@ -52,7 +52,12 @@ def discover(
         device = next(model.parameters()).device.type
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             copy, example = synthetic(model, as_input(example))
-            found, reasons = coupled(copy, example)
+            try:
+                found, reasons = coupled(copy, example)
+            except (ImportError, ValueError):
+                raise
+            except Exception as error:  # a graph that torch-pruning has drawn wrongly, in a way not met yet
+                raise refused(model, first_line(error)) from error
             heads = attention_heads(copy)
             found |= heads
             reasons = {name: reason for name, reason in reasons.items() if name not in heads}

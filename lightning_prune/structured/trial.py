@@ -120,6 +120,15 @@ class Unsuitable(Exception):
     """The output of a model is none that can be differentiated; says why."""
 
 
+def refused(model: nn.Module, failure: str) -> ValueError:
+    """The error for a model that cannot be traced."""
+    return ValueError(
+        f"{type(model).__name__} is refused: its channels cannot be traced ({failure}). Allowed are "
+        "models whose forward runs on the example input and whose outputs depend on the weights by a "
+        "gradient. Give an example_input= of the right shape and type, or use IterativeMagnitudePruning."
+    )
+
+
 def differentiable_outputs(model: nn.Module, example: Any, training: bool) -> list[Tensor]:
     """The tensors of the output that depend on weights by a gradient.
 
