@@ -17,7 +17,13 @@ from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import Unsuitable, as_one_operation, differentiable_outputs, first_line
+from lightning_prune.structured.trial import (
+    Unsuitable,
+    as_one_operation,
+    differentiable_outputs,
+    first_line,
+    refused,
+)
 from lightning_prune.structured.units import MAKERS, Coupling, Couplings, out_dimension, parameter
 
 HEAD = "its channels are an output of the model"
