@@ -10,6 +10,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -300,6 +301,21 @@ def test_every_name_that_a_file_may_have_will_do(name, tmp_path):
 def test_paths_may_be_relative_and_texts_are_unicode(tmp_path):
     write("file", "größer\r\n")
     assert (tmp_path / "file").read_bytes() == "größer\r\n".encode()
+
+
+def test_checkpoints_of_this_machine_are_written_here_and_others_by_lightning(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "replace", lambda a, b, replace=os.replace: (written.append(b), replace(a, b)))
+    checkpoint, plugin = {"state_dict": {}, "pytorch-lightning_version": "2.6"}, WholeCheckpointIO()
+    here = [str(tmp_path / "a" / "x.ckpt"), tmp_path / "b" / "x.ckpt", f"file://{tmp_path}/c/x.ckpt"]
+    for path in (*here, "memory://folder/x.ckpt"):
+        plugin.save_checkpoint(checkpoint, path)
+        assert plugin.load_checkpoint(path) == checkpoint
+    assert written == [str(tmp_path / folder / "x.ckpt") for folder in "abc"]
+    assert fsspec.filesystem("memory").isfile("folder/x.ckpt")
+    for path in (f"file://{tmp_path}/nowhere.ckpt", "memory://folder/nowhere.ckpt"):
+        with pytest.raises(FileNotFoundError):
+            plugin.load_checkpoint(path)
 
 
 def test_where_nothing_can_be_locked_files_are_written_all_the_same(tmp_path, monkeypatch):

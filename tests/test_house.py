@@ -184,7 +184,6 @@ OPEN_YET = {
     "IterativeMagnitudePruning",
     "StructuredChannelPruning",
     "LotteryTicketRewind",
-    "WholeCheckpointIO",
     "Keep",
 }
 SUBCLASSED_YET = {("StructuredChannelPruning", "IterativeMagnitudePruning")}

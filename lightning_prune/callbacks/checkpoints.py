@@ -11,12 +11,13 @@ from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import final, override
 
 from lightning_prune.files import replacing
 from lightning_prune.masks import Masks, unpack
 
 
+@final
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, in its own format, written all or nothing and checked when they are read.
 
