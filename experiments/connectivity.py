@@ -6,6 +6,7 @@ rounds are trained in different data orders, and the error is measured along the
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class Paths:
                 its = [r["path"] for r in found if r["round"] == round]
                 for alpha, *errors in zip(its[0]["alpha"], *(p[f"{split}_error"] for p in its), strict=True):
                     low, mean, high = interval(errors)
-                    band = {"low": low, "high": high} if len(errors) > 1 else {}
+                    band = {"low": low, "high": high} if isfinite(low) else {}
                     rows.append(
                         {"kind": label, "round": round, "x": alpha, "y": mean, "seeds": len(its)} | band
                     )

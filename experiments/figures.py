@@ -176,7 +176,7 @@ def points(
                 "x": fmean(x(r) for r, _ in its),
                 "y": mean,
             }
-            row |= {"low": low, "high": high} if len(values) > 1 else {}
+            row |= {"low": low, "high": high} if math.isfinite(low) else {}
             late = sum(bool(r["metrics"].get("censored")) for r, _ in its)
             rows.append({**row, "seeds": len(values), "censored": late})
     return rows
@@ -542,7 +542,8 @@ def overlap(runs: Runs) -> Figure | None:
             continue
         for round, (spread, by_chance) in overlap_of_seeds(list(its.values()), list(records)).items():
             row = {"kind": name, "round": round, "x": _left(records[round]), "y": spread.mean, "censored": 0}
-            band = dict(zip(("low", "high"), spread.interval, strict=True)) if len(its) > 2 else {}
+            wide = len(its) > 2 and math.isfinite(spread.interval[0])
+            band = dict(zip(("low", "high"), spread.interval, strict=True)) if wide else {}
             shared.append({**row, **band, "seeds": len(its)})
             chance.append({"x": row["x"], "y": by_chance})
         some = list(records)[:: -(-len(records) // 20)]

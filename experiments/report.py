@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from experiments.claims import Verdict
+from experiments.claims import COVERED, Verdict
 from experiments.figures import CONFIG, LABELS, PANELS, STANDARD, Figure, finite
 from experiments.measure import measure
 from experiments.records import Record, by_round, kinds_of, write
@@ -41,9 +41,10 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
         row = [str(round), f"{left:.2%}"]
         for kind in kinds:  # whose weights left are others than the row says is no part of it
             its = [r for r in by_kind.get(kind, []) if abs(r["alive"] / r["total"] - left) < 0.02]
-            values = [r["metrics"][metric] for r in its]
+            values = [v for r in its if isfinite(v := r["metrics"][metric])]
             low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
-            row.append(f"{mean} ({low} to {high})" if len(values) > 1 else mean)
+            cell = f"{mean} ({low} to {high})" if len(values) > 1 else mean
+            row.append(f"{cell} and {len(its) - len(values)} NaN".strip() if len(its) > len(values) else cell)
         rows.append(row)
     return rows
 
@@ -58,7 +59,7 @@ def differences(records: list[Record], metric: str, against: str = "ticket") -> 
         row = [str(round)]
         for its in found.values():
             spread = its[round][1] if round in its else None
-            ends = [shown(metric, end) for end in spread.interval] if spread and spread.n > 1 else []
+            ends = [shown(metric, end) for end in spread.interval if isfinite(end)] if spread else []
             row.append(
                 shown(metric, spread.mean) + (f" [{', '.join(ends)}]" if ends else "") if spread else ""
             )
@@ -96,7 +97,7 @@ def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
             for metric, label in metrics.items():
                 values = [v for r in its if isfinite(v := r["metrics"].get(metric, nan))]
                 low, mean, high = interval(values) if values else (0.0, 0.0, 0.0)
-                spread = f" [{shown(metric, low)}, {shown(metric, high)}]" if len(values) > 1 else ""
+                spread = f" [{shown(metric, low)}, {shown(metric, high)}]" if values and isfinite(low) else ""
                 row[label] = shown(metric, mean) + spread if values else None
             rows.append(row)
     return rows
@@ -197,6 +198,7 @@ def page(
         kinds=[LABELS.get(k, k) for k in kinds_of(runs.records)],
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         verdicts=[asdict(v) for v in verdicts],
+        covered=COVERED,
         figures=figures,
         rounds=rounds(runs, metrics),
         listed=listed(runs),
@@ -237,8 +239,7 @@ def report(folder: Path, out: Path, measured: bool = False) -> None:
     drawn = [figure for figure in own if figure is not None]
     names = {figure.name for figure in drawn}
     drawn += [figure for make in STANDARD if (figure := make(runs)) is not None and figure.name not in names]
-    sound = [{**r, "metrics": {k: v for k, v in r["metrics"].items() if isfinite(v)}} for r in records]
-    verdicts = [claim.check(sound) for claim in instantiate(config.claims, _convert_="all")]
+    verdicts = [claim.check(records) for claim in instantiate(config.claims, _convert_="all")]
     rows = flat(records)
 
     written = [path for figure in drawn for path in figure.write(out)]
@@ -278,6 +279,7 @@ def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
         rows = [["claim", "source", "verdict", "mean [95 % interval]"]]
         parts += [
             "## Claims\n",
+            f"{COVERED}\n",
             markdown(rows + [[v.claim, v.source, v.verdict, v.numbers] for v in verdicts]),
         ]
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import inf, isfinite, nan
 from statistics import fmean, stdev
 
 from scipy.stats import t
@@ -44,27 +45,33 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     [-0.484, 2.0, 4.484]
     >>> interval([1.0])
     (-inf, 1.0, inf)
+
+    One value, or equal ones, do not say how far their mean may be off: the interval is then infinite.
     """
     mean = fmean(values)
-    if len(values) < 2:
-        return -float("inf"), mean, float("inf")
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    if len(values) < 2 or (deviation := stdev(values)) <= 1e-12 * max(map(abs, values)):  # but for rounding
+        return -inf, mean, inf
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * deviation / len(values) ** 0.5
     return mean - half, mean, mean + half
 
 
 def by_seed(records: Iterable[Record], metric: str, kind: str, left: float) -> dict[int, float]:
-    """A metric of each seed's run of a kind, in the round whose weights left are nearest to a fraction.
+    """A metric of each seed's run of a kind, in the round that `nearest` finds, where it is finite."""
+    found = {seed: r["metrics"].get(metric, nan) for seed, r in nearest(records, kind, left).items()}
+    return {seed: float(value) for seed, value in found.items() if isfinite(value)}
+
+
+def nearest(records: Iterable[Record], kind: str, left: float) -> dict[int, Record]:
+    """Of each seed's run of a kind the record of the round whose weights left are nearest to a fraction.
 
     Fractions that are off by more than a fifth do not count.
     """
-    found: dict[int, tuple[float, float]] = {}
-    for r in records:
-        if r["kind"] != kind or metric not in r["metrics"]:
-            continue
+    found: dict[int, tuple[float, Record]] = {}
+    for r in (r for r in records if r["kind"] == kind):
         off = abs(r["alive"] / r["total"] - left)
-        if off <= 0.2 * left and off < found.get(r["seed"], (float("inf"), 0.0))[0]:
-            found[r["seed"]] = (off, float(r["metrics"][metric]))
-    return {seed: value for seed, (_, value) in found.items()}
+        if off <= 0.2 * left and (r["seed"] not in found or off < found[r["seed"]][0]):
+            found[r["seed"]] = off, r
+    return {seed: r for seed, (_, r) in found.items()}
 
 
 def paired(of: Mapping[int, float], against: Mapping[int, float]) -> list[float]:
@@ -79,11 +86,14 @@ def paired(of: Mapping[int, float], against: Mapping[int, float]) -> list[float]
 def paired_by_round(
     records: Iterable[Record], metric: str, of: str, against: str
 ) -> dict[int, tuple[float, Spread]]:
-    """Paired differences of two kinds in each round that both have: round -> (weights left, their spread)."""
+    """Paired differences of two kinds in each round that both have: round -> (weights left, their spread).
+
+    Pairs of which one value is not a finite number do not count.
+    """
     table: dict[int, dict[str, dict[int, float]]] = {}
     left: dict[int, float] = {}
     for r in records:
-        if r["kind"] in (of, against) and metric in r["metrics"]:
+        if r["kind"] in (of, against) and isfinite(r["metrics"].get(metric, nan)):
             table.setdefault(r["round"], {}).setdefault(r["kind"], {})[r["seed"]] = float(
                 r["metrics"][metric]
             )

@@ -1,6 +1,7 @@
 """Experiments from config: their runs, records, controls, data and report."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 import lightning_prune as lp
 from experiments import claims, data, minilm, records, report
@@ -310,7 +312,7 @@ def test_broken_lines_are_counted_and_skipped():
 
 def test_claims_are_held_not_held_or_undecided():
     rows = [record("ticket", s, 0, 1.0, acc=0.90 + 0.001 * s, step=1000) for s in range(5)]
-    rows += [record("ticket", s, 1, 0.2, acc=0.92 + 0.001 * s, step=500 + s) for s in range(5)]
+    rows += [record("ticket", s, 1, 0.2, acc=0.92 + 0.0011 * s, step=500 + s) for s in range(5)]
     rows += [record("reinit", s, 1, 0.2, acc=0.92 + 0.01 * (s - 2), step=1) for s in range(5)]
 
     def verdict(cls, bound, against="ticket", against_left=1.0, metric="acc", left=0.2):
@@ -351,9 +353,89 @@ def test_a_claim_may_be_from_above_within_a_tolerance_and_about_one_kind_alone()
             verdict(**wrong)
 
 
+def test_a_claim_about_a_step_is_undecided_where_a_minimum_is_censored():
+    def checked(metric, late):
+        rows = [record("ticket", s, 0, 1.0, censored=s < late, **{metric: 1000 - s}) for s in range(5)]
+        rows += [record("ticket", s, 1, 0.2, censored=False, **{metric: 300 + 2 * s}) for s in range(5)]
+        return claims.Ratio("c", "s", metric, "ticket", [1.0], 1.5, "ticket", 0.2).check(rows)
+
+    assert checked("early_stop_step", 0).verdict == "held"
+    for late in (1, 5):
+        found = checked("early_stop_step", late)
+        assert found.verdict == "undecided"
+        assert found.numbers.endswith(f"the minimum of {late} is at the last evaluation (censored)")
+    assert checked("test_acc_at_early_stop", 5).verdict == "held"  # what was reached until then is known
+    assert "the minimum of 5" in checked("test_acc_at_early_stop", 5).numbers
+    assert "censored" not in checked("val_acc", 5).numbers
+
+
+def test_a_claim_is_undecided_without_a_finite_value_of_every_seed_and_without_an_interval():
+    def checked(*accs):
+        rows = [record("ticket", s, 1, 0.2, acc=acc) for s, acc in enumerate(accs)]
+        return claims.Difference("c", "s", "acc", "ticket", [0.2], 0.5).check(rows)
+
+    assert checked(0.9, 0.91, 0.92).verdict == "held"
+    found = checked(0.9, math.nan, 0.92)
+    assert (found.verdict, "2 seeds" in found.numbers) == ("undecided", True)
+    assert found.numbers.endswith("; 1 more without a finite value")
+    assert checked(math.nan).numbers == "no finite acc at 20.0% left"
+    assert checked(0.9).numbers == "0.9 without an interval, 1 seed; claimed >= 0.5"
+    found = checked(0.9, 0.9, 0.9)
+    assert found.verdict == "undecided"
+    assert found.numbers == "0.9 without an interval, 3 seeds, all equal; claimed >= 0.5"
+    rows = [record("ticket", s, r, 0.5**r, acc=r * (3.0 + s)) for r in (0, 1) for s in range(2)]
+    ratio = claims.Ratio("c", "s", "acc", "ticket", [0.5], 1.0, "ticket", 1.0).check(rows)
+    assert ratio.numbers == "no finite acc at 50.0% left"  # nothing is a multiple of nothing
+
+
+def test_a_margin_that_nobody_published_is_marked_as_our_own():
+    def source(cls=claims.Difference, **given):
+        return cls("c", "Someone 2020", "acc", "ticket", [0.2], **given).check([]).source
+
+    assert source(at_least=0.0) == "Someone 2020"  # more is more: no margin
+    assert source(at_least=0.5) == "Someone 2020; the margin is our own"
+    assert source(at_most=0.0, tolerance=0.1) == "Someone 2020; the margin is our own"
+    assert source(at_least=0.5, margin_from="Table 1") == "Someone 2020; the margin is from Table 1"
+    assert source(claims.Ratio, at_least=1.0) == "Someone 2020"
+    assert source(claims.Ratio, at_least=1.6) == "Someone 2020; the margin is our own"
+    assert claims.Ladder("l", "s", [1.0]).check([]).source == "s; the margin is our own"
+
+
+CLAIMS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_with_a_margin_says_in_its_config_whose_it_is(name):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        listed = compose("config", [f"experiment={name}"]).claims
+    for claim in listed:
+        has_margin = "the margin is" in instantiate(claim).check([]).source
+        assert not has_margin or "margin_from" in claim, claim.name
+
+
+def test_a_nan_is_never_a_minimum():
+    def summed(*losses):
+        rows = [{"step": 10 * (i + 1), "val_loss": loss, "test_acc": i / 10} for i, loss in enumerate(losses)]
+        return records.summary(rows)
+
+    for losses in ((math.nan, 0.4, 0.5), (0.6, 0.4, math.nan), (math.nan, 0.4, -math.inf)):
+        found = summed(*losses)
+        assert (found["early_stop_step"], found["val_loss_at_early_stop"], found["censored"]) == (
+            20,
+            0.4,
+            False,
+        )
+    assert summed(math.nan, math.nan, 0.3)["censored"]
+    assert "early_stop_step" not in summed(math.nan, math.nan)
+    assert "censored" not in summed(math.nan)
+    assert records.summary([{"step": 5, "test_acc": 0.5}]) == {"test_acc": 0.5}
+
+
 def test_of_several_fractions_from_above_the_worst_is_the_highest():
     rows = [
-        record("ticket", s, r, left, e=e) for s in range(3) for r, left, e in ((1, 0.5, 0.1), (2, 0.25, 0.3))
+        record("ticket", s, r, left, e=e + s / 1000)
+        for s in range(3)
+        for r, left, e in ((1, 0.5, 0.1), (2, 0.25, 0.3))
     ]
     found = claims.Difference("c", "s", "e", "ticket", [0.5, 0.25], at_most=0.2).check(rows)
     assert found.verdict == "not held"
@@ -370,8 +452,8 @@ def test_a_claim_about_several_fractions_is_undecided_when_it_is_at_one_of_them(
 
 def test_several_fractions_are_judged_by_the_worst():
     rows = [record("ticket", s, r, left, acc=0.9) for s in range(3) for r, left in ((1, 0.5), (2, 0.25))]
-    rows += [record("reinit", s, 1, 0.5, acc=0.8) for s in range(3)]
-    rows += [record("reinit", s, 2, 0.25, acc=0.95) for s in range(3)]
+    rows += [record("reinit", s, 1, 0.5, acc=0.8 + s / 1000) for s in range(3)]
+    rows += [record("reinit", s, 2, 0.25, acc=0.95 + s / 1000) for s in range(3)]
     found = claims.Difference("c", "s", "acc", "ticket", [0.5, 0.25], 0.0, "reinit").check(rows)
     assert found.verdict == "not held"
     assert "25.0% left" in found.numbers

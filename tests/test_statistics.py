@@ -1,12 +1,13 @@
 """Statistics over seeds, and the overlap of masks, against slow and obvious ways to compute them."""
 
+import math
 import random
 import statistics
 
 import pytest
 import torch
 
-from experiments.report import differences
+from experiments.report import differences, table
 from experiments.statistics import (
     by_seed,
     interval,
@@ -44,6 +45,23 @@ def test_a_spread_is_what_the_standard_library_says():
         spread([])
 
 
+def test_equal_values_have_no_interval_and_not_an_empty_one():
+    for values in ([0.5], [0.5, 0.5, 0.5], [0.1 + 0.2, 0.3], [0.0, 0.0]):
+        low, mean, high = interval(values)
+        assert (low, high) == (-math.inf, math.inf)
+        assert mean == pytest.approx(values[0])
+    rows = [record(kind, s, 1, 0.8, acc=a) for s in (1, 2) for kind, a in (("ticket", 0.9), ("reinit", 0.8))]
+    assert differences(rows, "acc")[1] == ["1", "-0.100"]
+
+
+def test_what_is_not_finite_is_no_value():
+    rows = [record("ticket", s, 1, 0.8, acc=acc) for s, acc in enumerate((math.nan, 0.9, math.inf, 0.8))]
+    rows += [record("reinit", s, 1, 0.8, acc=0.5) for s in range(4)]
+    assert by_seed(rows, "acc", "ticket", 0.8) == {1: 0.9, 3: 0.8}
+    assert paired_by_round(rows, "acc", "ticket", "reinit")[1][1].n == 2
+    assert table(rows, "acc")[1][2] == "0.850 (0.800 to 0.900) and 2 NaN"
+
+
 def test_differences_are_paired_by_seed_and_not_by_place():
     rows = [record("ticket", s, 1, 0.8, acc=0.9 + s) for s in (3, 1, 2)]
     rows += [record("reinit", s, 1, 0.8, acc=0.5 + s) for s in (1, 2)] + [record("reinit", 2, 0, 1.0, acc=0)]
@@ -58,12 +76,12 @@ def test_differences_are_paired_by_seed_and_not_by_place():
 
 def test_the_report_tabulates_paired_differences_to_the_ticket():
     rows = [record("ticket", s, r, 0.8**r, test_acc=0.9 + 0.01 * s) for s in (1, 2) for r in (0, 1)]
-    rows += [record("reinit", s, 1, 0.8, test_acc=0.85 + 0.01 * s) for s in (1, 2, 3)]
+    rows += [record("reinit", s, 1, 0.8, test_acc=0.84 + 0.03 * s) for s in (1, 2, 3)]
     rows += [record("random", 1, r, 0.8**r, test_acc=0.81) for r in (0, 1)]
     assert differences(rows, "test_acc") == [
         ["round", "re-initialised", "random mask"],
         ["0", "", "-10.00%"],
-        ["1", "-5.00% [-5.00%, -5.00%]", "-10.00%"],
+        ["1", "-3.00% [-15.71%, 9.71%]", "-10.00%"],
     ]
     assert len(differences(rows[:4], "test_acc")) == 1
 
