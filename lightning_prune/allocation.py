@@ -1,9 +1,11 @@
 """Allocations: how many where. An allocation splits a number of survivors over the tensors.
 
-An allocation is any callable `(scores, total) -> {name: survivors}` whose values sum to `total`. The score of
-a dead weight is minus infinity; every other score is finite. With a granularity, scores and survivors are
-those of its units. By keyword it receives what its signature names of `params`, the weights, `masks`,
-and `together`: ranks that hold parts of the tensors, whose counts are then those of the whole tensors.
+An allocation is any callable `(scores, total) -> {name: survivors}` whose values sum to `total`: a number for
+a tensor, or whole numbers in a tensor of one dimension, one for each output. The score of a dead weight is
+minus infinity; every other score is finite. With a granularity, scores and survivors are those of its units.
+By keyword it receives what its signature names of `params`, the weights, `masks`, `layouts`, which say what
+the outputs of a tensor are, and `together`: ranks that hold parts of the tensors, whose counts are then those
+of the whole tensors.
 
 No tensor is left without survivors unless that is asked for: every allocation works as
 `AtLeast(1, of=allocation)`; write `AtLeast(0, of=...)` to let layers go.
@@ -22,17 +24,21 @@ from torch import Tensor
 
 from lightning_prune import evidence
 from lightning_prune.checks import number, whole
+from lightning_prune.layers import Layout
 from lightning_prune.masks import Masks
 from lightning_prune.selection import (
     DEAD,
     Allocation,
+    Counts,
     Keep,
     Scores,
     Together,
+    candidates_per_row,
     candidates_per_tensor,
     check_together,
     count_above,
     counted,
+    survivors,
     threshold,
 )
 
@@ -80,6 +86,52 @@ def uniform(scores: Scores, total: int, *, together: Together | None = None) -> 
     """
     sizes = counted({name: s.numel() for name, s in scores.items()}, together)
     return apportion(total, sizes, candidates_per_tensor(scores, together))
+
+
+def per_output(
+    scores: Scores, total: int, *, layouts: Mapping[str, Layout] | None = None
+) -> dict[str, Tensor]:
+    """Every output of every layer keeps the same fraction of its weights: the comparison group of Wanda.
+
+    A layer has the total that it has with `uniform`, and its outputs differ by at most one: the earlier ones
+    have one more. An output that has fewer alive keeps all of those, and the others of its layer share the
+    rest. Outputs are neurons, or channels of a convolution, with all the weights that lead to them.
+
+    >>> import torch
+    >>> per_output({"a": torch.rand(3, 4), "b": torch.rand(2, 4)}, total=11)
+    {'a': tensor([3, 2, 2]), 'b': tensor([2, 2])}
+
+    Raises:
+        ValueError: when the units of a granularity are whole outputs, or belong to several of them.
+
+    Reference: Sun et al. (2024), arXiv:2306.11695, Section 3, "comparison group".
+    """
+    keep: dict[str, Tensor] = {}
+    for name, count in uniform(scores, total).items():
+        if scores[name].dim() < 2:
+            raise ValueError(
+                f"allocate: per_output shares out what lies within an output, and the units of {name} are "
+                "whole outputs or whole inputs. Allowed are single weights, kernels, blocks and N:M. Use "
+                "`uniform`, or one of these as granularity."
+            )
+        rows = (layouts or {}).get(name, Layout()).rows(scores[name])
+        keep[name] = evenly(count, candidates_per_row(rows))
+    return keep
+
+
+def evenly(total: int, caps: Tensor) -> Tensor:
+    """Split `total` into equal parts, within one, the earlier ones larger, none above its cap.
+
+    >>> import torch
+    >>> evenly(9, torch.tensor([9, 1, 9, 9]))
+    tensor([3, 1, 3, 2])
+    """
+    # parts are the caps, cut off at a level; the highest at which they do not exceed the total
+    below = lambda level: int(caps.clamp(max=level).sum()) <= total  # noqa: E731
+    level = bisect_left(range(int(caps.max()) + 1), True, key=lambda level: not below(level)) - 1
+    parts = caps.clamp(max=level)
+    parts[(caps > level).nonzero().flatten()[: total - int(parts.sum())]] += 1
+    return parts
 
 
 def class_distributed(scores: Scores, total: int, *, params: Mapping[str, Tensor], masks: Masks) -> Keep:
@@ -220,12 +272,14 @@ class AtLeast:
         *,
         params: Mapping[str, Tensor] | None = None,
         masks: Masks | None = None,
+        layouts: Mapping[str, Layout] | None = None,
         together: Together | None = None,
-    ) -> dict[str, int]:
+    ) -> Counts:
         check_together(self.of, together)
-        split = partial(evidence.call, self.of, params=params, masks=masks, together=together)
+        given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
+        split = partial(evidence.call, self.of, **given)
         keep = split(scores, total)
-        if not scores or min(keep.values()) >= self.n:
+        if not scores or min(map(survivors, keep.values())) >= self.n:
             return keep
         there = candidates_per_tensor(scores, together)
         n = largest_minimum(self.n, total, there)
@@ -237,7 +291,7 @@ class AtLeast:
             )
         floors = {name: min(n, count) for name, count in there.items()}
         fixed: dict[str, int] = {}
-        while short := {name: floors[name] for name in keep if keep[name] < floors[name]}:
+        while short := {name: floors[name] for name in keep if survivors(keep[name]) < floors[name]}:
             fixed |= short
             free = {name: s for name, s in scores.items() if name not in fixed}
             keep = split(free, total - sum(fixed.values()))

@@ -3,8 +3,9 @@
 A granularity is any callable `scores -> (unit scores, expand)`: from the scores of one weight tensor it makes
 those of its units, of any shape, and `expand` turns a mask of the units into a mask of the weights. One whose
 signature has `layout` also gets, by keyword, the `Layout` of the weight: which dimension counts outputs, and
-which one inputs. Sparsity, allocation and ties then speak of units. The score of a dead weight, and of a unit
-without living weights, is minus infinity.
+which one inputs. Sparsity, allocation and ties then speak of units. Where each unit lies within one output,
+or within one row of blocks, dimension 0 of the units counts these; elsewhere units are a vector. The score of
+a dead weight, and of a unit without living weights, is minus infinity.
 
 Scores of units are Ln norms of the scores of their weights, taken per weight, (sum s^n / size)^(1/n), so that
 units of different sizes compare; n = inf: the highest. Dead weights add nothing to the sum, and count in the
@@ -125,7 +126,7 @@ class NM:
     def __call__(self, scores: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:
         rows = layout.split(scores).movedim(2, -1)
         full = rows.shape[-1] // self.m * self.m
-        groups = rows[..., :full].reshape(-1, self.m)
+        groups = rows[..., :full].reshape(math.prod(rows.shape[:2]), -1, self.m)
         rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
         def expand(mask: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class Kernel:
 
     def __call__(self, scores: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:
         if scores.dim() <= 2 + layout.experts:
-            return single(scores)
+            return layout.rows(scores), lambda mask: layout.from_rows(mask, scores.shape)
         parts = layout.split(scores)
         return _norm(parts, (3,), self.n, parts.shape[3]).flatten(0, 1), lambda mask: layout.join(
             mask.view(*parts.shape[:3], 1).expand(parts.shape), scores.shape

@@ -357,6 +357,20 @@ class Layout:
         positions = shape[3:] if self.experts else shape[2:]
         return parts.reshape(*parts.shape[:3], *positions).movedim((1, 2), self._places).reshape(shape)
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight as a matrix of one row for each output: of each matrix in turn, of (inputs, positions).
+
+        >>> Layout(outputs=1, inputs=0).rows(torch.tensor([[1, 2], [3, 4]]))
+        tensor([[1, 3],
+                [2, 4]])
+        """
+        return self.split(weight).flatten(2).flatten(0, 1)
+
+    def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Undo `rows` for a weight of this shape."""
+        parts = self.split(torch.empty(shape, device="meta")).shape
+        return self.join(rows.reshape(parts), shape)
+
     @property
     def _places(self) -> tuple[int, int]:
         """The two dimensions, counted with that of groups or experts in front."""

@@ -178,7 +178,8 @@ def chosen(
             continue
         there = {name: candidates[name] for name in names}
         total = min(budget(sparsity, sum(s.numel() for s in group.values())), alive(there))
-        best = select(group, there, total, allocate, params=params, masks=masks)
+        rows = laid_out if granularity is single else None  # units say by their shape what outputs are
+        best = select(group, there, total, allocate, layouts=rows, params=params, masks=masks)
         new.update({n: expand[n](best.pop(n)).contiguous().logical_and_(masks[n]) for n in names})
     return {name: new[name] for name in params}
 

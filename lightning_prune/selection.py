@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from lightning_prune.evidence import asked, call
+from lightning_prune.layers import Layout
 from lightning_prune.masks import Masks, count, integer
 
 Scores = dict[str, Tensor]
+Counts = Mapping[str, int | Tensor]  # survivors of each tensor, or of each of its outputs
 # (scores, total, and by keyword what it asks for) -> how many each tensor keeps
 if TYPE_CHECKING:
-    Allocation = Callable[Concatenate[Scores, int, ...], dict[str, int]]
+    Allocation = Callable[Concatenate[Scores, int, ...], Counts]
 else:  # LightningCLI reads type hints at run time, and knows no Concatenate
-    Allocation = Callable[..., dict[str, int]]
+    Allocation = Callable[..., Mapping[str, int | Tensor]]
 Keys = Any  # integers of the order of scores: on the CPU a numpy array, which compares faster than torch
 
 # the score of a dead weight: below every score a weight can have, so it is never a candidate
@@ -67,11 +69,13 @@ def select(
     budget: int,
     allocate: Allocation,
     together: Together | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     **evidence: Any,
 ) -> Masks:
     """Choose `budget` candidates: as many of each tensor as `allocate` says, and of these the highest scores.
 
-    Of equal scores the one of the lower index (row-major, in the whole tensor) is chosen.
+    Where it gives a tensor one count for each output, each output has its highest scores chosen. Of equal
+    scores the one of the lower index (row-major, in the whole tensor) is chosen.
 
     >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([5.0, 4.0])}
     >>> dead = {"a": torch.tensor([True, True, False]), "b": torch.tensor([False, True])}
@@ -82,8 +86,11 @@ def select(
         scores: floating point tensors by name; finite where there is a candidate, anything elsewhere.
         candidates: bool tensors of the same shapes, True where an element can be chosen.
         budget: how many are chosen in all, 0 ... number of candidates.
-        allocate: the scores, minus infinity where there is no candidate, and the budget -> {name: how many}.
+        allocate: the scores, minus infinity where there is no candidate, and the budget -> {name: how many},
+            a number for the tensor, or whole numbers in a tensor of one dimension: one for each output, in
+            the order of `Layout.rows`.
         together: over ranks that hold parts of the tensors. Counts are then those of the whole tensors.
+        layouts: of the tensors, which say what their outputs are. Without: dimension 0.
         evidence: what `allocate` may ask for besides, such as `params` and `masks`.
 
     Returns:
@@ -95,23 +102,66 @@ def select(
     """
     check_together(allocate, together)
     ranked = only(scores, candidates)
-    keep = call(allocate, ranked, budget, together=together, **evidence)
-    there = candidates_per_tensor(ranked, together)
-    if sum(keep.values()) != budget:
+    keep = call(allocate, ranked, budget, together=together, layouts=layouts, **evidence)
+    if (given := sum(map(survivors, keep.values()))) != budget:
         raise ValueError(
-            f"allocate: {allocate} gave {sum(keep.values())} survivors; allowed are the {budget} that were "
-            "asked for. Make its counts add up."
+            f"allocate: {allocate} gave {given} survivors; allowed are the {budget} that were asked for. "
+            "Make its counts add up."
         )
-    for name in ranked:
-        if keep[name] > there[name]:
+    there = candidates_per_tensor(ranked, together)
+    near, chosen = getattr(keep, "near", None), Masks()
+    for name in list(ranked):
+        scores_here, its = ranked.pop(name), keep[name]
+        layout = (layouts or {}).get(name, Layout())
+        if isinstance(its, Tensor):
+            _check_per_output(allocate, name, layout.rows(scores_here), its, together)
+            rows = keep_top_of_rows(layout.rows(scores_here), its)
+            chosen[name] = layout.from_rows(rows, scores_here.shape).contiguous()
+            continue
+        if its > there[name]:
             raise ValueError(
-                f"allocate: {allocate} gave {name} {keep[name]} survivors; allowed are {there[name]}, what "
-                "it has alive. Cap its counts."
+                f"allocate: {allocate} gave {name} {its} survivors; allowed are {there[name]}, what it has "
+                "alive. Cap its counts."
             )
-    near = getattr(keep, "near", None)
-    if together is None:
-        return {name: keep_top(ranked.pop(name), keep[name], near=near) for name in list(ranked)}
-    return {name: _keep_top_together(name, ranked[name], keep[name], together) for name in ranked}
+        if together is None:
+            chosen[name] = keep_top(scores_here, its, near=near)
+        else:
+            chosen[name] = _keep_top_together(name, scores_here, its, together)
+    return chosen
+
+
+def survivors(counts: int | Tensor) -> int:
+    """How many a tensor keeps in all: a number, or the sum over its outputs."""
+    return int(counts.sum()) if isinstance(counts, Tensor) else counts
+
+
+def _check_per_output(
+    allocate: Allocation, name: str, rows: Tensor, keep: Tensor, together: Together | None
+) -> None:
+    if together is not None:
+        raise ValueError(
+            f"allocate: {allocate} gave {name} a count for each output, which ranks that hold parts of the "
+            "tensors cannot select by. Allowed are counts per tensor, as those of `uniform`. Use that."
+        )
+    if keep.shape != (len(rows),) or keep.is_floating_point() or keep.is_complex():
+        raise ValueError(
+            f"allocate: {allocate} gave {name} counts of the shape {tuple(keep.shape)} and of {keep.dtype}; "
+            f"allowed are whole numbers, one for each of its {len(rows)} outputs. Give these, or one number."
+        )
+    there = candidates_per_row(rows)
+    if bool(((keep < 0) | (keep > there.to(keep.device))).any()):
+        row = int(((keep < 0) | (keep > there.to(keep.device))).nonzero()[0])
+        raise ValueError(
+            f"allocate: {allocate} gave output {row} of {name} {int(keep[row])} survivors; allowed are 0 to "
+            f"{int(there[row])}, what it has alive. Cap its counts."
+        )
+
+
+def candidates_per_row(rows: Tensor) -> Tensor:
+    """How many elements of each row are candidates: above minus infinity."""
+    if not rows.numel() or bool(rows.amin() > DEAD):
+        return torch.full((len(rows),), rows.shape[1], device=rows.device)
+    return (rows > DEAD).sum(1)
 
 
 def only(scores: Scores, candidates: Mapping[str, Tensor]) -> Scores:
@@ -368,4 +418,33 @@ def keep_top(scores: Tensor, keep: int, near: float | None = None) -> Tensor:
         here = torch.as_tensor(equal).nonzero().flatten()[:ties]
         flat[start + here] = True
         start, ties = start + len(equal), ties - len(here)
+    return mask
+
+
+def keep_top_of_rows(scores: Tensor, keep: Tensor) -> Tensor:
+    """The mask of the `keep[i]` highest scores of each row i; of equal scores the earlier one is kept.
+
+    >>> keep_top_of_rows(torch.tensor([[1.0, 3.0, 1.0], [5.0, 4.0, 6.0]]), torch.tensor([2, 1]))
+    tensor([[ True,  True, False],
+            [False, False,  True]])
+
+    Args:
+        scores: a floating point matrix, without NaN.
+        keep: whole numbers, each 0 ... number of columns.
+    """
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    width = scores.shape[1]
+    if not mask.numel():
+        return mask
+    keep = keep.to(scores.device, torch.int64).unsqueeze(1)
+    step = max(1, _PIECE // width)
+    for start in range(0, len(scores), step):
+        rows, its = scores[start : start + step].detach(), keep[start : start + step]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # numpy has no bfloat16
+        on_cpu = rows.device.type == "cpu"  # where numpy sorts ten times as fast as torch
+        ordered = torch.from_numpy(np.sort(rows.numpy(), axis=1)) if on_cpu else rows.sort(1).values
+        cut = ordered.gather(1, width - its.clamp_min(1))
+        above, equal = rows > cut, rows == cut
+        spare = its - above.sum(1, keepdim=True)
+        mask[start : start + step] = above | equal & (equal.cumsum(1) <= spare)
     return mask

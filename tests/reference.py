@@ -51,6 +51,20 @@ def uniform_selection(scores, keep):
     return {name: global_selection({name: s}, keep[name])[name] for name, s in scores.items()}
 
 
+def per_output_selection(scores, keep):
+    """Masks by `uniform`'s counts, shared out among the rows (dimension 0) by the largest remainder."""
+    caps = {name: int((s > -torch.inf).sum()) for name, s in scores.items()}
+    keep = largest_remainder(keep, {name: s.numel() for name, s in scores.items()}, caps)
+    masks = {}
+    for name, s in scores.items():
+        rows = dict(enumerate(s.flatten(1)))
+        caps = {i: int((row > -torch.inf).sum()) for i, row in rows.items()}
+        counts = largest_remainder(keep[name], dict.fromkeys(rows, 1), caps)
+        masks[name] = torch.stack([global_selection({0: row}, counts[i])[0] for i, row in rows.items()])
+        masks[name] = masks[name].view(s.shape)
+    return masks
+
+
 def lottery_ticket(
     model,
     optimizer,

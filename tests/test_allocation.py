@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_prune.allocation import apportion, global_rank, uniform
+from lightning_prune.allocation import AtLeast, apportion, evenly, global_rank, per_output, uniform
+from lightning_prune.selection import survivors
 from tests.reference import global_selection, largest_remainder
 
 
@@ -78,3 +79,19 @@ def test_global_rank_gives_ties_to_the_earlier_tensor():
     assert global_rank(scores, 4) == {"a": 2, "b": 0, "c": 2}
     assert global_rank(scores, 0) == {"a": 0, "b": 0, "c": 0}
     assert global_rank(scores, 8) == {"a": 3, "b": 3, "c": 2}
+
+
+def test_outputs_have_equal_parts_within_one_and_those_with_fewer_alive_keep_them():
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(60):
+        caps = torch.randint(0, 9, (7,), generator=generator)
+        for total in range(int(caps.sum()) + 1):
+            expected = largest_remainder(total, dict.fromkeys(range(7), 1), dict(enumerate(caps.tolist())))
+            assert dict(enumerate(evenly(total, caps).tolist())) == expected, (total, caps)
+
+
+def test_a_minimum_holds_for_a_tensor_whose_outputs_are_counted():
+    scores = {"large": torch.rand(10, 100), "small": torch.rand(2, 2)}
+    assert survivors(per_output(scores, 12)["small"]) == 0
+    keep = AtLeast(1, of=per_output)(scores, 12)
+    assert {name: survivors(its) for name, its in keep.items()} == {"large": 11, "small": 1}

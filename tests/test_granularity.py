@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.allocation import AtLeast, class_distributed, erk, global_rank, lamp, uniform
+from lightning_prune.allocation import AtLeast, class_distributed, erk, global_rank, lamp, per_output, uniform
 from lightning_prune.granularity import NM, Block, Filter, Kernel, single, units
 from lightning_prune.layers import Layout, layouts
 from lightning_prune.pruning import next_masks
@@ -206,7 +206,26 @@ def test_each_expert_is_a_matrix_of_its_own(granularity, layout):
         alone, expand_one = granularity(matrix)
         assert torch.equal(s, alone)
         assert torch.equal(expanded, expand_one(m))
-    assert torch.equal(Kernel()(given, layout=layout)[0], given)
+    assert torch.equal(Kernel()(given, layout=layout)[0], weight.flatten(0, 1))
+
+
+@pytest.mark.parametrize("granularity", [single, Kernel(), Block(1, 2), NM(2, 4)], ids=str)
+def test_per_output_keeps_the_same_of_every_output_that_the_layer_computes(plain, granularity):
+    weight, layout, pairs = plain
+    params, masks = {"w": weight}, {"w": torch.ones_like(weight, dtype=torch.bool)}
+    if granularity == NM(2, 4) and int(pairs[..., 1].max()) < 3:
+        return  # a depthwise layer has no four inputs
+    new = next_masks(
+        params, masks, [(["w"], 0.55)], allocate=per_output, granularity=granularity, layouts={"w": layout}
+    )["w"]
+    alive = torch.bincount(pairs[new][:, 0], minlength=int(pairs[..., 0].max()) + 1)
+    kernel = int((pairs == pairs.flatten(0, -2)[0]).all(-1).sum())
+    assert int(alive.max() - alive.min()) <= {Kernel(): kernel, Block(1, 2): 3}.get(granularity, 1)
+
+
+def test_per_output_of_whole_outputs_is_refused():
+    with pytest.raises(ValueError, match="units of weight are whole outputs or whole inputs"):
+        lp.prune(nn.Linear(4, 4), 0.5, allocate=per_output, granularity=Filter())
 
 
 def test_two_of_four_of_gpt2_lie_along_inputs():

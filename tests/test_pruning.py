@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn.utils import prune as peer
 
 import lightning_prune as lp
-from lightning_prune.allocation import global_rank, uniform
+from lightning_prune.allocation import global_rank, per_output, uniform
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import budget, groups, next_masks
 from lightning_prune.schedules import Geometric
 from tests.limited import in_a_process
 from tests.networks import Net, dead_are_zero, same
-from tests.reference import global_selection, uniform_selection
+from tests.reference import global_selection, per_output_selection, uniform_selection
 
 
 def dense(params):
@@ -120,7 +120,7 @@ def test_the_first_pattern_that_matches_drives_the_weight():
     assert groups(["x", "y"], a) == [(["x", "y"], a)]
 
 
-@pytest.mark.parametrize("allocate", [global_rank, uniform])
+@pytest.mark.parametrize("allocate", [global_rank, uniform, per_output])
 @pytest.mark.parametrize("sparsity", [0.0, 0.001, 0.2, 1 / 3, 0.5, 0.777, 0.999, 1.0])
 def test_the_budget_is_met_exactly_whatever_the_ties(sparsity, allocate):
     for weights in (torch.randn, torch.ones, torch.zeros, lambda *s: torch.randint(-1, 2, s).float()):
@@ -134,7 +134,8 @@ def test_the_budget_is_met_exactly_whatever_the_ties(sparsity, allocate):
 
 
 @pytest.mark.parametrize(
-    ("allocate", "oracle"), [(global_rank, global_selection), (uniform, uniform_selection)]
+    ("allocate", "oracle"),
+    [(global_rank, global_selection), (uniform, uniform_selection), (per_output, per_output_selection)],
 )
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, "mixed"], ids=str

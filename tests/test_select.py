@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_prune import allocation
-from lightning_prune.selection import DEAD, select, threshold
+from lightning_prune.layers import Layout
+from lightning_prune.selection import DEAD, keep_top_of_rows, select, threshold
 from tests.networks import same
 from tests.reference import global_selection, uniform_selection
 
@@ -49,6 +50,55 @@ def test_counts_that_cannot_be_met_are_refused(counts):
     candidates = {"a": torch.tensor([True]), "b": torch.tensor([True, False])}
     with pytest.raises(ValueError, match=r"allocate: .* gave .* survivors; allowed are"):
         select(scores, candidates, 2, lambda scores, total: counts)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("layout", [Layout(), Layout(1, 0), Layout(2, 1, experts=True)], ids=str)
+def test_counts_per_output_equal_sorting_each_output(layout, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        shape = (3, 4, 6)
+        scores = {"a": torch.randint(-3, 4, shape, generator=generator).to(dtype)}
+        candidates = {"a": torch.rand(shape, generator=generator) < 0.7}
+        rows = layout.rows(scores["a"].masked_fill(~candidates["a"], DEAD))
+        there = (rows > DEAD).sum(1)
+        counts = (there * torch.rand(len(there), generator=generator)).round().long()
+        masks = [global_selection({0: row}, n)[0] for row, n in zip(rows, counts.tolist(), strict=True)]
+        found = select(
+            scores,
+            candidates,
+            int(counts.sum()),
+            lambda scores, total, counts=counts: {"a": counts},
+            layouts={"a": layout},
+        )["a"]
+        assert torch.equal(layout.rows(found), torch.stack(masks))
+        assert found.shape == shape
+        assert found.is_contiguous()
+
+
+def test_rows_are_selected_in_pieces_as_whole(monkeypatch):
+    scores, keep = torch.randint(0, 5, (50, 7)).float(), torch.randint(0, 8, (50,))
+    whole = keep_top_of_rows(scores, keep)
+    monkeypatch.setattr("lightning_prune.selection._PIECE", 20)
+    assert torch.equal(keep_top_of_rows(scores, keep), whole)
+    assert torch.equal(whole.sum(1), keep)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (torch.tensor([2]), r"counts of the shape \(1,\) .* one for each of its 2 outputs"),
+        (torch.tensor([1.0, 1.0]), "whole numbers, one for each of its 2 outputs"),
+        (torch.tensor([2, 0]), "gave output 0 of a 2 survivors; allowed are 0 to 1, what it has alive"),
+        (torch.tensor([-1, 3]), "gave output 0 of a -1 survivors"),
+        (torch.tensor([1, 2]), "gave 3 survivors; allowed are the 2 that were asked for"),
+    ],
+)
+def test_counts_per_output_that_cannot_be_met_are_refused(counts, message):
+    scores = {"a": torch.ones(2, 3)}
+    candidates = {"a": torch.tensor([[True, False, False], [True, True, True]])}
+    with pytest.raises(ValueError, match=message):
+        select(scores, candidates, 2, lambda scores, total: {"a": counts})
 
 
 class Ranks:
@@ -147,9 +197,16 @@ def test_an_allocation_that_counts_one_part_alone_is_refused_over_ranks():
     scores, candidates = {"a": torch.ones(4)}, {"a": torch.ones(4, dtype=torch.bool)}
     together = Ranks([{"a": torch.arange(4)}]).of(0)
     alone = lambda scores, total: {"a": total}  # noqa: E731
-    for allocate in (alone, allocation.lamp, allocation.AtLeast(1, of=alone)):
+    for allocate in (alone, allocation.lamp, allocation.per_output, allocation.AtLeast(1, of=alone)):
         with pytest.raises(ValueError, match=r"allocate: .* does not ask for `together`"):
             select(scores, candidates, 2, allocate, together)
+
+
+def test_counts_per_output_are_refused_over_ranks():
+    scores, candidates = {"a": torch.ones(2, 2)}, {"a": torch.ones(2, 2, dtype=torch.bool)}
+    rows = lambda scores, total, together: {"a": torch.tensor([1, 1])}  # noqa: E731
+    with pytest.raises(ValueError, match="a count for each output, which ranks that hold parts"):
+        select(scores, candidates, 2, rows, Ranks([{"a": torch.arange(4)}]).of(0))
 
 
 def test_a_threshold_over_no_score_is_refused():
