@@ -5,7 +5,7 @@ a tensor, or whole numbers in a tensor of one dimension, one for each output. Th
 minus infinity; every other score is finite. With a granularity, scores and survivors are those of its units.
 By keyword it receives what its signature names of `params`, the weights, `masks`, `layouts`, which say what
 the outputs of a tensor are, and `together`: ranks that hold parts of the tensors, whose counts are then those
-of the whole tensors.
+of the whole tensors. In `prune` with `data` there are also `model`, `batches` and `forward`, as criteria get.
 
 No tensor is left without survivors unless that is asked for: every allocation works as
 `AtLeast(1, of=allocation)`; write `AtLeast(0, of=...)` to let layers go.
@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune import evidence
 from lightning_prune.checks import number, whole
+from lightning_prune.criteria import Forward, wanda
 from lightning_prune.layers import Layout
 from lightning_prune.masks import Masks
 from lightning_prune.selection import (
@@ -243,6 +245,78 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
+class OWL:
+    """Outlier weighed layerwise sparsity: tensors with more outliers keep more of their weights.
+
+    Outliers are the weights with |w| * ||x||_2 above m times the mean of their tensor, x being the inputs
+    that the weight is multiplied with, in the network as it is before this pruning. The ratios of outliers
+    are scaled to lie 2 lam apart at most, and shifted by what makes the total exact, so that the sparsities
+    lie that close to the one asked for. (The paper computes one ratio for all tensors of a transformer's
+    block.)
+
+    Args:
+        m: above 0. The defaults are the authors' for LLaMA.
+        lam: 0 (as `of` alone) up to, and not including, 1/2.
+        of: what shares out a tensor's survivors within it: `uniform`, or `per_output`.
+
+    Reference: Yin et al. (2024), arXiv:2310.05175, Section 3.2.
+    """
+
+    m: float = 5.0
+    lam: float = 0.08
+    of: Allocation = uniform
+
+    def __post_init__(self) -> None:
+        number("m", self.m, "are finite numbers above 0, such as 5", lambda v: 0 < v < float("inf"))
+        number("lam", self.lam, "are numbers from 0 to below 0.5, such as 0.08", lambda v: 0 <= v < 0.5)
+
+    def __call__(
+        self,
+        scores: Scores,
+        total: int,
+        *,
+        batches: list[Any],
+        model: nn.Module,
+        forward: Forward,
+        params: Mapping[str, Tensor],
+        masks: Masks | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> dict[str, int | Tensor]:
+        inputs = wanda({name: params[name] for name in scores}, model, batches, forward)
+        ratios = {name: outliers(inputs.pop(name), self.m) for name in scores}
+        sizes = {name: s.numel() for name, s in scores.items()}
+        counts = apportion(total, self.shares(ratios, sizes, total), candidates_per_tensor(scores))
+        keep: dict[str, int | Tensor] = {}
+        for name, s in scores.items():
+            keep |= evidence.call(
+                self.of, {name: s}, counts[name], params=params, masks=masks, layouts=layouts
+            )
+        return keep
+
+    def shares(self, ratios: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, float]:
+        """How many weights each tensor is to keep, from its ratio of outliers and its size.
+
+        >>> OWL(lam=0.1).shares({"a": 0.02, "b": 0.01}, {"a": 100, "b": 300}, total=200)
+        {'a': 65.0, 'b': 135.0}
+        """
+        apart = max(ratios.values()) - min(ratios.values())
+        scaled = {name: 2 * self.lam * ratio / (apart or 1.0) for name, ratio in ratios.items()}
+        shift = (total - sum(scaled[name] * n for name, n in sizes.items())) / (sum(sizes.values()) or 1)
+        return {name: n * max(0.0, scaled[name] + shift) for name, n in sizes.items()}
+
+
+def outliers(scores: Tensor, m: float) -> float:
+    """The fraction of scores that are above m times their mean.
+
+    >>> import torch
+    >>> outliers(torch.tensor([1.0, 1.0, 1.0, 9.0]), m=2)
+    0.25
+    """
+    mean = scores.mean(dtype=torch.promote_types(scores.dtype, torch.float32))
+    return int((scores > m * mean).sum()) / max(1, scores.numel())
+
+
+@dataclass(frozen=True)
 class AtLeast:
     """A minimum of survivors in every tensor; the tensors that it does not touch share the rest.
 
@@ -274,10 +348,14 @@ class AtLeast:
         masks: Masks | None = None,
         layouts: Mapping[str, Layout] | None = None,
         together: Together | None = None,
+        model: nn.Module | None = None,
+        batches: list[Any] | None = None,
+        forward: Forward | None = None,
     ) -> Counts:
         check_together(self.of, together)
         given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
-        split = partial(evidence.call, self.of, **given)
+        run = {"model": model, "batches": batches, "forward": forward}
+        split = partial(evidence.call, self.of, **given, **run)
         keep = split(scores, total)
         if not scores or min(map(survivors, keep.values())) >= self.n:
             return keep

@@ -279,13 +279,14 @@ def _hessian_times(vector: Params, model: nn.Module, loss: Loss, batch: Any) -> 
     return dict(zip(live, found, strict=True))
 
 
-def wanda(
-    params: Params, model: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any]
-) -> Scores:
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def wanda(params: Params, model: nn.Module, batches: list[Any], forward: Forward) -> Scores:
     """Weights and activations: |w| * ||x||_2, x all the inputs that the weight is multiplied with.
 
-    The norm is over the batches, positions and, in a convolution, the places of the kernel. The paper
-    compares weights within an output; here the allocation says what is compared (`uniform`: the layer).
+    The norm is over the batches, positions and, in a convolution, the places of the kernel. What is compared
+    is for the allocation to say: the paper compares within an output, `allocation.per_output`.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
@@ -298,7 +299,50 @@ def wanda(
 
     Reference: Sun et al. (2024), arXiv:2306.11695, Equation 1.
     """
-    squares: Params = {}  # in the weight's shape, or one that is expanded to it
+    squares = input_squares(params, model, batches, forward)
+    return {name: w.abs() * squares[name].sqrt() for name, w in params.items()}
+
+
+def ria(params: Params, model: nn.Module, batches: list[Any], forward: Forward) -> Scores:
+    """Relative importance and activations: the parts of |w| in its input and its output * ||x||^a.
+
+    The sums are over all weights that read the same input, and over all that lead to the same output; the
+    power a is the paper's 1/2, and x all the inputs that the weight is multiplied with, as in `wanda`. In a
+    convolution each position of the kernel counts as an input of its own. No input or output is lost as a
+    whole because its weights are small.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -3.0], [1.0, 0.0]]))
+    >>> batches = [torch.tensor([[4.0, 9.0]])]
+    >>> ria({"weight": model.weight.data}, model, batches, forward=lambda m, x: m(x))
+    {'weight': tensor([[1.5000, 5.2500],
+            [3.0000, 0.0000]])}
+
+    Raises:
+        ValueError: when a layer is not called with one input.
+
+    Reference: Zhang et al. (2024), "Plug-and-Play: An Efficient Post-training Pruning Method for Large
+        Language Models", ICLR, Equations 2 and 4.
+    """
+    squares, laid_out = input_squares(params, model, batches, forward), layouts(model, params)
+    scores: Scores = {}
+    for name, w in params.items():
+        dtype = torch.promote_types(w.dtype, torch.float32)  # sums overflow in half precision
+        parts = laid_out[name].split(w.abs().to(dtype))
+        of_input, of_output = parts.sum(1, keepdim=True), parts.sum((2, 3), keepdim=True)
+        tiny = torch.finfo(dtype).tiny
+        relative = parts / of_input.clamp_min(tiny) + parts / of_output.clamp_min(tiny)
+        scores[name] = laid_out[name].join(relative, w.shape) * squares[name].to(dtype) ** 0.25
+    return scores
+
+
+def input_squares(params: Params, model: nn.Module, batches: list[Any], forward: Forward) -> Params:
+    """||x||^2 of all the inputs that each weight is multiplied with, in the weight's shape or one like it.
+
+    Raises:
+        ValueError: when a layer is not called with one input.
+    """
+    squares: Params = {}
     laid_out = layouts(model, params)
     with differentiable(model, params) as live:
         names = {id(p): name for name, p in live.items()}
@@ -320,10 +364,10 @@ def wanda(
                 handle.remove()
     if missed := [name for name in params if name not in squares]:
         raise ValueError(
-            f"wanda: the layers of {', '.join(missed)} are not called with an input of their own, as is "
-            "needed. Exclude these weights."
+            f"criterion: the layers of {', '.join(missed)} are not called with an input of their own, as is "
+            "needed for its norm. Exclude these weights."
         )
-    return {name: w.abs() * squares[name].sqrt() for name, w in params.items()}
+    return squares
 
 
 def _is_plain(layer: nn.Module) -> bool:

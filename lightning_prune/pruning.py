@@ -139,7 +139,8 @@ def next_masks(
     if not laid_out and (model := evidence.get("model")) is not None:
         laid_out = evidence["layouts"] = layouts(model, weights)
     scores = score(criterion, weights, {"masks": masks, **evidence})
-    return chosen(scores, weights, masks, sparsities, allocate, granularity, laid_out)
+    of_a_run = {name: evidence[name] for name in OF_A_RUN & evidence.keys()}
+    return chosen(scores, weights, masks, sparsities, allocate, granularity, laid_out, **of_a_run)
 
 
 def chosen(
@@ -150,6 +151,7 @@ def chosen(
     allocate: Allocation,
     granularity: Granularity,
     laid_out: Mapping[str, Layout] | None = None,
+    **evidence: Any,
 ) -> Masks:
     """The second half of `next_masks`: of scores that are known, who lives on. `scores` is emptied.
 
@@ -179,7 +181,7 @@ def chosen(
         there = {name: candidates[name] for name in names}
         total = min(budget(sparsity, sum(s.numel() for s in group.values())), alive(there))
         rows = laid_out if granularity is single else None  # units say by their shape what outputs are
-        best = select(group, there, total, allocate, layouts=rows, params=params, masks=masks)
+        best = select(group, there, total, allocate, layouts=rows, params=params, masks=masks, **evidence)
         new.update({n: expand[n](best.pop(n)).contiguous().logical_and_(masks[n]) for n in names})
     return {name: new[name] for name in params}
 
@@ -294,7 +296,8 @@ def prune(
     if not callable(sparsity):
         number("sparsity", sparsity, "is 0 (dense) to 1, such as 0.5", lambda v: 0 <= v <= 1)
     schedule = sparsity if callable(sparsity) else lambda round: sparsity
-    with undisturbed(model) if OF_A_RUN & asked(criterion).keys() else nullcontext():
+    wanted = asked(criterion).keys() | asked(allocate, 2).keys()
+    with undisturbed(model) if OF_A_RUN & wanted else nullcontext():
         masks = next_masks(
             params, dense, plan([(list(params), schedule)], 1), criterion, allocate, granularity, **evidence
         )

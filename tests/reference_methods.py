@@ -53,6 +53,15 @@ def wanda_linear(w, x):
     )
 
 
+def ria(w, x):
+    """(|w_oi| / sum over o + |w_oi| / sum over i) * sqrt(||x_i||), one weight at a time."""
+    a, scores = w.abs(), torch.zeros_like(w)
+    for o, i in itertools.product(*map(range, w.shape)):
+        if a[o, i]:
+            scores[o, i] = (a[o, i] / a[:, i].sum() + a[o, i] / a[o].sum()) * x[:, i].norm().sqrt()
+    return scores
+
+
 def wanda_conv(conv, x):
     """Unfold the input to the patches that each weight of a convolution meets."""
     w, per_group = conv.weight.detach(), conv.out_channels // conv.groups
@@ -102,6 +111,14 @@ def erk(shapes, density):
         if not full:
             return {n: 1.0 if n in dense else eps * raw[n] for n in shapes}
         dense |= full
+
+
+def owl(scores, m, lam, sparsity):
+    """Densities by the authors' loop, around a mean weighted by size, from Wanda's scores."""
+    ratios = np.array([float((s > m * s.mean()).double().mean()) for s in scores.values()])
+    sizes = np.array([s.numel() for s in scores.values()])
+    ratios = (ratios - ratios.min()) * (1 / (ratios.max() - ratios.min()) * lam * 2)
+    return dict(zip(scores, ratios - np.average(ratios, weights=sizes) + 1 - sparsity, strict=True))
 
 
 def lamp(scores, total):

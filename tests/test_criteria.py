@@ -17,6 +17,11 @@ from lightning_prune.selection import keep_top
 from tests import reference_methods as oracle
 from tests.networks import same
 
+LINEAR = {
+    "Linear": lambda: (nn.Linear(4, 3), False),
+    "transformers' Conv1D": lambda: (pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 4), True),
+}
+
 
 def weights(model):
     return {name: p.detach().clone() for name, p in prunable(model).items()}
@@ -175,9 +180,44 @@ def test_wanda_of_a_convolution(options):
     assert torch.allclose(scores["weight"], oracle.wanda_conv(layer, x), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", LINEAR)
+def test_ria_of_a_linear_layer(name):
+    torch.manual_seed(1)
+    layer, flip = LINEAR[name]()
+    layer.double()
+    with torch.no_grad():
+        layer.weight[0] = 0  # an output, or an input, without weights
+    x = torch.randn(5, 7, 4, dtype=torch.float64)
+    scores = criteria.ria({"weight": layer.weight.detach()}, layer, [x[:2], x[2:]], lambda m, b: m(b))
+    weight = layer.weight.detach().T if flip else layer.weight.detach()
+    expected = oracle.ria(weight, x.reshape(-1, 4))
+    assert torch.allclose(scores["weight"], expected.T if flip else expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2, "dilation": 2}])
+def test_ria_of_a_convolution_is_that_of_the_matrix_of_each_group(options):
+    layer, x = nn.Conv2d(4, 6, 3, **options).double(), torch.randn(3, 4, 9, 9, dtype=torch.float64)
+    scores = criteria.ria({"weight": layer.weight.detach()}, layer, [x], lambda m, b: m(b))["weight"]
+    patches = nn.functional.unfold(x, 3, layer.dilation, layer.padding, layer.stride).mT.flatten(0, 1)
+    groups = zip(
+        layer.weight.detach().flatten(1).chunk(layer.groups), patches.chunk(layer.groups, dim=1), strict=True
+    )
+    expected = torch.cat([oracle.ria(weight, inputs) for weight, inputs in groups])
+    assert torch.allclose(scores.flatten(1), expected, atol=1e-12)
+
+
+def test_ria_does_not_overflow_in_half_precision():
+    layer, x = nn.Linear(4, 3), torch.full((64, 4), 300.0)
+    forward = lambda m, b: m(b)  # noqa: E731
+    exact = criteria.ria({"weight": layer.weight.detach().half().float()}, layer, [x], forward)["weight"]
+    layer.half()
+    scores = criteria.ria({"weight": layer.weight.detach()}, layer, [x.half()], forward)["weight"]
+    assert torch.allclose(scores, exact, rtol=1e-2)
+
+
 def test_wanda_refuses_a_layer_that_is_not_called():
     model = nn.ModuleDict({"used": nn.Linear(5, 3), "unused": nn.Linear(5, 3)})
-    with pytest.raises(ValueError, match=r"wanda: the layers of unused.weight are not called"):
+    with pytest.raises(ValueError, match=r"criterion: the layers of unused.weight are not called"):
         criteria.wanda(weights(model), model, [torch.randn(2, 5)], lambda m, b: m["used"](b))
 
 

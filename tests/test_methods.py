@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_prune as lp
 from lightning_prune import allocation, criteria, schedules
-from lightning_prune.allocation import AtLeast, PerLayer, global_rank, uniform
+from lightning_prune.allocation import OWL, AtLeast, PerLayer, global_rank, uniform
 from lightning_prune.callbacks.evidence import _twin
 from lightning_prune.criteria import GraSP, SynFlow
 from lightning_prune.granularity import NM, Filter
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*Experiment logs directory .* exists"),
 ]
-NOT_METHODS = {"replay"}  # needs the files of a finished run
+NOT_METHODS = {"replay", "owl"}  # they need the files of a finished run, and calibration data
 
 
 # ------------------------------------------------------------------------------------------------ allocations
@@ -114,6 +114,68 @@ def test_per_layer_refuses_patterns_that_do_not_fit():
         PerLayer({"0": 0.5})(weights, 5, params=weights)
     with pytest.raises(ValueError, match=r"densities\['a'\]=0: allowed are numbers above 0 up to 1"):
         PerLayer({"a": 0})
+
+
+class Outlying(nn.Module):
+    """Three layers, whose inputs have more and more channels that are large."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, n) for n in (30, 20, 40)])
+
+    def forward(self, x):
+        scale = torch.ones(20)
+        for i, layer in enumerate(self.layers):
+            layer(x * scale)
+            scale[i : 2 * i + 1] = 20.0
+
+
+def owl_case():
+    torch.manual_seed(0)
+    return Outlying(), [torch.randn(50, 20), torch.randn(30, 20)], lambda model, x: model(x)
+
+
+@pytest.mark.parametrize("total", [700, 900, 1111])
+@pytest.mark.parametrize(("m", "lam"), [(5, 0.08), (2, 0.2), (3, 0.0)])
+def test_owl_has_the_densities_of_the_published_loop(m, lam, total):
+    model, batches, forward = owl_case()
+    params = {n: p.detach() for n, p in model.named_parameters() if p.dim() > 1}
+    scores = {n: w.abs() for n, w in params.items()}
+    keep = OWL(m, lam)(scores, total, params=params, model=model, batches=batches, forward=forward)
+    expected = oracle.owl(criteria.wanda(params, model, batches, forward), m, lam, 1 - total / 1800)
+    assert sum(keep.values()) == total
+    assert all(abs(keep[n] - expected[n] * w.numel()) < 1 for n, w in params.items())
+    densities = [n / params[name].numel() for name, n in keep.items()]
+    assert max(densities) - min(densities) == pytest.approx(2 * lam, abs=3e-3)
+
+
+@pytest.mark.parametrize("of", [uniform, allocation.per_output])
+def test_owl_is_exact_and_shares_out_within_a_tensor_as_asked(of):
+    model, batches, _ = owl_case()
+    masks = lp.prune(model, 0.5, criteria.wanda, OWL(of=of), data=batches)
+    assert alive(masks) == 900
+    layers = [mask.sum(1) for mask in masks.values()]
+    assert len({int(n.sum()) / n.numel() for n in layers}) == 3
+    assert all(int(n.max() - n.min()) <= 1 for n in layers) == (of is allocation.per_output)
+
+
+def test_owl_never_asks_for_less_than_nothing_or_more_than_there_is():
+    model, batches, _ = owl_case()
+    for sparsity in (0.02, 0.97):
+        masks = lp.prune(deepcopy(model), sparsity, allocate=OWL(m=2, lam=0.4), data=batches)
+        assert alive(masks) == round((1 - sparsity) * 1800)
+        assert all(bool(mask.any()) for mask in masks.values())
+
+
+def test_owl_without_calibration_data_is_refused_before_anything_is_pruned():
+    with pytest.raises(ValueError, match=r"OWL.* asks for `batches`, .* `prune` takes them"):
+        lp.prune(nn.Linear(3, 3), allocate=OWL())
+    pruner = lp.IterativeMagnitudePruning(schedules.Geometric(0.5), rounds=1, allocate=OWL())
+    with pytest.raises(ValueError, match=r"OWL.* asks for `batches`"):
+        fitter(pruner, epochs=2).fit(Net())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(config_name="config", overrides=["+allocation@method=owl"])
+    assert instantiate(config.method) == OWL(5, 0.08, uniform)
 
 
 def test_at_least_gives_every_layer_its_minimum_and_keeps_the_total():
@@ -225,6 +287,8 @@ def test_one_shot_pruning_takes_a_schedule():
         (lambda: schedules.Explicit([1.0]), "sparsities=1.0: allowed are fractions from 0 to below 1"),
         (lambda: schedules.Threshold(float("nan")), "theta=nan: allowed are finite numbers"),
         (lambda: schedules.Bucket(0), "beta=0: allowed are finite numbers above 0"),
+        (lambda: OWL(m=0), "m=0: allowed are finite numbers above 0"),
+        (lambda: OWL(lam=0.5), "lam=0.5: allowed are numbers from 0 to below 0.5"),
         (lambda: AtLeast(-1), "n=-1: allowed are whole numbers from 0 on"),
     ],
 )
