@@ -11,8 +11,8 @@ from copy import deepcopy
 import torch
 from torch.nn.functional import cross_entropy
 
-from experiments.data import Splits, mnist
-from experiments.models import LeNet
+from lightning_prune.study.data import Splits, mnist
+from lightning_prune.study.models import LeNet
 
 
 def train(net: LeNet, masks: dict[str, torch.Tensor], data: Splits, steps: int) -> tuple[int, float]:

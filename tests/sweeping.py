@@ -7,7 +7,7 @@ import warnings
 
 import mnist1d.data  # noqa: F401  so that no process has to import it again
 
-from experiments import run
+from lightning_prune.study import run
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -16,7 +16,7 @@ SMALL += ["checkpoint_every_n_epochs=1"]
 
 
 def command(output, *arguments):
-    """`python -m experiments.run` with these arguments, in a process group of its own."""
+    """`lightning-prune run` with these arguments, in a process group of its own."""
     warnings.simplefilter("ignore")
     os.setsid()
     os.environ["COLUMNS"] = "140"  # of the terminal
@@ -24,11 +24,8 @@ def command(output, *arguments):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-    sys.argv = ["experiments.run", *arguments]
-    if "--dry-run" in arguments:
-        run.dry_run([a for a in arguments if a != "--dry-run"])
-    else:
-        run.main()
+    sys.argv = ["lightning-prune"]
+    run.command(list(arguments))
     if loky := sys.modules.get("joblib.externals.loky"):
         # multiprocessing waits for all children, and joblib's live on idle for five minutes
         loky.get_reusable_executor().shutdown()

@@ -32,7 +32,7 @@ def test_every_experiment_composes_and_its_parts_instantiate(experiment, kind):
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     run = {"ticket": "training", "reinit": "controls"}[kind]
     run = "connectivity" if experiment.startswith("lmc_") and kind == "ticket" else run
-    assert cfg.run._target_ == f"experiments.{run}.train"
+    assert cfg.run._target_ == f"lightning_prune.study.{run}.train"
     pruner = instantiate(cfg.pruner)
     assert isinstance(pruner, lp.IterativeMagnitudePruning)
     assert pruner.rounds == cfg.rounds

@@ -6,10 +6,10 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.nn.functional import batch_norm
 
-from experiments.connectivity import barrier, interpolated, path
-from experiments.records import read
-from experiments.report import report
-from experiments.run import run
+from lightning_prune.study.connectivity import barrier, interpolated, path
+from lightning_prune.study.records import read
+from lightning_prune.study.report import report
+from lightning_prune.study.run import run
 from tests.networks import same
 from tests.test_experiments import ROOT
 
@@ -113,8 +113,13 @@ def test_two_copies_are_trained_from_the_rewound_state_and_reported(to_step, tmp
             return compose("config", [*overrides, *small])
 
     run(config("experiment=mnist1d"))
-    lmc = ["name=lmc", f"ticket={tmp_path}/mnist1d/ticket-1", "run._target_=experiments.connectivity.train"]
-    lmc += ["+run.points=5", "controls_at=[0,2]", "figures=[{_target_: experiments.connectivity.Paths}]"]
+    its = "lightning_prune.study.connectivity"
+    lmc = ["name=lmc", f"ticket={tmp_path}/mnist1d/ticket-1", f"run._target_={its}.train"]
+    lmc += [
+        "+run.points=5",
+        "controls_at=[0,2]",
+        f"figures=[{{_target_: {its}.Paths}}]",
+    ]
     folder = run(config("experiment=mnist1d", *lmc))
     found = read(folder / "records.jsonl")[0]
     assert [(r["round"], r["alive"]) for r in found] == [(0, 50_000), (2, 24_965)]

@@ -11,21 +11,21 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import lightning_prune as lp
-from experiments import controls
-from experiments.equal_size import of_equal_size
-from experiments.models import LeNet
-from experiments.recording import Records
-from experiments.records import read
-from experiments.round_masks import lifetimes, masks_of
-from experiments.run import run
-from experiments.tasks import Classification
-from experiments.tickets import Begin, Start
 from lightning_prune.criteria import Random
 from lightning_prune.granularity import NM, Block, Filter, Kernel, single, units
 from lightning_prune.layers import Layout, prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks
 from lightning_prune.rewind import Snapshot
+from lightning_prune.study import controls
+from lightning_prune.study.equal_size import of_equal_size
+from lightning_prune.study.models import LeNet
+from lightning_prune.study.recording import Records
+from lightning_prune.study.records import read
+from lightning_prune.study.round_masks import lifetimes, masks_of
+from lightning_prune.study.run import run
+from lightning_prune.study.tasks import Classification
+from lightning_prune.study.tickets import Begin, Start
 from tests.networks import Net, fitter, same
 from tests.test_experiments import ROOT
 
@@ -225,7 +225,7 @@ def count(network):
 
 @pytest.mark.parametrize("weights", [5_000, 20_000, 40_000, 80_000, 180_000, 266_200])
 def test_a_small_dense_network_has_the_nearest_number_of_weights(weights):
-    model = OmegaConf.create({"_target_": "experiments.models.LeNet", "hidden": [300, 100]})
+    model = OmegaConf.create({"_target_": "lightning_prune.study.models.LeNet", "hidden": [300, 100]})
     first, second = controls.narrowed(model, weights, count)["hidden"]
     scales = [(i + 0.3) / 9000 for i in range(9001)]  # never half way between two whole widths
     both = {(max(1, round(300 * by)), max(1, round(100 * by))) for by in scales}

@@ -15,15 +15,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prune as lp
-from experiments import round_masks
-from experiments.recording import Records
-from experiments.records import read
-from experiments.round_masks import masks_of
 from lightning_prune import rewind
 from lightning_prune.callbacks import masked
 from lightning_prune.callbacks import pruning as callback_module
 from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
 from lightning_prune.holding import Hold
+from lightning_prune.study import round_masks
+from lightning_prune.study.recording import Records
+from lightning_prune.study.records import read
+from lightning_prune.study.round_masks import masks_of
 from tests.interrupted import CLOCKS
 from tests.networks import Net, fitter, same
 from tests.test_resume import in_another_process

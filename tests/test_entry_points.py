@@ -90,8 +90,8 @@ def test_hydra_builds_callbacks_in_a_users_own_app_with_the_groups_of_the_wheel(
 def test_what_the_wheel_ships_needs_nothing_of_this_repository(wheel):
     archive = zipfile.ZipFile(wheel)
     shipped = {name: archive.read(name).decode() for name in archive.namelist() if "/conf/" in name}
-    groups = {name.split("/")[2] for name in shipped if name.endswith(".yaml")}
-    assert groups == {"allocation", "criterion", "granularity", "rewind", "schedule"}
+    here = {path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
+    assert {name.removeprefix("lightning_prune/conf/") for name in shipped if name.endswith(".yaml")} == here
     assert "lightning_prune/conf/__init__.py" in shipped
     assert not [name for name, text in shipped.items() if "experiments." in text]
     assert "lightning_prune/py.typed" in archive.namelist()

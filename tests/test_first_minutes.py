@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
-from experiments import run as entry
-from experiments.records import read
+from lightning_prune.study import run as entry
+from lightning_prune.study.records import read
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = re.compile(r'[<>:"|?*\\]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)

@@ -7,9 +7,9 @@ from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.records import read
-from experiments.run import run
-from experiments.tasks import Classification
+from lightning_prune.study.records import read
+from lightning_prune.study.run import run
+from lightning_prune.study.tasks import Classification
 from tests.test_experiments import config, lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional
 
 import lightning_prune as lp
-from experiments.models import LeNet
 from lightning_prune.deploy import timing
 from lightning_prune.deploy.sizes import gzipped, size
 from lightning_prune.deploy.timing import Ratio
+from lightning_prune.study.models import LeNet
 
 accelerating = importlib.import_module("lightning_prune.deploy.accelerate")
 FORMS = {"csr": accelerating._csr, "compact": accelerating._compact}

@@ -7,9 +7,9 @@ import struct
 import pytest
 import torch
 
-from experiments import records
-from experiments.pictures import picture
-from experiments.run import run
+from lightning_prune.study import records
+from lightning_prune.study.mask_images import picture
+from lightning_prune.study.run import run
 from tests.test_experiments import config
 
 LAYERS = ("net.fc1.weight", "net.fc2.weight", "net.out.weight")

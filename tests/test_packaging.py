@@ -61,8 +61,12 @@ def undeclared(files, at_once, later):
 
 
 def test_every_import_of_the_package_is_a_dependency_and_what_is_imported_later_at_least_an_extra():
-    files = (ROOT / "lightning_prune").rglob("*.py")
-    assert not undeclared(files, NEEDED, {**NEEDED, **OPTIONAL})
+    study = ROOT / "lightning_prune" / "study"
+    core = [path for path in (ROOT / "lightning_prune").rglob("*.py") if study not in path.parents]
+    assert not undeclared(core, NEEDED, {**NEEDED, **OPTIONAL})
+    extra = PROJECT.core.optional_dependencies
+    experiments = requirements([*extra["experiments"], *extra["report"]])
+    assert not undeclared(study.rglob("*.py"), {**NEEDED, **experiments}, {**NEEDED, **OPTIONAL})
 
 
 def test_every_import_of_the_experiments_is_declared():

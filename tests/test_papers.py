@@ -7,14 +7,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
-from experiments.controls import initialize
-from experiments.data import Batches, Splits, pad_crop_flip, per_channel, per_image
-from experiments.models import VGG16, Conv, ResNet20, glorot, kaiming
-from experiments.records import read
-from experiments.run import run
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import groups, next_masks
+from lightning_prune.study.controls import initialize
+from lightning_prune.study.data import Batches, Splits, pad_crop_flip, per_channel, per_image
+from lightning_prune.study.models import VGG16, Conv, ResNet20, glorot, kaiming
+from lightning_prune.study.records import read
+from lightning_prune.study.run import run
 from tests.test_experiments import ROOT
 
 # Weights left after n rounds, in percent, from the shapes and rates of Frankle & Carbin (2019), Figure 2.
@@ -194,7 +194,7 @@ def test_every_papers_experiment_runs_from_end_to_end(name, kind, options, image
         tiny += ["rewind.to_step=1"] if kind == "ticket" else []
     rates = []
 
-    from experiments.tasks import Classification
+    from lightning_prune.study.tasks import Classification
 
     original = Classification.training_step
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
-from experiments import records
-from experiments.run import run
+from lightning_prune.study import records
+from lightning_prune.study.run import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]

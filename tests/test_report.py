@@ -17,9 +17,9 @@ from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
 
 import lightning_prune as lp
-from experiments import figures, report, round_masks
-from experiments.measure import measure
-from experiments.runs import load
+from lightning_prune.study import figures, report, round_masks
+from lightning_prune.study.costs import measure
+from lightning_prune.study.run_folders import load
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"net.fc1.weight": (64, 49), "net.out.weight": (10, 64)}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from experiments import round_masks
-from experiments.recording import Records
-from experiments.records import described, read, write
-from experiments.round_masks import lifetimes, masks_of, save
 from lightning_prune.masks import alive
+from lightning_prune.study import round_masks
+from lightning_prune.study.recording import Records
+from lightning_prune.study.records import described, read, write
+from lightning_prune.study.round_masks import lifetimes, masks_of, save
 from tests.networks import Net, fitter, same
 
 SHAPES = {"a": (13, 7), "b": (5,), "none": (0, 3)}

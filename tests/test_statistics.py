@@ -7,8 +7,9 @@ import statistics
 import pytest
 import torch
 
-from experiments.report import differences, table
-from experiments.statistics import (
+from lightning_prune.masks import jaccard
+from lightning_prune.study.report import differences, table
+from lightning_prune.study.statistics import (
     by_seed,
     interval,
     overlap_of_rounds,
@@ -17,7 +18,6 @@ from experiments.statistics import (
     paired_by_round,
     spread,
 )
-from lightning_prune.masks import jaccard
 
 
 def record(kind, seed, round, left, **metrics):

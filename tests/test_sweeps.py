@@ -12,10 +12,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments import records, sweeps
-from experiments.round_masks import masks_of
-from experiments.run import run, state_of
-from experiments.tasks import Classification
+from lightning_prune.study import configs, locks, records
+from lightning_prune.study.round_masks import masks_of
+from lightning_prune.study.run import run, state_of
+from lightning_prune.study.tasks import Classification
 from tests.sweeping import CONTEXT, SMALL, start
 
 ROOT = Path(__file__).parents[1]
@@ -105,16 +105,16 @@ def test_two_workers_never_make_the_same_run(tmp_path):
 
 def test_done_is_written_last_and_holds_the_hash_of_the_config(tmp_path, monkeypatch):
     on_disk = []
-    monkeypatch.setattr("experiments.run.sync", lambda path: on_disk.append(path.name))
+    monkeypatch.setattr("lightning_prune.study.run.sync", lambda path: on_disk.append(path.name))
     cfg = config(tmp_path, "rounds=0")
     folder = run(cfg)
     assert {"records.jsonl", "final.ckpt", "resume.ckpt"} <= set(on_disk)
     assert not (tmp_path / "mnist1d" / "ticket-1" / "FAILED").exists()
-    from experiments.run import _FREE
+    from lightning_prune.study.run import _FREE
 
-    assert (folder / "DONE").read_text().strip() == sweeps.digest(sweeps.plain(cfg, _FREE))
+    assert (folder / "DONE").read_text().strip() == configs.digest(configs.plain(cfg, _FREE))
     other = config(tmp_path, "rounds=0", "batch_size=50")
-    assert sweeps.digest(sweeps.plain(other, _FREE)) != (folder / "DONE").read_text().strip()
+    assert configs.digest(configs.plain(other, _FREE)) != (folder / "DONE").read_text().strip()
     assert state_of(config(tmp_path, "rounds=0", "progress=true")) == "finished"
     (folder / "DONE").write_text("0123456789abcdef\n")
     with pytest.raises(ValueError, match="DONE is that of another config"):
@@ -154,7 +154,7 @@ def test_what_failed_is_started_anew_and_what_was_interrupted_goes_on(tmp_path, 
 
 
 def hold(path, ready):
-    lock = sweeps.locked(path, "it")
+    lock = locks.locked(path, "it")
     ready.set()
     time.sleep(600)
     lock.release()
@@ -169,7 +169,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert (tmp_path / "lock").exists()
-    sweeps.locked(tmp_path / "lock", "it").release()
+    locks.locked(tmp_path / "lock", "it").release()
 
 
 # ------------------------------------------------------------------------------------------- shared work
@@ -212,7 +212,7 @@ def test_the_dense_round_is_trained_once_and_changes_nothing(tmp_path, monkeypat
 def test_a_dense_round_is_shared_by_what_begins_with_the_same(overrides, same, tmp_path):
     from hydra.utils import instantiate
 
-    from experiments.dense import dense_round
+    from lightning_prune.study.shared_rounds import dense_round
 
     def path(*given):
         cfg = config(tmp_path, *given)

@@ -20,9 +20,9 @@ from typing_extensions import override
 
 import lightning_prune as lp
 from experiments.benchmarks.step import Task
-from experiments.channels import torch_pruning
-from experiments.models import ResNet20
 from lightning_prune.deploy.timing import alternated, low, machine, ratio, seconds, timed
+from lightning_prune.study.channel_cuts import torch_pruning
+from lightning_prune.study.models import ResNet20
 
 
 class Net(Task):

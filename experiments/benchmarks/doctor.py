@@ -9,11 +9,11 @@ import warnings
 import torch
 
 from experiments.benchmarks.step import Task, holding, step_time
-from experiments.models import LeNet
 from lightning_prune import doctor
 from lightning_prune.deploy.timing import low, machine, seconds
 from lightning_prune.layers import prunable
 from lightning_prune.pruning import next_masks
+from lightning_prune.study.models import LeNet
 
 BATCH, IMAGES = 60, 55_000
 

@@ -13,10 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.nn.functional import cross_entropy
 
-from experiments.data import Splits, npz
-from experiments.models import LeNet
-from experiments.run import run
 from lightning_prune.deploy.timing import alternated, low, machine, ratio, timed
+from lightning_prune.study.data import Splits, npz
+from lightning_prune.study.models import LeNet
+from lightning_prune.study.run import run
 
 ROUNDS, STEPS, EVERY = 3, 1000, 100
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import lightning_prune as lp
-from experiments.models import LeNet
 from lightning_prune.deploy.timing import alternated, low, machine, ratio, timed
+from lightning_prune.study.models import LeNet
 
 CASES = {
     "LeNet-300-100": (LeNet, 784, (1, 32, 256)),

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from experiments.data import Sliced
-from experiments.models import LeNet, ResNet20
 from lightning_prune import IterativeMagnitudePruning, prune
 from lightning_prune.deploy.timing import alternated, low, machine, ratio
+from lightning_prune.study.data import Sliced
+from lightning_prune.study.models import LeNet, ResNet20
 
 SPARSITY = 0.8
 

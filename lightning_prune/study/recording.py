@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from typing_extensions import override
+from typing_extensions import final, override
 
-from experiments import round_masks
-from experiments.records import curve, described, read, summary, write
-from lightning_prune import IterativeMagnitudePruning
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.masks import Masks
+from lightning_prune.study import round_masks
+from lightning_prune.study.records import curve, described, read, summary, write
 
 VERSION = 2  # of the state in checkpoints; 1 held how many prunings each weight survived
 
 
+@final
 class Records(Callback):
     """Append a line to `records.jsonl` when a round has been trained, and say when it is evaluated.
 
     Every so many steps of a round, and at its end, wherever that lies on Lightning's own grid of batches. The
-    masks of a round are written to a file of their own when it begins; `experiments.round_masks` reads them.
+    masks of a round are written to a file of their own when it begins; `round_masks` reads them.
 
     A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, curve {metric: its
     values at the steps of the round's evaluations}, seconds. Early stopping is read off the evaluations of

@@ -6,11 +6,12 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 
-import lightning_prune as lp
-from experiments.records import described, kinds_of
-from experiments.runs import Runs
+from lightning_prune.deploy.accelerate import accelerate
+from lightning_prune.deploy.summary import summarize
 from lightning_prune.masks import bits, zero_dead_
 from lightning_prune.rng import capture, restore
+from lightning_prune.study.records import described, kinds_of
+from lightning_prune.study.run_folders import Runs
 
 
 def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
@@ -46,8 +47,8 @@ def measure(runs: Runs, examples: int = 256) -> list[dict[str, Any]]:
             task.load_state_dict(initial)
             for name, mask in masks.items():
                 zero_dead_(p := task.get_parameter(name), bits(mask, like=p))
-            cost = lp.summarize(task.net, example)
-            fast: Any = lp.accelerate(task.net, example).acceleration
+            cost = summarize(task.net, example)
+            fast: Any = accelerate(task.net, example).acceleration
             row = {"kind": kind, **{k: described(record["round"], masks)[k] for k in ("round", "sparsity")}}
             row |= {
                 f"{form}_bytes": getattr(cost.total, f"{form}_size") for form in ("raw", "gzip", "sparse")

@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 
 from scipy.stats import t
 
-from experiments.records import Record
 from lightning_prune.masks import Masks, jaccard
+from lightning_prune.study.records import Record
 
 
 @dataclass(frozen=True)

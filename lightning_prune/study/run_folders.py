@@ -8,15 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from typing_extensions import final
 
-from experiments.records import Record, read
-from experiments.round_masks import masks_of
 from lightning_prune.masks import Masks
+from lightning_prune.study.configs import load as load_config
+from lightning_prune.study.configs import renamed
+from lightning_prune.study.records import Record, read
+from lightning_prune.study.round_masks import masks_of
 
 log = logging.getLogger(__name__)
 
 
+@final
 @dataclass
 class Run:
     """One run, or the part of it that is there.
@@ -50,6 +53,7 @@ class Run:
         return _yaml(path) if path and path.is_file() else {}
 
 
+@final
 @dataclass
 class Runs:
     """The runs of an experiment.
@@ -110,9 +114,9 @@ def load(folder: Path) -> Runs:
             its = [r for r in records if (r["kind"], r.get("seed")) == (kind, seed)]
             runs.append(Run(kind, seed, "recorded", its))
     if not any(run.records for run in runs):
-        raise SystemExit(f"{folder}: no records. Run an experiment first: python -m experiments.run")
+        raise SystemExit(f"{folder}: no records. Run an experiment first: lightning-prune run")
     first = next((run.folder for run in runs if run.folder), folder)
-    config: Any = OmegaConf.load(first / "config.yaml")
+    config: Any = load_config(first / "config.yaml")
     measured = [json.loads(line) for line in _lines(folder / "measured.jsonl")]
     return Runs(config.name, runs, config, broken, measured)
 
@@ -145,4 +149,4 @@ def _json(path: Path) -> dict[str, Any]:
 def _yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.load(renamed(path.read_text()), getattr(yaml, "CSafeLoader", yaml.SafeLoader))

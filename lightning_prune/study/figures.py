@@ -16,12 +16,12 @@ import altair as alt
 import torch
 import vl_convert
 
-from experiments.records import Record, by_round, kinds_of
-from experiments.runs import Runs
-from experiments.statistics import interval, overlap_of_seeds
 from lightning_prune import files
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.masks import Masks, jaccard
+from lightning_prune.study.records import Record, by_round, kinds_of
+from lightning_prune.study.run_folders import Runs
+from lightning_prune.study.statistics import interval, overlap_of_seeds
 
 LABELS = {
     "reinit": "re-initialised",

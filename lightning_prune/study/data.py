@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from typing_extensions import override
+from typing_extensions import final, override
 
 Pair = tuple[Tensor, Tensor]
 
@@ -181,6 +181,7 @@ def pad_crop_flip(x: Tensor, padding: int = 4, generator: torch.Generator | None
     return padded[(*at, rows[:, None, :, None], columns[:, None, None, :])]
 
 
+@final
 class Sliced(Dataset[Pair]):
     """Tensors of which a whole batch is sliced at once, not collated sample by sample."""
 
@@ -198,6 +199,7 @@ class Sliced(Dataset[Pair]):
         return self.tensors[0][at], self.tensors[1][at]
 
 
+@final
 class Batches(LightningDataModule):
     """Loaders over splits: shuffled training batches; validation and test in large ones, in this order.
 

@@ -10,15 +10,16 @@ from typing import Any
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
-from typing_extensions import override
+from typing_extensions import final, override
 
-from experiments.recording import VERSION
-from experiments.records import read
-from experiments.sweeps import digest, locked, plain
-from lightning_prune import IterativeMagnitudePruning
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked
 from lightning_prune.files import replacing
 from lightning_prune.masks import Masks
+from lightning_prune.study.configs import digest, plain
+from lightning_prune.study.locks import locked
+from lightning_prune.study.recording import VERSION
+from lightning_prune.study.records import read
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
 LATER = [
@@ -29,6 +30,7 @@ LATER = [
 ]
 
 
+@final
 class DenseRound(Callback):
     """Take over the checkpoint of a dense round like this one, or write it for those that follow.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import final
 
 
 def glorot(module: nn.Module) -> None:
@@ -22,6 +23,7 @@ def kaiming(module: nn.Module) -> None:
         nn.init.uniform_(module.weight)
 
 
+@final
 class LeNet(nn.Module):
     """LeNet-300-100: a fully connected network, Gaussian Glorot initialization, zero biases.
 
@@ -43,6 +45,7 @@ class LeNet(nn.Module):
         return self.out(torch.relu(self.fc2(torch.relu(self.fc1(x.flatten(1))))))
 
 
+@final
 class ResidualMLP(nn.Module):
     """The network of the MNIST-1D lottery ticket study: h = relu(fc1(x)); h += relu(fc2(h)); out(h).
 
@@ -60,6 +63,7 @@ class ResidualMLP(nn.Module):
         return self.out(h + torch.relu(self.fc2(h)))
 
 
+@final
 class Conv(nn.Module):
     """Conv-2, -4 or -6 for 32x32 images: pairs of 3x3 convolutions with max-pooling, three linear layers.
 
@@ -96,6 +100,7 @@ class Conv(nn.Module):
         return self.out(torch.relu(self.fc2(h)))
 
 
+@final
 class VGG16(nn.Module):
     """VGG-16 for 32x32 images: thirteen 3x3 convolutions with BatchNorm, one linear layer.
 
@@ -132,6 +137,7 @@ class VGG16(nn.Module):
         return self.out(self.features(x).mean((2, 3)))
 
 
+@final
 class ResNet20(nn.Module):
     """ResNet-20 for 32x32 images: three stages of three blocks, with 1x1 convolution shortcuts.
 
@@ -169,6 +175,7 @@ class ResNet20(nn.Module):
         return self.out(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+@final
 class Block(nn.Module):
     """Two 3x3 convolutions with BatchNorm beside a shortcut."""
 
@@ -189,6 +196,7 @@ class Block(nn.Module):
         return torch.relu(h + self.shortcut(x))
 
 
+@final
 class ResNeXt(nn.Module):
     """A small ResNeXt for 32x32 images: grouped convolutions in bottleneck blocks with BatchNorm.
 
@@ -215,6 +223,7 @@ class ResNeXt(nn.Module):
         return self.out(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+@final
 class Bottleneck(nn.Module):
     """1x1, grouped 3x3 and 1x1 convolutions with BatchNorm beside a shortcut."""
 

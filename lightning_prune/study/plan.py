@@ -9,19 +9,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import final
 
-from experiments.dense import LATER, dense_round
-from experiments.records import read
-from experiments.round_masks import file_size
-from experiments.sweeps import plain
-from experiments.training import Cost, trial
-from lightning_prune import IterativeMagnitudePruning
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked
 from lightning_prune.pruning import budget, groups
+from lightning_prune.study.configs import plain
+from lightning_prune.study.records import read
+from lightning_prune.study.round_masks import file_size
+from lightning_prune.study.shared_rounds import LATER, dense_round
+from lightning_prune.study.training import Cost, trial
 
 HEAD = ("run", "state", "rounds to train", "weights left", "disk", "time")
 
 
+@final
 class Plan:
     """The runs of a command, one after another.
 
@@ -39,8 +41,8 @@ class Plan:
     def add(self, cfg: DictConfig, folder: Path, state: str) -> None:
         """Add a run."""
         name = f"{cfg.name}/{folder.name}"
-        control = cfg.run._target_.startswith("experiments.controls.")
-        if cfg.run._target_ != "experiments.training.train" and not control:
+        control = cfg.run._target_.startswith("lightning_prune.study.controls.")
+        if cfg.run._target_ != "lightning_prune.study.training.train" and not control:
             self.rows.append((name, state, "", "", "?", "?"))
             return
         pruner: IterativeMagnitudePruning = instantiate(cfg.pruner)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from experiments.records import read
 from lightning_prune.files import replacing
 from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.study.records import read
 
 Packed = Mapping[str, Mapping[str, Any]]
 OLD = "survived.pt"  # of the first version: how many prunings each weight survived, as one byte

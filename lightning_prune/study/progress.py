@@ -6,11 +6,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import TqdmExperimentalWarning, tqdm
-from typing_extensions import override
+from typing_extensions import final, override
 
-from experiments.recording import pruner_of
+from lightning_prune.study.recording import pruner_of
 
 
+@final
 class ExperimentProgress(Callback):
     """A bar over all optimizer steps: kind of run, round, weights left, best validation so far, time left.
 

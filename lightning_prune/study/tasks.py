@@ -10,11 +10,12 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
-from typing_extensions import override
+from typing_extensions import final, override
 
 SPLITS = ("val", "test")
 
 
+@final
 class Classification(LightningModule):
     """Classification with cross-entropy; loss and accuracy on the validation and test loaders, in this order.
 

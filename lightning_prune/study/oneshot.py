@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from experiments.records import described
-from experiments.tasks import Classification
 from lightning_prune.deploy.sizes import gzipped
 from lightning_prune.masks import Masks
 from lightning_prune.schedules import Schedule
+from lightning_prune.study.records import described
+from lightning_prune.study.tasks import Classification
 
 
 @dataclass(frozen=True)

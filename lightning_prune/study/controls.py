@@ -25,12 +25,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from experiments import tickets
-from experiments.equal_size import of_equal_size
-from experiments.records import Record, read
-from experiments.round_masks import lifetimes
-from experiments.tickets import Begin, Start, chosen, each_round, finished, finished_masks, train_from
-from experiments.training import built
 from lightning_prune.criteria import Random
 from lightning_prune.evidence import OF_A_RUN, asked
 from lightning_prune.files import replacing
@@ -38,6 +32,20 @@ from lightning_prune.layers import layouts
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Criterion, groups
 from lightning_prune.selection import Scores
+from lightning_prune.study import tickets
+from lightning_prune.study.equal_size import of_equal_size
+from lightning_prune.study.records import Record, read
+from lightning_prune.study.round_masks import lifetimes
+from lightning_prune.study.tickets import (
+    Begin,
+    Start,
+    chosen,
+    each_round,
+    finished,
+    finished_masks,
+    train_from,
+)
+from lightning_prune.study.training import built
 
 Prune = Callable[[Criterion, Mapping[str, Tensor]], Masks]
 Control = Callable[..., Start]

@@ -5,10 +5,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+from typing_extensions import final
 
 from lightning_prune.masks import Masks
 
 
+@final
 class MaskImages(Callback):
     """After each pruning, every mask as a picture: outputs downwards, inputs to the right, alive is white.
 

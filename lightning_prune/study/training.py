@@ -1,4 +1,4 @@
-"""Train a network round by round: what `experiments.run` does unless a config names something else."""
+"""Train a network round by round: what `lightning-prune run` does unless a config names something else."""
 
 import logging
 import warnings
@@ -15,14 +15,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
-from typing_extensions import override
+from typing_extensions import final, override
 
-from experiments.dense import dense_round
-from experiments.oneshot import sweep
-from experiments.pictures import MaskImages
-from experiments.progress import ExperimentProgress
-from experiments.recording import Records
-from experiments.records import read, write
+from lightning_prune.study.mask_images import MaskImages
+from lightning_prune.study.oneshot import sweep
+from lightning_prune.study.progress import ExperimentProgress
+from lightning_prune.study.recording import Records
+from lightning_prune.study.records import read, write
+from lightning_prune.study.shared_rounds import dense_round
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
@@ -93,6 +93,7 @@ def fit(
     return trainer
 
 
+@final
 class Final(Callback):
     """A checkpoint when all is trained, from the process that trained it.
 

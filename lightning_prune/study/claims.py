@@ -1,11 +1,14 @@
 """Published claims, held against records: held, not held, or undecided."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from experiments.records import Record
-from experiments.statistics import nearest, spread
+from typing_extensions import override
+
+from lightning_prune.study.records import Record
+from lightning_prune.study.statistics import nearest, spread
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ def cited(source: str, margin_from: str | None, has_margin: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """`of` minus `against` is at least, or at most, this much, at each of the fractions of weights `left`.
+class Comparison(ABC):
+    """`of` compared with `against` is at least, or at most, this, at each of the fractions of weights `left`.
 
     Values are paired by seed. A claim is held when the 95 % interval of the mean (Student's t) lies on the
     right side of the bound, up to the tolerance, not held when it lies on the other, otherwise undecided;
@@ -88,12 +91,13 @@ class Difference:
                 f"at_least={self.at_least}, at_most={self.at_most}: a claim needs one of them, and not both."
             )
 
+    @abstractmethod
     def _compare(self, of: float, against: float) -> float:
-        return of - against
+        """One number for two."""
 
+    @abstractmethod
     def _equal(self) -> float:
         """What `_compare` gives for equal values: a bound there is no margin."""
-        return 0.0
 
     def _values(self, records: list[Record], left: float) -> tuple[list[float], int]:
         """A value for each seed, NaN where it is unknown; and of how many seeds a minimum is censored."""
@@ -150,12 +154,27 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Ratio(Difference):
-    """`of` divided by `against`; otherwise as `Difference`."""
+class Difference(Comparison):
+    """`of` minus `against`; otherwise as `Comparison`."""
 
+    @override
+    def _compare(self, of: float, against: float) -> float:
+        return of - against
+
+    @override
+    def _equal(self) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Ratio(Comparison):
+    """`of` divided by `against`; otherwise as `Comparison`."""
+
+    @override
     def _compare(self, of: float, against: float) -> float:
         return of / against if against else nan
 
+    @override
     def _equal(self) -> float:
         return 1.0
 

@@ -1,17 +1,37 @@
-"""Runs that survive: which config a folder belongs to, one writer at a time."""
+"""Configs: where those of this package lie, what two of them differ in, and old ones under today's names."""
 
 import hashlib
 import json
-import logging
-import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-log = logging.getLogger(__name__)
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel the configs lie in the package; in a clone, and where one is installed to be edited, beside it.
+CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+# The rooms that the first version had in `experiments` and that have another name here.
+_MOVED = {"channels": "channel_cuts"}
+_OLD = re.compile(r"\bexperiments\.(?=[a-z_]+\.)([a-z_]+)")
+
+
+def load(path: Path) -> DictConfig:
+    """A config that a run left, of whatever version: what it names has the names of today."""
+    config = OmegaConf.create(renamed(path.read_text()))
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def renamed(text: str) -> str:
+    """The text of a config of the first version, with the names of today.
+
+    >>> renamed("_target_: experiments.figures.WeightsLeft")
+    '_target_: lightning_prune.study.figures.WeightsLeft'
+    """
+    return _OLD.sub(lambda found: f"lightning_prune.study.{_MOVED.get(found[1], found[1])}", text)
 
 
 def plain(cfg: DictConfig | Any, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,21 +59,3 @@ def digest(content: Mapping[str, Any]) -> str:
     True
     """
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def locked(path: Path, what: str) -> FileLock:
-    """The lock of this file, once nobody else holds it; that of a process that was killed is free."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s is being made by another process: waiting for it.", what)
-        lock.acquire()
-    return lock
-
-
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

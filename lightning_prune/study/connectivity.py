@@ -16,14 +16,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from experiments.figures import Axis, Figure, axis_of, lines
-from experiments.oneshot import evaluate
-from experiments.records import Record, described, read
-from experiments.runs import Runs
-from experiments.statistics import interval
-from experiments.tickets import Begin, each_round, finished, train_from
-from experiments.training import built
 from lightning_prune.files import replacing
+from lightning_prune.study.figures import Axis, Figure, axis_of, lines
+from lightning_prune.study.oneshot import evaluate
+from lightning_prune.study.records import Record, described, read
+from lightning_prune.study.run_folders import Runs
+from lightning_prune.study.statistics import interval
+from lightning_prune.study.tickets import Begin, each_round, finished, train_from
+from lightning_prune.study.training import built
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 State = Mapping[str, Tensor]

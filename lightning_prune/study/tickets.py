@@ -11,15 +11,15 @@ from hydra.utils import instantiate, to_absolute_path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import final, override
 
-from experiments.records import Record, read, write
-from experiments.round_masks import masks_of
-from experiments.sweeps import plain
-from experiments.training import fit
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks
 from lightning_prune.rewind import Snapshot
+from lightning_prune.study.configs import load, plain
+from lightning_prune.study.records import Record, read, write
+from lightning_prune.study.round_masks import masks_of
+from lightning_prune.study.training import fit
 
 # In what a control may differ from the ticket: what it does with it, and what changes no numbers.
 NOT_OF_TRAINING = (
@@ -137,7 +137,7 @@ def _check_config(cfg: DictConfig) -> None:
     path = _folder(cfg) / "config.yaml"
     if not path.is_file():
         return
-    there, here = plain(OmegaConf.load(path), NOT_OF_TRAINING), plain(cfg, NOT_OF_TRAINING)
+    there, here = plain(load(path), NOT_OF_TRAINING), plain(cfg, NOT_OF_TRAINING)
     if changed := sorted(k for k in {**there, **here} if there.get(k) != here.get(k)):
         shown = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed[:5])
         raise ValueError(
@@ -219,6 +219,7 @@ def train_from(
     fit(cfg, folder, task, instantiate(cfg.batches), callbacks, steps, order)
 
 
+@final
 class Begin(Callback):
     """Training begins with this start.
 

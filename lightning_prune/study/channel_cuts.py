@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.data import Batches
-from experiments.oneshot import evaluate
-from experiments.records import read, write
-from experiments.training import built, hush
 from lightning_prune.deploy.timing import alternated, low, ratio
 from lightning_prune.files import replacing
+from lightning_prune.study.data import Batches
+from lightning_prune.study.oneshot import evaluate
+from lightning_prune.study.records import read, write
+from lightning_prune.study.training import built, hush
 
 
 def sweep(cfg: DictConfig, folder: Path) -> None:

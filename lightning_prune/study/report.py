@@ -1,0 +1,329 @@
+"""A folder of runs -> one page, figures for papers, tables: `lightning-prune report runs/mnist1d`."""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from math import isfinite, nan
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import vl_convert
+from hydra.utils import instantiate
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from lightning_prune import files
+from lightning_prune.study.claims import COVERED, Verdict
+from lightning_prune.study.configs import flattened
+from lightning_prune.study.costs import measure
+from lightning_prune.study.figures import CONFIG, LABELS, PANELS, STANDARD, Figure, finite
+from lightning_prune.study.records import Record, by_round, kinds_of, write
+from lightning_prune.study.run_folders import Run, Runs, load
+from lightning_prune.study.statistics import interval, paired_by_round
+
+Cell = str | int | float | None
+
+
+def table(records: list[Record], metric: str) -> list[list[str]]:
+    """Rows of text: round, weights left, and of each kind the mean of a metric over seeds, with its range."""
+    records = [r for r in records if metric in r["metrics"]]
+    kinds = kinds_of(records)
+    rows = [["round", "weights left", *(LABELS.get(k, k) for k in kinds)]]
+    for round, by_kind in sorted(by_round(records).items()):
+        left = fmean(r["alive"] / r["total"] for r in next(iter(by_kind.values())))
+        row = [str(round), f"{left:.2%}"]
+        for kind in kinds:  # whose weights left are others than the row says is no part of it
+            its = [r for r in by_kind.get(kind, []) if abs(r["alive"] / r["total"] - left) < 0.02]
+            values = [v for r in its if isfinite(v := r["metrics"][metric])]
+            low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
+            cell = f"{mean} ({low} to {high})" if len(values) > 1 else mean
+            row.append(f"{cell} and {len(its) - len(values)} NaN".strip() if len(its) > len(values) else cell)
+        rows.append(row)
+    return rows
+
+
+def differences(records: list[Record], metric: str, against: str = "ticket") -> list[list[str]]:
+    """Rows of text: round, and of each other kind the mean difference, paired by seed, with its interval."""
+    kinds = [kind for kind in kinds_of(records) if kind != against]
+    found = {kind: paired_by_round(records, metric, kind, against) for kind in kinds}
+    found = {kind: its for kind, its in found.items() if its}
+    rows = [["round", *(LABELS.get(kind, kind) for kind in found)]]
+    for round in sorted({round for its in found.values() for round in its}):
+        row = [str(round)]
+        for its in found.values():
+            spread = its[round][1] if round in its else None
+            ends = [shown(metric, end) for end in spread.interval if isfinite(end)] if spread else []
+            row.append(
+                shown(metric, spread.mean) + (f" [{', '.join(ends)}]" if ends else "") if spread else ""
+            )
+        rows.append(row)
+    return rows
+
+
+def shown(metric: str, value: float) -> str:
+    """A metric with its unit.
+
+    >>> shown("test_acc", 0.9), shown("gzip_bytes", 1234567), shown("speed_up", 2)
+    ('90.00%', '1.235 MB', '2.000')
+    """
+    if metric.endswith("_bytes"):
+        return f"{value / 1e6:.3f} MB"
+    if "_acc" in metric:
+        return f"{value:.2%}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of text as a Markdown table, the first row its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
+    """A row for each kind and round: how many seeds, and the mean of each metric with its 95 % interval."""
+    rows: list[dict[str, Cell]] = []
+    for round, by_kind in sorted(by_round(runs.records).items()):
+        for kind, its in by_kind.items():
+            row: dict[str, Cell] = {"kind": LABELS.get(kind, kind), "round": round, "seeds": len(its)}
+            row["weights left"] = f"{fmean(r['alive'] / r['total'] for r in its):.2%}"
+            for metric, label in metrics.items():
+                values = [v for r in its if isfinite(v := r["metrics"].get(metric, nan))]
+                low, mean, high = interval(values) if values else (0.0, 0.0, 0.0)
+                spread = f" [{shown(metric, low)}, {shown(metric, high)}]" if values and isfinite(low) else ""
+                row[label] = shown(metric, mean) + spread if values else None
+            rows.append(row)
+    return rows
+
+
+def listed(runs: Runs) -> list[dict[str, Cell]]:
+    """A row for each run."""
+    rows: list[dict[str, Cell]] = []
+    for run in runs.runs:
+        last = run.records[-1] if run.records else None
+        metrics = last["metrics"] if last else {}
+        accuracy = metrics.get("test_acc")
+        row: dict[str, Cell] = {"kind": run.kind, "seed": run.seed, "state": run.state}
+        row["rounds trained"] = len({r["round"] for r in run.records})
+        row["weights left"] = f"{last['alive'] / last['total']:.2%}" if last else None
+        row["test accuracy"] = None if accuracy is None else f"{accuracy:.2%}"
+        row["minutes"] = round(sum(r.get("seconds") or 0 for r in run.records) / 60, 1)
+        row["started"] = str(run.made.get("date", ""))[:16].replace("T", " ")
+        row["commit"] = str(run.made.get("commit", ""))[:10] + ("+" if run.made.get("changed") else "")
+        rows.append(row)
+    return rows
+
+
+def made(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The config that all runs have in common, and for each run what made it and where its config differs."""
+    configs = [flattened(run.config) if run.config else {} for run in runs]
+    there = [config for config in configs if config]
+    same = {k: v for k, v in (there[0] if there else {}).items() if all(c.get(k, ...) == v for c in there)}
+    details = []
+    for run, config in zip(runs, configs, strict=True):
+        own = {k: v for k, v in config.items() if k not in same}
+        name = run.folder.name if run.folder else f"{run.kind}-{run.seed}"
+        details.append(
+            {"name": name, "state": run.state, "made": run.made, "config": own, "error": failure(run)}
+        )
+    return same, details
+
+
+def failure(run: Run) -> str | None:
+    """The last lines of what ended a failed run."""
+    path = run.folder / "FAILED" if run.folder else None
+    return "\n".join(path.read_text().splitlines()[-4:]) if path and path.is_file() else None
+
+
+def flat(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Records as rows of a table: metrics and densities as columns of their own, without the curves."""
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        row = {k: v for k, v in record.items() if k not in ("metrics", "layers", "curve")}
+        row |= record["metrics"] | {f"density {name}": d for name, d in record.get("layers", {}).items()}
+        rows.append(row)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Rows as a Parquet file, where pyarrow is installed."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        return False
+    with files.replacing(path) as file:
+        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows]), file)
+    return True
+
+
+def page(
+    runs: Runs, figures: Sequence[Figure], verdicts: Sequence[Verdict], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """The report as one HTML page that needs nothing beside it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    metrics = runs.config.get("tables") or PANELS
+    same, details = made(runs.runs)
+    states = {
+        state: sum(run.state == state for run in runs.runs)
+        for state in dict.fromkeys(r.state for r in runs.runs)
+    }
+    specs = {f"{figure.name}-{i}": spec for figure in figures for i, spec in enumerate(figure.specs())}
+    return environment.get_template("report.html").render(
+        runs=runs,
+        states=states,
+        seeds=len({run.seed for run in runs.runs}),
+        kinds=[LABELS.get(k, k) for k in kinds_of(runs.records)],
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        verdicts=[asdict(v) for v in verdicts],
+        covered=COVERED,
+        figures=figures,
+        rounds=rounds(runs, metrics),
+        listed=listed(runs),
+        same=same,
+        details=details,
+        csv=_script(as_csv(rows)),
+        specs=_script(specs),
+        config=_script({k: v for k, v in CONFIG.items() if k != "background"}),
+        library=_library(),
+    )
+
+
+def _library() -> str:
+    bundle: Callable[[], str] = vl_convert.javascript_bundle  # type: ignore[assignment]  # has a default
+    return bundle().replace("</script", "<\\/script")
+
+
+def _script(content: Any) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(finite(content), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+
+
+def report(folder: Path, out: Path, measured: bool = False) -> None:
+    """Write the page, the figures and the tables of a folder of runs to `out`, and print the main one.
+
+    Args:
+        folder: of runs.
+        out: gets `report.html`, `report.md`, the figures as PNG and SVG, `records.csv` and `records.parquet`,
+            the merged `records.jsonl` and the config.
+        measured: measure, on this machine, size and latency of networks with the masks of the rounds first.
+    """
+    runs = load(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    if measured:
+        runs.measured = measure(runs)
+    records, config = runs.records, runs.config
+    own = [figure(runs) for figure in instantiate(config.figures, _convert_="all")]
+    drawn = [figure for figure in own if figure is not None]
+    names = {figure.name for figure in drawn}
+    drawn += [figure for make in STANDARD if (figure := make(runs)) is not None and figure.name not in names]
+    verdicts = [claim.check(records) for claim in instantiate(config.claims, _convert_="all")]
+    rows = flat(records)
+
+    written = [path for figure in drawn for path in figure.write(out)]
+    files.write(out / "report.html", page(runs, drawn, verdicts, rows))
+    files.write(out / "report.md", text(runs, verdicts))
+    files.write(out / "records.csv", as_csv(rows))
+    written += [out / "records.parquet"] if write_parquet(rows, out / "records.parquet") else []
+    write(out / "records.jsonl", records)
+    if runs.measured:
+        write(out / "measured.jsonl", runs.measured)
+    source = next((run.folder for run in runs.runs if run.folder), folder)
+    if source != out:
+        files.write(out / "config.yaml", (source / "config.yaml").read_bytes())
+    written += [out / name for name in ("records.csv", "records.jsonl", "report.md", "report.html")]
+    say(runs, verdicts, written)
+
+
+def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
+    """The report in Markdown: tables and claims."""
+    seeds = len({r["seed"] for r in runs.records})
+    parts = [f"# {runs.name}\n"]
+    for metric, label in tables(runs).items():
+        spread = f", mean over {seeds} seeds (lowest to highest)" if seeds > 1 else ""
+        parts += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(runs.records, metric))]
+    metric, label = next(iter(tables(runs).items()))
+    if len(rows := differences(runs.records, metric)) > 1:
+        parts += [
+            f"Less the ticket's of the same seed, {label} (mean and its 95 % interval):\n",
+            markdown(rows),
+        ]
+    if timed := [r for r in runs.records if "censored" in r["metrics"]]:
+        censored = sum(r["metrics"]["censored"] for r in timed)
+        parts += [
+            f"In {censored} of {len(timed)} rounds the minimum was at the last evaluation (censored).\n"
+        ]
+    if verdicts:
+        rows = [["claim", "source", "verdict", "mean [95 % interval]"]]
+        parts += [
+            "## Claims\n",
+            f"{COVERED}\n",
+            markdown(rows + [[v.claim, v.source, v.verdict, v.numbers] for v in verdicts]),
+        ]
+    return "\n".join(parts)
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """What is tabulated: {metric: its label}."""
+    return runs.config.get("tables") or dict(list(PANELS.items())[:2])
+
+
+def say(runs: Runs, verdicts: Sequence[Verdict], written: Sequence[Path]) -> None:
+    """Print the main table, the verdicts, what was skipped and what was written."""
+    console = Console()
+    metric, label = next(iter(tables(runs).items()))
+    rows = table(runs.records, metric)
+    if sum(3 + max(map(len, column)) for column in zip(*rows, strict=True)) >= console.width:
+        rows = [[cell.split(" (")[0] for cell in row] for row in rows]  # the means alone; ranges are written
+    names, *body = rows
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)] or [None] * len(names)
+    head = [Column(n, min_width=w, overflow="fold") for n, w in zip(names, widths, strict=True)]
+    printed = Table(*head, title=f"{runs.name}: {label}", box=SIMPLE_HEAD, padding=0)
+    for row in body:
+        printed.add_row(*row)
+    console.print(printed)
+    for v in verdicts:
+        console.print(f"[bold]{v.verdict}[/bold]: {v.claim} ({v.source}): {v.numbers}", highlight=False)
+    for file, numbers in runs.broken.items():
+        where = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+        console.print(
+            f"{file}: {len(numbers)} lines are no records and were skipped: {where}", highlight=False
+        )
+    for path in written:
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="lightning-prune report", description=__doc__)
+    parser.add_argument("folder", type=Path, help="of runs, for instance runs/mnist1d")
+    parser.add_argument("--out", type=Path, help="where to write; the folder itself by default")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure size and latency of networks with the masks of the rounds",
+    )
+    args = parser.parse_args(arguments)
+    report(args.folder, args.out or args.folder, args.measure)

@@ -1,0 +1,245 @@
+"""Run an experiment from its config.
+
+`lightning-prune run experiment=lenet_mnist kind=ticket seed=1`, or `--multirun` with lists of values.
+`lightning-prune plan` says what there is to do, and does nothing. The same command again skips the runs that
+are finished, goes on with those that were interrupted and starts those anew that failed.
+"""
+
+import gc
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate, to_absolute_path
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_prune.checks import number, whole
+from lightning_prune.files import write
+from lightning_prune.study import controls
+from lightning_prune.study.configs import CONF, digest, load, plain
+from lightning_prune.study.locks import locked, sync
+from lightning_prune.study.plan import Plan
+
+log = logging.getLogger(__name__)
+
+# What does not change the numbers of a run may differ when it is resumed.
+_FREE = (
+    *("after", "claims", "controls_at", "figures", "fixed", "hydra", "progress", "runs", "tables", "ticket"),
+)
+_KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
+
+
+OmegaConf.register_new_resolver(
+    "workers", lambda threads: max(1, (os.cpu_count() or 1) // threads), replace=True
+)
+
+
+def run(cfg: DictConfig) -> Path:
+    """Run one experiment in its folder; one that was interrupted goes on, a finished one is left alone.
+
+    One process at a time: whoever comes second waits, and then finds it finished.
+
+    Returns:
+        The folder, with `config.yaml`, `run.json` (what the run was made with), `records.jsonl` and, after a
+        training, its checkpoints. `DONE` says that all of these are on the disk, and holds the hash of the
+        config; `FAILED` holds the error that ended a run.
+    """
+    folder = folder_of(cfg)
+    lock = locked(folder / ".lock", os.path.relpath(folder))
+    try:
+        _run(cfg, folder)
+    finally:
+        lock.release()
+        gc.collect()  # a Trainer and its callbacks refer to each other, and would keep the data
+    return folder
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """Where a run lies."""
+    return Path(to_absolute_path(f"{cfg.runs}/{cfg.name}/{cfg.kind}-{cfg.seed}"))
+
+
+def state_of(cfg: DictConfig) -> str:
+    """How far a run is: new, interrupted, failed or finished.
+
+    Raises:
+        ValueError: when its folder holds the run of another config.
+    """
+    folder, config = folder_of(cfg), plain(cfg, _FREE)
+    if (folder / "FAILED").is_file():
+        return "failed"
+    if not (folder / "config.yaml").is_file():
+        return "new"
+    there = plain(load(folder / "config.yaml"), _FREE)
+    if changed := sorted(k for k in {**there, **config} if there.get(k) != config.get(k)):
+        shown = "; ".join(f"{k}: {there.get(k)} there, {config.get(k)} now" for k in changed[:5])
+        raise ValueError(
+            f"{os.path.relpath(folder)} holds a run of another config ({shown}). "
+            "Set runs=<another folder> or name=<another name>, or delete that folder."
+        )
+    if not (folder / "DONE").is_file():
+        return "interrupted"
+    if (folder / "DONE").read_text().strip() not in ("", digest(config)):
+        raise ValueError(
+            f"{os.path.relpath(folder)}/DONE is that of another config. Delete it to go on with the run "
+            "from its last checkpoint, or delete the folder."
+        )
+    return "finished"
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what else nobody looks at before the training.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, made_by in cfg.fixed.items():
+        if (given := named(OmegaConf.select(cfg, key))) != made_by:
+            raise ValueError(
+                f"{key}={given}: kind={cfg.kind} is made by {made_by}, and its runs are recorded under that "
+                "name. Leave that option out, or give kind=ticket with it, and name=<another name>."
+            )
+    if cfg.after:
+        controls.check(cfg)
+    whole("evaluate_every", cfg.evaluate_every, 1, such_as=100)
+    whole("checkpoint_every_n_epochs", cfg.checkpoint_every_n_epochs, 0)
+    if (rate := OmegaConf.select(cfg, "optimizer.lr")) is not None:
+        number(
+            "optimizer.lr", rate, "are numbers from 0 on, such as 0.001", lambda lr: 0 <= lr < float("inf")
+        )
+
+
+def named(node: Any) -> str | None:
+    """What an option of an axis makes: the name of the function or class in its config.
+
+    >>> named({"_target_": "hydra.utils.get_method", "path": "lightning_prune.allocation.uniform"})
+    'lightning_prune.allocation.uniform'
+    >>> named({"_target_": "lightning_prune.criteria.Random", "seed": 1})
+    'lightning_prune.criteria.Random'
+    """
+    if not isinstance(node, Mapping):
+        return None
+    target = node.get("_target_")
+    return node.get("path") if target in ("hydra.utils.get_method", "hydra.utils.get_class") else target
+
+
+def _run(cfg: DictConfig, folder: Path) -> None:
+    check(cfg)
+    state = state_of(cfg)
+    if state == "failed":
+        log.info("%s failed before and is started anew.", os.path.relpath(folder))
+        _clear(folder)
+    write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if state == "finished":
+        log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
+        return
+    _run_first(cfg)
+    torch.set_num_threads(cfg.threads)
+    write(folder / "run.json", json.dumps(provenance(), indent=1) + "\n")
+    try:
+        instantiate(cfg.run)(cfg, folder)
+    except Exception:
+        write(folder / "FAILED", traceback.format_exc())
+        raise
+    for path in folder.glob("*"):
+        if path.is_file():
+            sync(path)
+    write(folder / "DONE", digest(plain(cfg, _FREE)) + "\n")
+    log.info("written: %s", os.path.relpath(folder))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a failed run left, the mark of its failure last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "FAILED"):
+        if path.name not in _KEPT:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _run_first(cfg: DictConfig) -> None:
+    """Make the run that this one starts from, by the same command, unless it is there."""
+    if not cfg.after or not HydraConfig.initialized():
+        return
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("kind=")]
+    first = hydra.compose("config", [*overrides, f"kind={cfg.after}"])
+    if Path(to_absolute_path(cfg.ticket)) != folder_of(first):
+        return  # it starts from another
+    lock = locked(folder_of(first) / ".lock", os.path.relpath(folder_of(first)))
+    lock.release()  # whoever was at it has finished, or never will
+    if not (folder_of(first) / "DONE").is_file():
+        log.info("%s starts from %s, which comes first.", cfg.kind, os.path.relpath(folder_of(first)))
+        run(first)
+
+
+def provenance() -> dict[str, Any]:
+    """What a run was made with: command, date, commit, versions and machine."""
+    return {
+        "command": " ".join(["lightning-prune run", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {name: version(name) for name in ("lightning-prune", "torch", "lightning", "hydra-core")},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """The entry that Hydra wraps."""
+    run(cfg)
+
+
+_PLANNED = Plan()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def plan(cfg: DictConfig) -> None:
+    """What `--dry-run` does in place of `main`."""
+    try:
+        check(cfg)
+        state = state_of(cfg)
+    except ValueError as error:
+        state = f"refused: {error}"
+    _PLANNED.add(cfg, folder_of(cfg), state)
+
+
+def dry_run(arguments: list[str]) -> None:
+    """List what a command would run. Hydra expands the sweep; it leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        its = [a for a in arguments if not a.startswith("hydra")]
+        its += [f"hydra.{key}={nowhere}" for key in ("run.dir", "sweep.dir")]
+        its += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+        sys.argv[1:] = its
+        plan()
+    _PLANNED.show()
+
+
+def command(arguments: list[str]) -> None:
+    """Run what these arguments of the command line say; with `--dry-run`, only list it."""
+    if "--dry-run" in arguments:
+        dry_run([a for a in arguments if a != "--dry-run"])
+    else:
+        sys.argv[1:] = arguments
+        main()
