@@ -35,7 +35,12 @@ from lightning_prune import (
     rewind,
     schedules,
 )
-from lightning_prune.callbacks import IterativeMagnitudePruning, LotteryTicketRewind, StructuredChannelPruning
+from lightning_prune.callbacks import (
+    DynamicSparseTraining,
+    IterativeMagnitudePruning,
+    LotteryTicketRewind,
+    StructuredChannelPruning,
+)
 from lightning_prune.deploy.accelerate import accelerate
 from lightning_prune.deploy.storage import load_sparse, save_sparse
 from lightning_prune.deploy.summary import summarize
@@ -49,6 +54,7 @@ from lightning_prune.structured.loading import load_pruned
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynamicSparseTraining",
     "IterativeMagnitudePruning",
     "LotteryTicketRewind",
     "StructuredChannelPruning",

@@ -170,6 +170,28 @@ def movement(params: Params, initial: Params) -> Scores:
 # ---------------------------------------------------------------------------------- of the loss on the data
 
 
+def gradient(params: Params, grads: Params) -> Scores:
+    """Gradient magnitude |g|, also of the dead: where a connection would help most. RigL grows by it.
+
+    >>> gradient({"w": torch.tensor([0.0, 1.0])}, grads={"w": torch.tensor([-2.0, 1.0])})
+    {'w': tensor([2., 1.])}
+
+    Reference: Evci et al. (2020), arXiv:1911.11134, Section 3.
+    """
+    return {name: grads[name].abs() for name in params}
+
+
+def momentum(params: Params, momentum: Params) -> Scores:
+    """Magnitude of the optimizer's momentum, also of the dead. SNFS grows by it.
+
+    >>> momentum({"w": torch.tensor([0.0, 1.0])}, momentum={"w": torch.tensor([-2.0, 1.0])})
+    {'w': tensor([2., 1.])}
+
+    Reference: Dettmers & Zettlemoyer (2019), arXiv:1907.04840.
+    """
+    return {name: momentum[name].abs() for name in params}
+
+
 def saliency(params: Params, grads: Params) -> Scores:
     """First-order saliency |w * g|, g the mean gradient over the batches.
 

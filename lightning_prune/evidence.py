@@ -29,6 +29,7 @@ EVIDENCE = {
     "loss": "`prune` takes it as loss=, with pairs (input, target) as data=.",
     "forward": "`prune` takes batches as data=.",
     "grads": "They need batches and a loss: `prune` takes them as data= and loss=.",
+    "momentum": "DynamicSparseTraining reads it off an optimizer that keeps it: SGD with momentum, Adam.",
     "generator": "`next_masks` takes it as generator=.",
     "layout": "Only granularities get the layout of a weight.",
     "layouts": "`next_masks` takes them as layouts=, or reads them off model=.",

@@ -95,6 +95,10 @@ class Hold:
         self.apply()
         for name, p in pruned.items():
             self._mask_gradient(name)(p)
+        self.forget()
+
+    def forget(self) -> None:
+        """Zero what optimizers remember of the weights that are dead now."""
         for optimizer in {id(o): o for o in (*self._optimizers, *self._steps)}.values():
             self._zero_state(optimizer)
 

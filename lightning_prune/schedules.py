@@ -224,6 +224,61 @@ class Explicit:
 
 
 @dataclass(frozen=True)
+class Alternating:
+    """Phases of a dense and a sparse network in turn, a dense one first: AC/DC.
+
+    For `DynamicSparseTraining`, whose masks may grow again; its rounds are its updates.
+
+    >>> [Alternating(0.9, dense=1, sparse=2)(r) for r in range(6)]
+    [0.0, 0.9, 0.9, 0.0, 0.9, 0.9]
+
+    Args:
+        sparsity: of the sparse phases, in (0, 1).
+        dense: rounds of a dense phase, 1 or more.
+        sparse: rounds of a sparse phase, 1 or more.
+
+    Reference: Peste et al. (2021), arXiv:2106.12379.
+    """
+
+    sparsity: float = 0.9
+    dense: int = 1
+    sparse: int = 1
+
+    def __post_init__(self) -> None:
+        _check_fraction("sparsity", self.sparsity)
+        whole("dense", self.dense, 1)
+        whole("sparse", self.sparse, 1)
+
+    def __call__(self, round: int) -> float:
+        return 0.0 if round % (self.dense + self.sparse) < self.dense else self.sparsity
+
+
+@dataclass(frozen=True)
+class CosineDecay:
+    """What fraction of the living connections is exchanged: initial / 2 * (1 + cos(pi * progress)).
+
+    For `DynamicSparseTraining(fraction=...)`; progress goes from 0 to 1, where exchanges end.
+
+    >>> [round(CosineDecay(0.3)(x), 3) for x in (0.0, 0.5, 1.0)]
+    [0.3, 0.15, 0.0]
+
+    Args:
+        initial: fraction at the start, in (0, 1).
+
+    Reference: Dettmers & Zettlemoyer (2019), arXiv:1907.04840; Evci et al. (2020), arXiv:1911.11134, Section
+        3.
+    """
+
+    initial: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_fraction("initial", self.initial)
+
+    def __call__(self, progress: float) -> float:
+        return self.initial / 2 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
 class Hold:
     """Prune nothing: keep the masks that one starts from, for instance `masks="zeros"`.
 

@@ -10,7 +10,13 @@
 """
 
 from lightning_prune.callbacks.channels import StructuredChannelPruning
+from lightning_prune.callbacks.growing import DynamicSparseTraining
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
 
-__all__ = ["IterativeMagnitudePruning", "LotteryTicketRewind", "StructuredChannelPruning"]
+__all__ = [
+    "DynamicSparseTraining",
+    "IterativeMagnitudePruning",
+    "LotteryTicketRewind",
+    "StructuredChannelPruning",
+]

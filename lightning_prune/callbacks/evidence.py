@@ -39,13 +39,18 @@ def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
 
 @contextmanager
 def evidence_of(
-    trainer: Trainer, pl_module: LightningModule, criterion: Criterion, n_batches: int, seed: int
+    trainer: Trainer,
+    pl_module: LightningModule,
+    criterion: Criterion,
+    n_batches: int,
+    seed: int,
+    batches: list[Any] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """What a criterion asks for of a training; when the context ends, the training is as it was.
 
     Batches are the first of a fresh pass over the training data, the same on all ranks, in an order that
-    depends on `seed` alone. While they are drawn and the model runs, nothing is logged and the running pass
-    does not notice.
+    depends on `seed` alone; or those that are given. While they are drawn and the model runs, nothing is
+    logged and the running pass does not notice.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = OF_A_RUN & asked(criterion).keys()
@@ -63,7 +68,7 @@ def evidence_of(
             yield {
                 "generator": generator,
                 "model": pl_module,
-                "batches": first_batches(trainer, pl_module, n_batches),
+                "batches": first_batches(trainer, pl_module, n_batches) if batches is None else batches,
                 "loss": step,
                 "forward": step,
             }

@@ -354,9 +354,12 @@ class MaskedTraining(Callback, ABC):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_epoch(trainer)
+        self._begin_round_if_due(trainer, pl_module)
+
+    def _begin_epoch(self, trainer: Trainer) -> None:
         if self.resumption:
             self.resumption.on_train_epoch_start(trainer)
-        self._begin_round_if_due(trainer, pl_module)
         self._running.announce = True
 
     @override
@@ -436,10 +439,14 @@ class MaskedTraining(Callback, ABC):
         for p in pl_module.parameters():
             p.grad = None  # of another network
         mask_averages(trainer, self.masks)
-        compare_anew(trainer)
         fit.announce, fit.looked = True, False
         if self.verify:
             self._verify(trainer, pl_module, before[0])
+        self._begun(trainer)
+
+    def _begun(self, trainer: Trainer) -> None:
+        """A round has begun with its masks on: what is compared from here on, and what is said."""
+        compare_anew(trainer)
         left = alive(self._units)
         log.info(
             f"round {self.round} of {self.rounds}: pruned {self.removed}, "

@@ -374,9 +374,10 @@ def check_callable(name: str, given: object) -> None:
         )
     if not callable(given):
         raise ValueError(
-            f"{name}={given!r}: allowed are functions, such as those of lightning_prune.{_ROOMS[name]}. "
-            "Give one; from a Hydra config with `_target_: hydra.utils.get_method`."
+            f"{name}={given!r}: allowed are functions, such as those of "
+            f"lightning_prune.{_ROOMS.get(name, 'criteria')}. Give one; "
+            "from a Hydra config with `_target_: hydra.utils.get_method`."
         )
 
 
-_ROOMS = {"criterion": "criteria", "allocate": "allocation", "granularity": "granularity"}
+_ROOMS = {"allocate": "allocation", "granularity": "granularity"}

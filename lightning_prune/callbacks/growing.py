@@ -1,0 +1,375 @@
+"""DynamicSparseTraining: when connections are exchanged, and how many."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, distributed, nn
+from typing_extensions import final, override
+
+from lightning_prune import allocation, criteria
+from lightning_prune.allocation import Allocation, AtLeast
+from lightning_prune.callbacks import _lightning
+from lightning_prune.callbacks.checkpoints import load_masks
+from lightning_prune.callbacks.evidence import check_run, evidence_of
+from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.pruning import check_callable
+from lightning_prune.callbacks.rewinding import LotteryTicketRewind
+from lightning_prune.callbacks.strategies import check_strategy
+from lightning_prune.checks import number, whole
+from lightning_prune.criteria import Criterion
+from lightning_prune.evidence import asked, mean_gradients
+from lightning_prune.growth import exchanged, in_exchange, regrown
+from lightning_prune.holding import check_fit
+from lightning_prune.layers import LAYERS, prunable
+from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.pruning import budget, next_masks, score
+from lightning_prune.schedules import CosineDecay, Schedule
+from lightning_prune.selection import select
+
+log = logging.getLogger(__name__)
+
+
+@final
+class DynamicSparseTraining(MaskedTraining):
+    """Train a network that is sparse from the first step, and exchange connections while it trains.
+
+    As training begins, `criterion` and `allocate` choose the masks. At every update the `fraction` of the
+    living connections with the lowest `drop` scores goes, layer by layer, and as many of the dead with the
+    highest `grow` scores come; so the number alive is constant, in each layer and in all. What grows starts
+    at +0.0, and what the optimizers remember of it at zero. With `grow=criteria.Random()` this is SET, with
+    `criteria.gradient` RigL, with `criteria.momentum` SNFS.
+
+    An update happens as the first batch of a step starts, so that validation and checkpoints show what was
+    trained; the step trains the new masks on the same batch. Gradients for `grow` are taken on that batch,
+    through `training_step`, without a trace in the training (with gradient accumulation: on the first batch
+    of the step; over processes: their mean). Between updates nothing dense is kept.
+
+    A schedule as `sparsity` is GraNet: its round k is the k-th update. Where it rises, `allocate` first
+    shrinks the masks by the `drop` scores; where it falls, as many of the dead with the highest `grow` scores
+    come as it says; then connections are exchanged. `Alternating(0.9)` with `fraction=0` is AC/DC. After
+    `until` masks stay.
+
+    Args:
+        sparsity: fraction of the prunable weights that is dead, in [0, 1); or a schedule: update -> sparsity.
+        allocate: how many are alive in each tensor.
+        criterion: the masks it begins with: params -> scores, higher = alive; by default `criteria.Random()`.
+        drop: params -> scores, higher = keep.
+        grow: params -> scores, higher = grow.
+        fraction: of the living, exchanged at an update: a number in [0, 1), or progress in [0, 1] ->
+            fraction.
+        every_n_train_steps: optimizer steps (`trainer.global_step`) between two updates.
+        until: fraction of the fit's steps after which masks stay, in (0, 1].
+        until_step: the step from which masks stay, instead of `until`; for fits of unknown length.
+        layers: layer types whose weights are prunable.
+        include: fnmatch patterns over parameter names; only these. None: all.
+        exclude: fnmatch patterns over parameter names; not these.
+        masks: instead of `sparsity`, `allocate` and `criterion`: "zeros", a path, or a dict, as those of
+            `IterativeMagnitudePruning`.
+        save_sparse: file that gets the model's `state_dict` when a fit ends; see `IterativeMagnitudePruning`.
+        verify: look, after each update and in each checkpoint, whether all is as it should be.
+
+    Attributes:
+        masks: {parameter name: bool tensor, True = alive}.
+        round: the number of updates so far.
+        sparsity: fraction of the prunable weights that is dead.
+        explored: fraction of the prunable weights that has ever been alive ("in-time over-parameterization").
+
+    Raises:
+        ValueError: at construction, or as the fit starts and before anything is trained, naming the argument.
+
+    Reference: Mocanu et al. (2018), arXiv:1707.04780 (SET); Evci et al. (2020), arXiv:1911.11134 (RigL);
+        Dettmers & Zettlemoyer (2019), arXiv:1907.04840 (SNFS); Liu et al. (2021), arXiv:2106.10404 (GraNet);
+        Peste et al. (2021), arXiv:2106.12379 (AC/DC); Liu et al. (2021), arXiv:2102.02887 (exploration).
+    """
+
+    _unit = "weights"
+
+    def __init__(
+        self,
+        sparsity: float | Schedule = 0.9,
+        allocate: Allocation = allocation.erk,
+        criterion: Criterion | None = None,
+        drop: Criterion = criteria.magnitude,
+        grow: Criterion = criteria.gradient,
+        fraction: float | Callable[[float], float] | None = None,
+        every_n_train_steps: int = 100,
+        until: float = 0.75,
+        until_step: int | None = None,
+        layers: Sequence[str] = LAYERS,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        masks: str | Path | dict[str, Tensor] | None = None,
+        save_sparse: str | Path | None = None,
+        verify: bool = True,
+    ) -> None:
+        super().__init__(
+            rounds=0,
+            every_n_epochs=1,
+            every_n_train_steps=every_n_train_steps,
+            include=include,
+            exclude=exclude,
+            save_sparse=save_sparse,
+            verify=verify,
+            key={} if tuple(layers) == LAYERS else {"layers": list(layers)},
+        )
+        if not callable(sparsity):
+            number("sparsity", sparsity, "are fractions from 0 to below 1, such as 0.9", lambda v: 0 <= v < 1)
+        elif masks is not None:
+            raise ValueError(
+                f"masks=, sparsity={sparsity}: a schedule says how sparse each update is, and masks how "
+                "sparse the beginning; allowed is one of them. Leave masks out, or give a number."
+            )
+        # Instances as defaults could not be built from type hints.
+        criterion = criteria.Random() if criterion is None else criterion
+        fraction = CosineDecay(0.3) if fraction is None else fraction
+        if not callable(fraction):
+            number("fraction", fraction, "are fractions from 0 to below 1, such as 0.3", lambda v: 0 <= v < 1)
+        number("until", until, "is above 0 and at most 1, such as 0.75", lambda v: 0 < v <= 1)
+        if until_step is not None:
+            whole("until_step", until_step, 1, such_as=1000)
+        for name, function in (
+            ("allocate", allocate),
+            ("criterion", criterion),
+            ("drop", drop),
+            ("grow", grow),
+        ):
+            check_callable(name, function)
+        self.target = sparsity
+        self.allocate = allocate
+        self.criterion = criterion
+        self.drop = drop
+        self.grow = grow
+        self.fraction = fraction
+        self.until = until
+        self.until_step = until_step
+        self.layers = layers
+        self._start_from = masks
+        self._last: int | None = None  # the step from which masks stay, fixed by the first fit
+        self._ever: Masks = {}  # who has ever been alive
+        self._batch: Any = None  # that the step trains on
+
+    @property
+    @override
+    def _units(self) -> Masks:
+        return self.masks
+
+    @property
+    def explored(self) -> float:
+        """Fraction of the prunable weights that has ever been alive, 0 before the first fit."""
+        total = sum(mask.numel() for mask in self._ever.values())
+        return alive(self._ever) / total if total else 0.0
+
+    def sparsity_of(self, update: int) -> float:
+        """The sparsity that the weights have after an update; 0: as training begins."""
+        return self.target(update) if callable(self.target) else self.target
+
+    # ----------------------------------------------------------------------------------------- the fit starts
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_strategy(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Parameter]:
+        params = prunable(pl_module, self.layers, self.include, self.exclude)
+        others = _lightning.callbacks_of(trainer)
+        if wrong := [
+            c for c in others if isinstance(c, (MaskedTraining, LotteryTicketRewind)) and c is not self
+        ]:
+            raise ValueError(
+                f"DynamicSparseTraining goes alone; {type(wrong[0]).__name__} is here, too. To train a mask "
+                "that was found again, fit a second time with masks=<its checkpoint>."
+            )
+        for criterion in (self.criterion, self.drop, self.grow):
+            check_run(pl_module, criterion)
+        if "momentum" in asked(self.grow) and self._reads_gradients(trainer, pl_module):
+            raise ValueError(
+                "grow: it reads the momentum of dead weights, and here their gradients are masked, since "
+                "something reads gradients before or across the step (clipping, an optimizer that mixes "
+                "weights, manual optimization). Allowed are criteria without momentum, such as "
+                "criteria.gradient. Use one."
+            )
+        self._plan_updates(trainer)
+        if not self.masks:
+            first = self._first_masks(params)
+            check_fit(first, params)
+            self.masks = first
+        return params
+
+    def _plan_updates(self, trainer: Trainer) -> None:
+        if self._last is None:
+            if self.until_step is not None:
+                self._last = self.until_step
+            else:
+                steps = trainer.estimated_stepping_batches
+                if not 0 < steps < float("inf"):
+                    raise ValueError(
+                        f"until={self.until}: the fit has no known length; allowed is one with max_steps, "
+                        "or with max_epochs and a loader of known length. Give until_step instead."
+                    )
+                self._last = int(self.until * steps)
+        assert self.every_n_train_steps is not None
+        self.rounds = max(0, -(-self._last // self.every_n_train_steps) - 1)
+        if not self.rounds and (callable(self.fraction) or self.fraction or callable(self.target)):
+            raise ValueError(
+                f"every_n_train_steps={self.every_n_train_steps}: masks stay from step {self._last} on, so "
+                f"there is no update. Allowed are 1 to {max(1, self._last - 1)}. Lower it, train longer, or "
+                "set fraction=0."
+            )
+        for update in range(self.rounds + 1):
+            allowed = "are fractions from 0 to below 1, such as 0.9"
+            number(f"sparsity({update})", float(self.sparsity_of(update)), allowed, lambda v: 0 <= v < 1)
+            fraction = f"fraction({self._progress(update):.3f})"
+            number(fraction, self._fraction_of(update), allowed, lambda v: 0 <= v < 1)
+
+    def _progress(self, update: int) -> float:
+        assert self._last is not None
+        assert self.every_n_train_steps is not None
+        return min(1.0, update * self.every_n_train_steps / self._last)
+
+    def _fraction_of(self, update: int) -> float:
+        return float(self.fraction(self._progress(update))) if callable(self.fraction) else self.fraction
+
+    def _first_masks(self, params: dict[str, nn.Parameter]) -> Masks:
+        if self._start_from is None:  # chosen with the first batch, which a criterion may read
+            return {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+        if self._start_from == "zeros":
+            return {name: p.detach() != 0 for name, p in params.items()}
+        given = self._start_from
+        return dict(given) if isinstance(given, dict) else load_masks(given)
+
+    # ---------------------------------------------------------------------------------------- between updates
+
+    @override
+    def _begins_pruned(self) -> bool:
+        return self._start_from is None
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_epoch(trainer)  # An update waits for the batch of its step.
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+        try:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        finally:
+            self._batch = None
+        if not self._ever:  # it began with masks
+            self._ever = {name: mask.clone() for name, mask in self.masks.items()}
+
+    @override
+    def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
+        assert self._seed is not None
+        params = {name: p.detach() for name, p in self._running.params.items()}
+        total = budget(self.sparsity_of(round), sum(p.numel() for p in params.values()))
+        if not round:
+            with evidence_of(trainer, pl_module, self.criterion, 1, self._seed) as evidence:
+                sparsities = [(list(params), self.sparsity_of(0))]
+                return next_masks(params, self.masks, sparsities, self.criterion, self.allocate, **evidence)
+        drop = self._scores(trainer, pl_module, self.drop, params, round)
+        masks, fraction = self.masks, self._fraction_of(round)
+        if self._start_from is None and total < alive(masks):
+            allocate = self.allocate if isinstance(self.allocate, AtLeast) else AtLeast(1, of=self.allocate)
+            masks = select(drop, masks, total, allocate, params=params, masks=masks)
+        falls = self._start_from is None and total > alive(masks)
+        if not falls and not fraction:
+            return masks
+        grow = self._scores(trainer, pl_module, self.grow, params, round)
+        if falls:
+            masks = regrown(masks, total, grow, self.allocate, params=params, masks=masks)
+        return exchanged(masks, in_exchange(masks, fraction), drop, grow)
+
+    def _scores(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        criterion: Criterion,
+        params: dict[str, Tensor],
+        round: int,
+    ) -> dict[str, Tensor]:
+        assert self._seed is not None
+        wanted = asked(criterion)
+        with evidence_of(trainer, pl_module, criterion, 1, self._seed + round, [self._batch]) as evidence:
+            if "momentum" in wanted:
+                evidence["momentum"] = momentum_of(trainer, self._running.params)
+            if "grads" in wanted:
+                run = (evidence.pop(name) for name in ("model", "loss", "batches"))
+                grads = mean_gradients(params, *run)
+                if trainer.world_size > 1:
+                    for g in grads.values():
+                        distributed.all_reduce(g)
+                        g /= trainer.world_size
+                evidence["grads"] = grads
+            return score(criterion, params, {"masks": self.masks, **evidence})
+
+    @override
+    def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:
+        hold = self._running.hold
+        assert hold is not None
+        hold.forget()  # What the optimizers remember of the dead is gone before some of them grow.
+        self.masks = units
+
+    @override
+    def _begun(self, trainer: Trainer) -> None:
+        """An update begins nothing that would be compared anew, and there are many of them."""
+        self._ever = {name: mask | self._ever.get(name, mask) for name, mask in self.masks.items()}
+        log.debug(
+            f"update {self.round} of {self.rounds}: {self.removed} fewer alive, {self.explored:.4f} explored"
+        )
+
+    @override
+    def _missed(self, before: Masks) -> list[str]:
+        if self._start_from is not None:
+            return []
+        total = sum(mask.numel() for mask in self.masks.values())
+        asked_for = budget(self.sparsity_of(self.round), total)
+        if (left := alive(self.masks)) == asked_for:
+            return []
+        return [
+            f"{left} of {total} weights are alive, {asked_for} were asked for. Change no masks in on_prune."
+        ]
+
+    @override
+    def _settings(self) -> dict[str, Any]:
+        return {"every_n_train_steps": self.every_n_train_steps, "until_step": self.until_step}
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "last": self._last, "ever": pack(self._ever)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._last = state_dict["last"]
+        self._ever = unpack(state_dict["ever"])
+
+
+def momentum_of(trainer: Trainer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The momentum that the optimizers keep for these weights: SGD's buffer, or Adam's first moment.
+
+    Raises:
+        ValueError: when an optimizer keeps none.
+    """
+    found: dict[str, Tensor] = {}
+    for name, p in params.items():
+        for optimizer in trainer.optimizers:
+            state = optimizer.state.get(p, {})
+            for key in ("momentum_buffer", "exp_avg"):
+                if isinstance(state.get(key), Tensor):
+                    found[name] = state[key]
+    if missing := [name for name in params if name not in found]:
+        raise ValueError(
+            f"grow: it reads the momentum of {', '.join(missing)}, of which the optimizer keeps none. "
+            "Allowed are SGD with momentum and the Adam family. Use one of them, or grow=criteria.gradient."
+        )
+    return found

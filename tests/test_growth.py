@@ -1,0 +1,344 @@
+"""Masks that grow: SET, RigL and their kin equal the papers' pseudocode, and resume bit for bit."""
+
+import math
+from copy import deepcopy
+from pathlib import Path
+
+import jsonargparse
+import pytest
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
+from torch import nn
+
+import lightning_prune as lp
+from lightning_prune import allocation, criteria, growth, schedules
+from lightning_prune.masks import alive, unpack
+from tests.networks import Net, dead_are_zero, fitter, same, state
+
+SGD = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)  # noqa: E731
+
+
+def slow_exchange(mask, number, drop, grow):
+    """One tensor by sorting, a connection at a time."""
+    flat = mask.flatten().tolist()
+    living = [i for i, m in enumerate(flat) if m]
+    dead = [i for i, m in enumerate(flat) if not m]
+    d, g = drop.double().flatten().tolist(), grow.double().flatten().tolist()
+    goes = sorted(living, key=lambda i: (d[i], -i))[:number]
+    comes = sorted(dead, key=lambda i: (-g[i], i))[:number]
+    for i in goes:
+        flat[i] = False
+    for i in comes:
+        flat[i] = True
+    return torch.tensor(flat).view(mask.shape)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_exchange_equals_sorting_and_keeps_the_number_alive(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a": (5, 7), "b": (3, 2, 3), "c": (0, 2), "d": (4,)}
+    draw = lambda s: torch.randint(-2, 3, s, generator=generator).float()  # noqa: E731 with many ties
+    masks = {n: torch.rand(s, generator=generator) < 0.5 for n, s in shapes.items()}
+    drop, grow = ({n: draw(s) for n, s in shapes.items()} for _ in range(2))
+    for fraction in (0.0, 0.3, 0.9):
+        number = growth.in_exchange(masks, fraction)
+        found = growth.exchanged(masks, number, drop, grow)
+        for name, mask in masks.items():
+            expected = min(round(fraction * int(mask.sum())), int((~mask).sum()))
+            assert number[name] == expected
+            assert torch.equal(found[name], slow_exchange(mask, expected, drop[name], grow[name]))
+            assert found[name].sum() == mask.sum()
+
+
+def erk_masks(model, sparsity, names):
+    weights = {n: p for n, p in model.named_parameters() if n in names}
+    scores = criteria.Random()(weights)
+    total = round((1 - sparsity) * sum(p.numel() for p in weights.values()))
+    keep = allocation.erk(scores, total, params=weights)
+    return {n: slow_exchange(torch.zeros_like(s).bool(), keep[n], s, s) for n, s in scores.items()}
+
+
+def slow_training(model, batches, sparsity, grow, every, last, fraction):
+    """RigL's Algorithm 1 in a plain loop: a sparse start, exchanges, the optimizer forgets what is dead."""
+    names = [n for n, p in model.named_parameters() if p.dim() > 1]
+    masks = erk_masks(model, sparsity, names)
+    optimizer, history = model.configure_optimizers(), []
+    weights = dict(model.named_parameters())
+
+    @torch.no_grad()
+    def put_on():
+        for n in names:
+            weights[n].mul_(masks[n])
+
+    put_on()
+    for step, batch in enumerate(batches):
+        if step and step % every == 0 and step < last:
+            rate = fraction / 2 * (1 + math.cos(math.pi * step / last))
+            buffers = deepcopy(dict(model.named_buffers()))
+            optimizer.zero_grad()
+            model.training_step(batch, 0).backward()
+            for n, b in model.named_buffers():
+                b.copy_(buffers[n])
+            for n in names:
+                w, mask = weights[n].detach(), masks[n]
+                number = min(round(rate * int(mask.sum())), int((~mask).sum()))
+                came = grow(n, w, weights[n].grad)
+                for value in optimizer.state[weights[n]].values():  # nothing is remembered of the dead
+                    value.mul_(mask)
+                masks[n] = slow_exchange(mask, number, w.abs(), came)
+                for value in optimizer.state[weights[n]].values():
+                    value.mul_(masks[n])
+            put_on()
+            history.append({n: m.clone() for n, m in masks.items()})
+        optimizer.zero_grad()
+        model.training_step(batch, 0).backward()
+        optimizer.step()
+        put_on()
+    return masks, history
+
+
+class Quiet(Net):
+    """Without dropout, and with a log that a plain loop can call."""
+
+    def __init__(self, **options):
+        super().__init__(SGD, dropout=0.0, **options)
+
+    def log(self, *args, **kwargs):
+        if self._trainer is not None:
+            super().log(*args, **kwargs)
+
+
+class Watch(Callback):
+    def __init__(self):
+        self.batches, self.masks, self.found = [], [], []
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        self.batches.append(deepcopy(batch))
+
+    def on_prune(self, trainer, model, masks):
+        self.masks.append({n: m.clone() for n, m in masks.items()})
+
+
+def dst(**options):
+    return lp.DynamicSparseTraining(**{"sparsity": 0.8, "every_n_train_steps": 2, "until": 0.75, **options})
+
+
+def matrices(model):
+    return {n: p for n, p in model.named_parameters() if p.dim() > 1}
+
+
+@pytest.mark.parametrize("name", ["RigL", "SET"])
+def test_masks_and_weights_equal_the_papers_pseudocode(name):
+    torch.manual_seed(0)
+    model, slow = Quiet(), Quiet()
+    slow.load_state_dict(model.state_dict())
+    grow = {"RigL": criteria.gradient, "SET": criteria.Random(7)}[name]
+    grown = {
+        "RigL": lambda n, w, g: g.abs(),
+        "SET": lambda n, w, g: criteria.Random(7)({m: p for m, p in slow.named_parameters() if p.dim() > 1})[
+            n
+        ],
+    }[name]
+    pruner, watch = dst(grow=grow, fraction=schedules.CosineDecay(0.5)), Watch()
+    fitter(pruner, watch, epochs=20).fit(model)
+    steps = len(watch.batches)
+    masks, history = slow_training(slow, watch.batches, 0.8, grown, 2, int(0.75 * steps), 0.5)
+    assert len(history) == pruner.round > 15
+    assert all(same(a, b) for a, b in zip(watch.masks[1:], history, strict=True))
+    assert same(pruner.masks, masks)
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), slow.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("grow", [criteria.gradient, criteria.Random(), criteria.momentum], ids=str)
+@pytest.mark.parametrize("make", [SGD, lambda p: torch.optim.Adam(p, 0.01)])
+def test_the_number_alive_is_constant_in_each_layer_and_what_grows_starts_at_zero(grow, make):
+    counts, fresh = set(), []
+
+    class Look(Watch):
+        def on_round_start(self, trainer, model, masks):
+            before = self.found[-1] if self.found else None
+            for n, m in masks.items():
+                came = m & ~before[n] if before else torch.zeros_like(m)
+                p = model.get_parameter(n)
+                fresh.append(bool((p.detach()[came] == 0).all()))
+                for value in trainer.optimizers[0].state.get(p, {}).values():
+                    if isinstance(value, torch.Tensor) and value.shape == p.shape:
+                        fresh.append(bool((value[came] == 0).all()))
+            self.found.append({n: m.clone() for n, m in masks.items()})
+            counts.add(tuple(int(m.sum()) for m in masks.values()))
+
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            assert dead_are_zero(dict(model.named_parameters()), pruner.masks)
+
+    pruner, model = dst(grow=grow), Net(make)
+    fitter(pruner, Look(), epochs=8).fit(model)
+    assert len(counts) == 1
+    assert sum(next(iter(counts))) == 80
+    assert all(fresh)
+    assert pruner.sparsity == 0.8
+    assert 0.2 < pruner.explored <= 1
+    assert dead_are_zero(model.state_dict(), pruner.masks)
+
+
+def test_sparsity_may_be_a_schedule_while_connections_are_exchanged():
+    cubic = schedules.Cubic(sparsity=0.9, rounds=5, initial=0.5)
+    pruner, watch = dst(sparsity=cubic), Watch()
+    fitter(pruner, watch, epochs=8).fit(Net(SGD))
+    assert [alive(m) for m in watch.masks] == [round((1 - cubic(k)) * 400) for k in range(pruner.round + 1)]
+    moved = [
+        any(bool((b[n] & ~a[n]).any()) for n in a) for a, b in zip(watch.masks, watch.masks[1:], strict=False)
+    ]
+    assert all(moved[:4])  # GraNet grows, too
+
+
+def test_dense_and_sparse_phases_alternate():
+    pruner, watch = (
+        dst(sparsity=schedules.Alternating(0.8), fraction=0, allocate=allocation.global_rank),
+        Watch(),
+    )
+    fitter(pruner, watch, epochs=8).fit(Net(SGD))
+    assert pruner.round == 8
+    assert pruner.sparsity == 0.0  # an even update is a dense phase
+    assert [alive(m) for m in watch.masks] == [80, 400] * 4
+
+
+def test_with_no_exchange_the_first_masks_stay():
+    pruner, watch = dst(fraction=0), Watch()
+    fitter(pruner, watch, epochs=4).fit(Net(SGD))
+    assert all(same(m, pruner.masks) for m in watch.masks)
+    assert alive(pruner.masks) == 80
+
+
+def test_masks_stay_from_until_on():
+    pruner, watch = dst(until_step=5), Watch()
+    fitter(pruner, watch, epochs=8).fit(Net(SGD))
+    assert pruner.round == 2  # steps 2 and 4
+
+
+@pytest.mark.parametrize("grow", [criteria.gradient, criteria.Random(), criteria.momentum], ids=str)
+@pytest.mark.parametrize("at_epoch_end", [True, False])
+def test_resume_equals_straight_run(grow, at_epoch_end, tmp_path):
+    def run(epochs, folder, ckpt_path=None):
+        torch.manual_seed(3)
+        pruner, model = dst(grow=grow, until_step=18), Net(SGD)
+        saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end)
+        trainer = fitter(pruner, saving, epochs=epochs, enable_checkpointing=True)
+        trainer.fit(model, ckpt_path=ckpt_path)
+        return pruner, {k: v for k, v in state(trainer).items() if k != "buffers"}  # one is in no checkpoint
+
+    straight, expected = run(8, tmp_path / "a")
+    for path in sorted((tmp_path / "a").glob("*.ckpt"))[:4]:
+        resumed, found = run(8, tmp_path / path.stem, ckpt_path=path)
+        assert same(found, expected), path
+        assert same(resumed.masks, straight.masks)
+        assert resumed.explored == straight.explored
+        kept = next(v for k, v in torch.load(path)["callbacks"].items() if "Dynamic" in k)
+        assert alive(unpack(kept["masks"])) == 80
+
+
+def test_a_found_mask_is_trained_again_by_a_second_fit():
+    pruner = dst()
+    fitter(pruner, epochs=4).fit(Net(SGD))
+    again, watch = lp.IterativeMagnitudePruning(schedules.Hold(), rounds=0, masks=pruner.masks), Watch()
+    model = Net(SGD)
+    fitter(again, watch, epochs=2).fit(model)
+    assert same(again.masks, pruner.masks)
+    assert dead_are_zero(model.state_dict(), pruner.masks)
+    static = dst(masks=pruner.masks, fraction=0)
+    fitter(static, epochs=2).fit(Net(SGD))
+    assert same(static.masks, pruner.masks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity=1.0: allowed are fractions from 0 to below 1"),
+        ({"fraction": 1.5}, "fraction=1.5: allowed are fractions"),
+        ({"until": 0}, "until=0: allowed is above 0"),
+        ({"until_step": 0}, "until_step=0: allowed are whole numbers from 1"),
+        ({"every_n_train_steps": 0}, "every_n_train_steps=0: allowed"),
+        ({"grow": "gradient"}, "grow='gradient': allowed are functions"),
+        ({"criterion": criteria.Random}, "criterion=Random: a class is given"),
+        ({"sparsity": schedules.Cubic(), "masks": {}}, "allowed is one of them"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        lp.DynamicSparseTraining(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "others", "message"),
+    [
+        ({"every_n_train_steps": 100}, (), "so there is no update. Allowed are 1 to"),
+        ({}, (lp.LotteryTicketRewind(),), "goes alone; LotteryTicketRewind is here"),
+        ({}, (lp.IterativeMagnitudePruning(rounds=1),), "goes alone; IterativeMagnitudePruning is here"),
+        ({"sparsity": lambda k: 1.5}, (), r"sparsity\(0\)=1.5: allowed"),
+        ({"fraction": lambda x: 2.0}, (), r"fraction\(0.000\)=2.0: allowed"),
+        ({"masks": {"other": torch.ones(2).bool()}}, (), "masks: body.weight is in the model"),
+    ],
+)
+def test_wrong_trainings_are_refused_before_anything_is_trained(options, others, message):
+    class Never(Callback):
+        def on_train_start(self, trainer, model):
+            raise AssertionError("training has begun")
+
+    with pytest.raises(ValueError, match=message):
+        fitter(dst(**options), *others, Never(), epochs=4).fit(Net(SGD))
+
+
+def test_momentum_that_is_not_there_is_refused_by_name():
+    with pytest.raises(ValueError, match="of which the optimizer keeps none"):
+        fitter(dst(grow=criteria.momentum), epochs=4).fit(Net(lambda p: torch.optim.SGD(p, 0.1)))
+    with pytest.raises(ValueError, match="their gradients are masked"):
+        fitter(dst(grow=criteria.momentum), epochs=4, gradient_clip_val=1.0).fit(Net(SGD))
+
+
+def test_an_update_leaves_the_training_that_it_watches_undisturbed():
+    """With a grow criterion that runs the model and one that does not, dropout and batch norm go on alike."""
+    ends = []
+    for grow in (criteria.gradient, lambda params: criteria.magnitude(params)):
+        torch.manual_seed(1)
+        pruner = dst(grow=grow, sparsity=0.0, fraction=0.3)  # nothing is dead, so nothing is exchanged
+        model = Net(SGD)
+        fitter(pruner, epochs=4).fit(model)
+        ends.append((dict(model.state_dict()), model.seen.clone(), torch.get_rng_state()))
+    assert same(*ends)
+
+
+def test_it_works_with_conv_layers_and_reads_its_masks_as_any_other():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    masks = {n: torch.rand_like(p) < 0.5 for n, p in model.named_parameters() if p.dim() > 1}
+    number = growth.in_exchange(masks, 0.5)
+    scores = {n: p.detach().abs() for n, p in model.named_parameters() if n in masks}
+    assert alive(growth.exchanged(masks, number, scores, scores)) == alive(masks)
+
+
+METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "growth").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_from_its_yaml(name):
+    values = {"sparsity": 0.8, "every_n_train_steps": 2, "updates": 6}
+    config = OmegaConf.load(Path(__file__).parents[1] / "conf" / "growth" / f"{name}.yaml")
+    pruner = instantiate(OmegaConf.merge(values, {"growth": config}).growth)
+    model = Net(SGD)
+    fitter(pruner, epochs=7).fit(model)
+    assert pruner.sparsity == pytest.approx(0.8)
+    assert dead_are_zero(model.state_dict(), pruner.masks)
+
+
+def test_a_dynamic_sparse_training_is_built_from_type_hints():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    cubic = {"class_path": "lightning_prune.schedules.Cubic"}
+    options = {"grow": {"class_path": "lightning_prune.criteria.Random"}, "sparsity": cubic}
+    given = {"class_path": "lightning_prune.DynamicSparseTraining", "init_args": options}
+    built = parser.instantiate(parser.parse_object({"callback": given})).callback
+    assert built.grow == criteria.Random()
+    assert built.target == schedules.Cubic()
