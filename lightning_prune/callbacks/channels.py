@@ -21,13 +21,24 @@ from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import inputs, undisturbed
-from lightning_prune.masks import Masks, pack, unpack
+from lightning_prune.masks import Masks
 from lightning_prune.pruning import check_schedule, groups, plan
 from lightning_prune.schedules import OneShot, Schedule
-from lightning_prune.structured import filters
-from lightning_prune.structured import interim as channels
-from lightning_prune.structured import interim as surgery
-from lightning_prune.structured.interim import Groups
+from lightning_prune.structured import Couplings, cut, cut_of, discover
+from lightning_prune.structured.filters import unit_scores
+from lightning_prune.structured.loading import reshape
+from lightning_prune.structured.surgery import check_optimizers
+from lightning_prune.structured.targets import check_widths, cost, next_units, uses
+from lightning_prune.structured.trial import as_input
+from lightning_prune.structured.units import (
+    after,
+    all_units,
+    as_state,
+    of_state,
+    parameter,
+    parameters,
+    weight_masks,
+)
 
 
 @final
@@ -131,7 +142,7 @@ class StructuredChannelPruning(MaskedTraining):
         self.at_least = at_least
         self.slimming = slimming
         self.channels: Masks = {}
-        self._groups: Groups = {}  # in the coordinates of the full-size network
+        self._couplings: Couplings = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
         self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
         self._hooks: list[Any] = []
@@ -143,7 +154,7 @@ class StructuredChannelPruning(MaskedTraining):
 
     def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that lose channels, by name."""
-        return channels.parameters(self._groups, model)
+        return parameters(self._couplings, model)
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -180,15 +191,15 @@ class StructuredChannelPruning(MaskedTraining):
                 "schedules into one callback, schedule={pattern: schedule}, or fit one after the other."
             )
         check_run(pl_module, self.criterion)
-        surgery.check_optimizers(trainer.optimizers)
-        if not self._groups:
+        check_optimizers(trainer.optimizers)
+        if not self._couplings:
             example = self._example(trainer, pl_module)
-            self._groups = channels.discover(pl_module, example, self.include, self.exclude)
-            full = {n: torch.ones(g.units, dtype=torch.bool) for n, g in self._groups.items()}
-            self.channels, self._left = full, full
-        groups(list(self._groups), self.schedule)
+            self._couplings = discover(pl_module, example, self.include, self.exclude)
+            self.channels, self._left = all_units(self._couplings), all_units(self._couplings)
+        check_widths(self._couplings, self.round_to, self.at_least)
+        groups(list(self._couplings), self.schedule)
         params = self.prunable(pl_module) if self.remove == "end" else {}
-        self.masks = channels.weight_masks(self._here(), self._alive_here(), params)
+        self.masks = weight_masks(self._here(), self._alive_here(), params)
         return params
 
     @override
@@ -198,7 +209,7 @@ class StructuredChannelPruning(MaskedTraining):
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if self.example_input is not None:
-            return channels.as_input(self.example_input)
+            return as_input(self.example_input)
         if pl_module.example_input_array is not None:
             return pl_module.example_input_array
         trainer.fit_loop.setup_data()
@@ -208,9 +219,9 @@ class StructuredChannelPruning(MaskedTraining):
 
     # ----------------------------------------------------------------------------------------- between rounds
 
-    def _here(self) -> Groups:
-        """The groups in the coordinates of the network as it is now."""
-        return channels.after(self._groups, self._left)
+    def _here(self) -> Couplings:
+        """The couplings in the coordinates of the network as it is now."""
+        return after(self._couplings, self._left)
 
     def _alive_here(self) -> Masks:
         return {name: mask[self._left[name]] for name, mask in self.channels.items()}
@@ -220,7 +231,7 @@ class StructuredChannelPruning(MaskedTraining):
         return any(callable(sparsity) or sparsity for _, sparsity in self._sparsities(0))
 
     def _sparsities(self, round: int) -> list[tuple[list[str], Any]]:
-        return plan(groups(list(self._groups), self.schedule), round)
+        return plan(groups(list(self._couplings), self.schedule), round)
 
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
@@ -229,14 +240,14 @@ class StructuredChannelPruning(MaskedTraining):
         with evidence_of(
             trainer, pl_module, self.criterion, self.score_batches, self._seed + round
         ) as evidence:
-            found = filters.unit_scores(
-                here, self.criterion, channels.parameters(here, pl_module), masks=self.masks, **evidence
+            found = unit_scores(
+                here, self.criterion, parameters(here, pl_module), masks=self.masks, **evidence
             )
         scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
-        return filters.next_units(
-            self._groups,
+        return next_units(
+            self._couplings,
             scores,
             self.channels,
             self._sparsities(round),
@@ -252,7 +263,7 @@ class StructuredChannelPruning(MaskedTraining):
         if self.remove == "each_round":
             self._cut(trainer, pl_module)
         params = self._running.params
-        self.masks = channels.weight_masks(self._here(), self._alive_here(), params)
+        self.masks = weight_masks(self._here(), self._alive_here(), params)
 
     @override
     def _take_back(self, masks: Masks, units: Masks, at: Rounds, removed: int) -> None:
@@ -263,19 +274,19 @@ class StructuredChannelPruning(MaskedTraining):
     def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
         """Parameters or multiply-adds of the network with these units."""
         if multiply_adds and not self._uses:
-            self._uses = filters.uses(pl_module, self._example(trainer, pl_module))
+            self._uses = uses(pl_module, self._example(trainer, pl_module))
         weights: dict[str, tuple[list[int], float]] = {
             name: (list(p.shape), self._uses.get(name, 0.0) if multiply_adds else 1.0)
             for name, p in pl_module.named_parameters()
         }
-        for site, gone in channels.plan(self._groups, self._left).items():
-            if (name := channels.parameter(site)) in weights:
+        for site, gone in cut_of(self._couplings, self._left).items():
+            if (name := parameter(site)) in weights:
                 weights[name][0][site[2]] += len(gone)  # as it was in the full-size network
-        return filters.cost(self._groups, units, weights)
+        return cost(self._couplings, units, weights)
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        removed = channels.plan(self._here(), self._alive_here())
-        surgery.cut(pl_module, removed, trainer.optimizers, _lightning.averages_of(trainer))
+        removed = cut_of(self._here(), self._alive_here())
+        cut(pl_module, removed, trainer.optimizers, _lightning.averages_of(trainer))
         self._left = self.channels
         for callback in _lightning.callbacks_of(trainer):
             if on_cut := getattr(callback, "on_cut", None):
@@ -288,8 +299,8 @@ class StructuredChannelPruning(MaskedTraining):
         if not self.slimming:
             return
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for site in {site for group in self._groups.values() for site in group.scales}:
-            gamma = pl_module.get_parameter(channels.parameter(site))
+        for site in {site for coupling in self._couplings.values() for site in coupling.scales}:
+            gamma = pl_module.get_parameter(parameter(site))
             if id(gamma) in own and gamma.grad is not None:
                 gamma.grad.add_(gamma.detach().sign(), alpha=self.slimming)
 
@@ -319,17 +330,14 @@ class StructuredChannelPruning(MaskedTraining):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        plain = {name: vars(group) for name, group in self._groups.items()}
-        own = {"groups": plain, "channels": pack(self.channels)}
-        return {**super().state_dict(), "masks": {}, **own, "left": pack(self._left)}
+        own = as_state(self._couplings, self.channels, self._left)
+        return {**super().state_dict(), "masks": {}, **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._groups = {name: channels.Channels(**group) for name, group in state_dict["groups"].items()}
-        self.channels = unpack(state_dict["channels"])
-        self._left = unpack(state_dict["left"])
+        self._couplings, self.channels, self._left = of_state(state_dict)
 
 
 def _take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    surgery.reshape(module, {name.removeprefix(prefix): value for name, value in state_dict.items()})
+    reshape(module, {name.removeprefix(prefix): value for name, value in state_dict.items()})

@@ -17,8 +17,7 @@ from lightning_prune.checks import whole
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
-from lightning_prune.structured.surgery import Cut as Plan
-from lightning_prune.structured.surgery import cut_snapshot
+from lightning_prune.structured.surgery import Cut, cut_snapshot
 
 
 @final
@@ -271,10 +270,10 @@ class LotteryTicketRewind(Callback):
             if pruner.is_last() and pruner.is_over(trainer):
                 pruner.stop(trainer, "it has the length of a round.")
 
-    def on_cut(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
+    def on_cut(self, trainer: Trainer, pl_module: LightningModule, what: Cut) -> None:
         """Channels were removed from the network: the snapshot loses the same ones."""
         if self.snapshot is not None:
-            self.snapshot = cut_snapshot(self.snapshot, plan, pl_module, trainer.optimizers)
+            self.snapshot = cut_snapshot(self.snapshot, what, pl_module, trainer.optimizers)
 
     def on_round_start(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Rewind; the pruning callback puts the masks on."""
