@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import final
 
 from lightning_prune.evidence import asked, call
 from lightning_prune.layers import Layout
@@ -37,6 +38,7 @@ _DIGIT = 12  # bits that a pass of selection decides
 _SAMPLE = 129  # it guesses from every so many-th score where to look; odd: layers have even sizes
 
 
+@final
 class Keep(dict[str, int]):
     """Survivors per tensor. A plain dict does as well.
 
