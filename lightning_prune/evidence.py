@@ -51,11 +51,20 @@ def asked(function: Callable[..., Any], given: int = 1) -> dict[str, bool]:
     >>> asked(lambda params, grads, model=None: params)
     {'grads': True, 'model': False}
     """
-    try:
-        rest = list(inspect.signature(function).parameters.values())[given:]
-    except ValueError:  # some builtins, such as a dict's __getitem__, have no signature to read
-        return {}
+    rest = list(parameters_of(function).values())[given:]
     return {p.name: p.default is p.empty for p in rest if p.name in EVIDENCE}
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters in a function's signature; none where there is no signature to read.
+
+    >>> parameters_of({}.__getitem__)
+    {}
+    """
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # as of some builtins
+        return {}
 
 
 def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:

@@ -13,7 +13,7 @@ from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.checks import number
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, undisturbed
+from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, parameters_of, undisturbed
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.granularity import units as units_of
 from lightning_prune.layers import LAYERS, Layout, layouts, matching, prunable
@@ -21,7 +21,7 @@ from lightning_prune.masks import Masks, alive, bits, count, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import DEAD, Scores, only, select
 
-Groups = list[tuple[list[str], Schedule]]
+Scheduled = list[tuple[list[str], Schedule]]  # names of weights, and the schedule that drives them
 Sparsity = float | Callable[..., float]
 
 
@@ -39,9 +39,10 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
         )
     if asked(schedule):
         return  # it reads the scores, and there are none yet
+    schedule = told(schedule, rounds)
     reached = 0.0
     for r in range(rounds + 1):
-        sparsity = schedule(r)
+        sparsity = float(schedule(r))
         if not 0 <= sparsity < 1:
             raise ValueError(
                 f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
@@ -55,24 +56,39 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
         reached = sparsity
 
 
-def groups(names: Sequence[str], schedule: Schedule | Mapping[str, Schedule]) -> Groups:
+def told(schedule: Schedule, rounds: int | None) -> Schedule:
+    """The schedule, with the number of rounds where its signature names `rounds`.
+
+    >>> from lightning_prune.schedules import Geometric
+    >>> round(told(Geometric(to=0.9), rounds=4)(4), 6)
+    0.9
+    """
+    if rounds is None or "rounds" not in parameters_of(schedule):
+        return schedule
+    return partial(schedule, rounds=rounds)
+
+
+def scheduled(
+    names: Sequence[str], schedule: Schedule | Mapping[str, Schedule], rounds: int | None = None
+) -> Scheduled:
     """Which schedule drives which weights: one for all, or one per name pattern; the first that matches wins.
 
     >>> import lightning_prune as lp
     >>> half, all_ = lp.schedules.OneShot(0.1), lp.schedules.OneShot(0.2)
-    >>> [(names, s.sparsity) for names, s in groups(["fc1.weight", "out.weight"], {"out.*": half, "*": all_})]
+    >>> by_pattern = {"out.*": half, "*": all_}
+    >>> [(names, s.sparsity) for names, s in scheduled(["fc1.weight", "out.weight"], by_pattern)]
     [(['out.weight'], 0.1), (['fc1.weight'], 0.2)]
 
     Raises:
         ValueError: when a pattern gets no weight, or a weight no pattern.
     """
     if not isinstance(schedule, Mapping):
-        return [(list(names), schedule)]
-    left, result = list(names), Groups()
-    for pattern, its in schedule.items():
+        return [(list(names), told(schedule, rounds))]
+    left, result = list(names), Scheduled()
+    for pattern, one in schedule.items():
         mine = matching(left, "schedule", [pattern])
         left = [name for name in left if name not in mine]
-        result.append((mine, its))
+        result.append((mine, told(one, rounds)))
     if left:
         raise ValueError(
             f"schedule: no pattern matches {', '.join(left)}; every weight needs one. "
@@ -92,9 +108,9 @@ def budget(sparsity: float, n: int) -> int:
     return round((1 - sparsity) * n)
 
 
-def plan(groups: Groups, round: int) -> list[tuple[list[str], Sparsity]]:
+def sparsities_of(groups: Scheduled, round: int) -> list[tuple[list[str], Sparsity]]:
     """How far each group's schedule goes in a round: a number, or a function of the scores."""
-    return [(names, partial(its, round) if asked(its) else its(round)) for names, its in groups]
+    return [(names, partial(s, round) if asked(s) else float(s(round))) for names, s in groups]
 
 
 def next_masks(
@@ -299,7 +315,13 @@ def prune(
     wanted = asked(criterion).keys() | asked(allocate, 2).keys()
     with undisturbed(model) if OF_A_RUN & wanted else nullcontext():
         masks = next_masks(
-            params, dense, plan([(list(params), schedule)], 1), criterion, allocate, granularity, **evidence
+            params,
+            dense,
+            sparsities_of(scheduled(list(params), schedule, 1), 1),
+            criterion,
+            allocate,
+            granularity,
+            **evidence,
         )
     for name, p in params.items():
         zero_dead_(p, bits(masks[name], like=p))

@@ -25,7 +25,7 @@ else:  # LightningCLI reads type hints at run time, and knows no Concatenate
     Schedule = Callable[..., float]
 
 
-def _check_fraction(name: str, value: float) -> None:
+def _check_fraction(name: str, value: object) -> None:
     number(name, value, "are fractions between 0 and 1, both excluded, such as 0.2", lambda v: 0 < v < 1)
 
 
@@ -35,20 +35,42 @@ class Geometric:
 
     >>> [round(Geometric(rate=0.2)(r), 4) for r in range(4)]
     [0.0, 0.2, 0.36, 0.488]
+    >>> [round(Geometric(to=0.9)(r, rounds=4), 4) for r in range(5)]
+    [0.0, 0.4377, 0.6838, 0.8222, 0.9]
 
     Args:
-        rate: fraction of the remaining weights that each pruning removes, in (0, 1).
+        rate: fraction of the remaining weights that each pruning removes, in (0, 1); by default 0.2.
+        to: instead of a rate, the sparsity of the last round, in (0, 1), as the callback says which that is:
+            1 - (1 - to)**(round / rounds).
+
+    Raises:
+        ValueError: when both are given, or one is out of range.
 
     Reference: Frankle & Carbin (2019), arXiv:1803.03635, Section 2.
     """
 
-    rate: float = 0.2
+    rate: float | None = None
+    to: float | None = None
 
     def __post_init__(self) -> None:
-        _check_fraction("rate", self.rate)
+        if self.rate is not None and self.to is not None:
+            raise ValueError(f"rate={self.rate}, to={self.to}: allowed is one of them. Leave one out.")
+        if self.to is not None:
+            _check_fraction("to", self.to)
+        else:
+            object.__setattr__(self, "rate", 0.2 if self.rate is None else self.rate)
+            _check_fraction("rate", self.rate)
 
-    def __call__(self, round: int) -> float:
-        return 1 - (1 - self.rate) ** round
+    def __call__(self, round: int, *, rounds: int | None = None) -> float:
+        if self.to is None:
+            assert self.rate is not None
+            return 1 - (1 - self.rate) ** round
+        if rounds is None:
+            raise ValueError(
+                f"to={self.to}: it says how sparse the last round is, and nobody says which one that is. "
+                "Allowed is a callback's schedule, or a call with rounds=. Give a rate elsewhere."
+            )
+        return self.to if round == rounds else 1 - (1 - self.to) ** (round / max(1, rounds))
 
 
 @dataclass(frozen=True)

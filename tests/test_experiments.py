@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 import lightning_prune as lp
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import groups, next_masks
+from lightning_prune.pruning import next_masks, scheduled
 from lightning_prune.study import claims, data, minilm, records, report
 from lightning_prune.study.models import LeNet, ResidualMLP, ResNet20
 from lightning_prune.study.recording import Records
@@ -191,7 +191,7 @@ def test_lenet_walks_down_the_papers_ladder():
     assert alive(masks) == 266_200
     schedules = {"out.weight": lp.schedules.Geometric(0.1), "*": lp.schedules.Geometric(0.2)}
     for r, percent in enumerate(LADDER):
-        sparsities = [(names, schedule(r)) for names, schedule in groups(list(params), schedules)]
+        sparsities = [(names, schedule(r)) for names, schedule in scheduled(list(params), schedules)]
         masks = next_masks(params, masks, sparsities, allocate=lp.allocation.uniform)
         assert abs(100 * alive(masks) / 266_200 - percent) < 0.05
     assert abs(masks["fc1.weight"].float().mean() - masks["fc2.weight"].float().mean()) < 1e-4

@@ -24,7 +24,7 @@ from lightning_prune.callbacks.evidence import _twin
 from lightning_prune.criteria import GraSP, SynFlow
 from lightning_prune.granularity import NM, Filter
 from lightning_prune.masks import alive
-from lightning_prune.pruning import next_masks, plan
+from lightning_prune.pruning import next_masks, sparsities_of
 from tests import reference_methods as oracle
 from tests.networks import Manual, fitter, same, samples, sgd
 
@@ -244,9 +244,9 @@ def test_threshold_and_bucket_read_the_scores(seed):
         (schedules.Bucket(50.0), oracle.bucket(values.tolist(), 50.0)),
     ):
         assert 0 < pruned < len(values)
-        new = next_masks(weights, masks, plan([(list(weights), schedule)], 1))
+        new = next_masks(weights, masks, sparsities_of([(list(weights), schedule)], 1))
         assert alive(new) == len(values) - pruned
-        assert alive(next_masks(weights, masks, plan([(list(weights), schedule)], 0))) == len(values)
+        assert alive(next_masks(weights, masks, sparsities_of([(list(weights), schedule)], 0))) == len(values)
     lowest = min(float(w[new[n]].abs().min()) for n, w in weights.items())
     dead = torch.cat([w[masks[n] & ~new[n]].abs() for n, w in weights.items()])
     assert float(dead.max()) <= lowest

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import groups, next_masks
+from lightning_prune.pruning import next_masks, scheduled
 from lightning_prune.study.controls import initialize
 from lightning_prune.study.data import Batches, Splits, pad_crop_flip, per_channel, per_image
 from lightning_prune.study.models import VGG16, Conv, ResNet20, glorot, kaiming
@@ -46,7 +46,7 @@ def test_the_conv_networks_have_the_papers_weights_and_walk_down_its_ladder(name
     params = {f"net.{n}": p.detach() for n, p in params.items()}
     dense = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
     for round in (1, 7, 13, 20):
-        sparsities = [(names, its(round)) for names, its in groups(list(params), pruner.schedule)]
+        sparsities = [(names, its(round)) for names, its in scheduled(list(params), pruner.schedule)]
         masks = next_masks(params, dense, sparsities, pruner.criterion, pruner.allocate)
         assert 100 * alive(masks) / WEIGHTS[name] == pytest.approx(LADDERS[name][round], abs=0.05)
     # and what the claims of the config say is that ladder

@@ -12,7 +12,7 @@ import lightning_prune as lp
 from lightning_prune.allocation import global_rank, per_output, uniform
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
-from lightning_prune.pruning import budget, groups, next_masks
+from lightning_prune.pruning import budget, next_masks, scheduled
 from lightning_prune.schedules import Geometric
 from tests.limited import in_a_process
 from tests.networks import Net, dead_are_zero, same
@@ -116,8 +116,8 @@ def test_patterns_choose_among_the_names():
 
 def test_the_first_pattern_that_matches_drives_the_weight():
     a, b = Geometric(0.1), Geometric(0.2)
-    assert groups(["x", "y", "out"], {"out": a, "*": b}) == [(["out"], a), (["x", "y"], b)]
-    assert groups(["x", "y"], a) == [(["x", "y"], a)]
+    assert scheduled(["x", "y", "out"], {"out": a, "*": b}) == [(["out"], a), (["x", "y"], b)]
+    assert scheduled(["x", "y"], a) == [(["x", "y"], a)]
 
 
 @pytest.mark.parametrize("allocate", [global_rank, uniform, per_output])

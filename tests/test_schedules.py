@@ -6,7 +6,10 @@ import pickle
 
 import pytest
 
+import lightning_prune as lp
+from lightning_prune.masks import alive
 from lightning_prune.schedules import Geometric, OneShot
+from tests.networks import Net, fitter
 
 # weights left in percent: Frankle & Carbin (2019), Figure 4
 LADDER = [100.0, 80.04, 64.06, 51.28, 41.05, 32.87, 26.32, 21.07, 16.88, 13.52]
@@ -41,3 +44,26 @@ def test_a_schedule_is_a_value():
     assert pickle.loads(pickle.dumps(OneShot(0.5))) == OneShot(0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Geometric(0.2).rate = 0.3
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 10])
+def test_the_last_round_has_exactly_the_sparsity_that_was_asked_for(rounds):
+    schedule = Geometric(to=0.9)
+    reached = [schedule(r, rounds=rounds) for r in range(rounds + 1)]
+    assert (reached[0], reached[-1]) == (0.0, 0.9)
+    left = [1 - s for s in reached]
+    assert all(b / a == pytest.approx(0.1 ** (1 / rounds)) for a, b in itertools.pairwise(left))
+    pruner = lp.IterativeMagnitudePruning({"head*": Geometric(to=0.5), "*": schedule}, rounds=rounds)
+    fitter(pruner, epochs=rounds + 1).fit(Net())
+    assert alive(pruner.masks) == 24 + round(0.1 * 352)
+
+
+def test_a_final_sparsity_without_rounds_is_refused_and_so_is_one_beside_a_rate():
+    with pytest.raises(ValueError, match="nobody says which one that is"):
+        Geometric(to=0.9)(1)
+    with pytest.raises(ValueError, match=r"rate=0.1, to=0.9: allowed is one of them"):
+        Geometric(0.1, to=0.9)
+    with pytest.raises(ValueError, match=r"to=1\.0: allowed are fractions"):
+        Geometric(to=1.0)
+    assert Geometric() == Geometric(0.2)
+    assert alive(lp.prune(Net(), Geometric(to=0.9))) == 40

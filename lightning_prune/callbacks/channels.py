@@ -22,7 +22,7 @@ from lightning_prune.checks import number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.masks import Masks
-from lightning_prune.pruning import check_schedule, groups, plan
+from lightning_prune.pruning import check_schedule, scheduled, sparsities_of
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.structured import Couplings, cut, cut_of, discover
 from lightning_prune.structured.filters import unit_scores
@@ -197,7 +197,7 @@ class StructuredChannelPruning(MaskedTraining):
             self._couplings = discover(pl_module, example, self.include, self.exclude)
             self.channels, self._left = all_units(self._couplings), all_units(self._couplings)
         check_widths(self._couplings, self.round_to, self.at_least)
-        groups(list(self._couplings), self.schedule)
+        scheduled(list(self._couplings), self.schedule, self.rounds)
         params = self.prunable(pl_module) if self.remove == "end" else {}
         self.masks = weight_masks(self._here(), self._alive_here(), params)
         return params
@@ -231,7 +231,7 @@ class StructuredChannelPruning(MaskedTraining):
         return any(callable(sparsity) or sparsity for _, sparsity in self._sparsities(0))
 
     def _sparsities(self, round: int) -> list[tuple[list[str], Any]]:
-        return plan(groups(list(self._couplings), self.schedule), round)
+        return sparsities_of(scheduled(list(self._couplings), self.schedule, self.rounds), round)
 
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:

@@ -24,7 +24,7 @@ from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import check_fit
 from lightning_prune.layers import LAYERS, layouts, prunable
 from lightning_prune.masks import Masks, alive
-from lightning_prune.pruning import Sparsity, budget, check_schedule, groups, next_masks, plan
+from lightning_prune.pruning import Sparsity, budget, check_schedule, next_masks, scheduled, sparsities_of
 from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
 
@@ -177,7 +177,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         first = self.masks or self._first_masks(trained)  # those of a fit before, or of a checkpoint
         params = {name: p for name, p in params.items() if name in first or name in trained}
         check_fit(first, params)
-        groups(list(params), self.schedule)
+        scheduled(list(params), self.schedule, self.rounds)
         check_run(pl_module, self.criterion)
         for other in _lightning.callbacks_of(trainer):
             if not isinstance(other, IterativeMagnitudePruning) or other is self:
@@ -286,7 +286,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         self._metrics = {}
 
     def _sparsities(self, names: Sequence[str], round: int) -> list[tuple[list[str], Sparsity]]:
-        return plan(groups(names, self.schedule), round)
+        return sparsities_of(scheduled(names, self.schedule, self.rounds), round)
 
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:

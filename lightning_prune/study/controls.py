@@ -30,7 +30,7 @@ from lightning_prune.evidence import OF_A_RUN, asked
 from lightning_prune.files import replacing
 from lightning_prune.layers import layouts
 from lightning_prune.masks import Masks, alive
-from lightning_prune.pruning import Criterion, groups
+from lightning_prune.pruning import Criterion, scheduled
 from lightning_prune.selection import Scores
 from lightning_prune.study import tickets
 from lightning_prune.study.equal_size import of_equal_size
@@ -267,7 +267,7 @@ def generator_of(cfg: DictConfig) -> torch.Generator:
 def _prune(cfg: DictConfig, start: Start, criterion: Criterion, weights: Mapping[str, Tensor]) -> Masks:
     """Masks of the size of the start's, in each group of weights that has a schedule of its own."""
     pruner = instantiate(cfg.pruner)
-    parts = [names for names, _ in groups(list(start.masks), pruner.schedule)]
+    parts = [names for names, _ in scheduled(list(start.masks), pruner.schedule)]
     axes = criterion, pruner.allocate, pruner.granularity, layouts(instantiate(cfg.task), start.masks)
     return of_equal_size(start.masks, weights, parts, *axes, initial=start.tensors)
 

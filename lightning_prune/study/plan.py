@@ -13,7 +13,7 @@ from typing_extensions import final
 
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked
-from lightning_prune.pruning import budget, groups
+from lightning_prune.pruning import budget, scheduled
 from lightning_prune.study.configs import plain
 from lightning_prune.study.records import read
 from lightning_prune.study.round_masks import file_size
@@ -97,7 +97,7 @@ def weights_left(weights: dict[str, int], pruner: Any) -> int | None:
     38
     """
     left = 0
-    for names, schedule in groups(list(weights), pruner.schedule):
+    for names, schedule in scheduled(list(weights), pruner.schedule, pruner.rounds):
         if asked(schedule):
             return None
         left += budget(schedule(pruner.rounds), sum(weights[name] for name in names))
