@@ -12,7 +12,7 @@ says from where to go on.*
 - `allocation`: how many where; scores and a total -> survivors per tensor
 - `granularity`: weights, blocks, kernels or filters; what lives and dies together
 - `evidence`: what these may ask for, and how to gather it without a trace
-- `pruning`: score, allocate, keep; and `prune` for any module
+- `pruning`: score, allocate, keep; `prune` and `apply_masks` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot, and the policies that say what of it comes back
 - `structured`: which channels are coupled, tried on a copy, and cut out of a model and its optimizers
@@ -46,7 +46,7 @@ from lightning_prune.deploy.storage import load_sparse, save_sparse
 from lightning_prune.deploy.summary import summarize
 from lightning_prune.holding import hold
 from lightning_prune.layers import targets
-from lightning_prune.pruning import prune
+from lightning_prune.pruning import apply_masks, prune
 from lightning_prune.structured import filters
 from lightning_prune.structured.filters import prune_channels
 from lightning_prune.structured.loading import load_pruned
@@ -60,6 +60,7 @@ __all__ = [
     "StructuredChannelPruning",
     "accelerate",
     "allocation",
+    "apply_masks",
     "criteria",
     "filters",
     "granularity",

@@ -4,8 +4,10 @@ Nothing is added to the model, and the hooks go when the hold is removed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn, optim
@@ -34,7 +36,6 @@ ELEMENTWISE = (
 
 
 @final
-@final
 class Hold:
     """Masks held on parameters: after every step of every optimizer, dead weights are exactly +0.0.
 
@@ -62,6 +63,7 @@ class Hold:
         self._ids = {id(p) for p in self._params.values()}
         self._optimizers: list[optim.Optimizer] = []
         self._steps: WeakKeyDictionary[optim.Optimizer, int] = WeakKeyDictionary()  # ours -> its groups
+        self._wrapped: WeakSet[optim.Optimizer] = WeakSet()  # whose `step` torch has not prepared
         self._bits: dict[str, Tensor] = {}
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
         self._handles: list[Any] = []
@@ -74,7 +76,10 @@ class Hold:
     def watch(self, optimizers: Iterable[optim.Optimizer], *, gradients: bool) -> None:
         """Hold with these optimizers from now on, such as some that were made anew."""
         self._optimizers = list(optimizers)
-        self._handles += [_Wrapped(o, self.apply) for o in self._optimizers if not _calls_hooks(o)]
+        for o in self._optimizers:
+            if not _calls_hooks(o) and o not in self._wrapped:
+                self._wrapped.add(o)
+                self._handles.append(_Wrapped(o, self.apply))
         for o in self._optimizers:
             self._zero_state(o)
         if not gradients or self._gradients:
@@ -150,18 +155,26 @@ class _Wrapped:
 
     def __init__(self, optimizer: Any, then: Callable[[], None]) -> None:
         self._optimizer, self._then = optimizer, then
-        self._step = optimizer.step
-        optimizer.step = self
+        self._before = vars(optimizer).get("step")
+        step = optimizer.step
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._step(*args, **kwargs)
-        self._then()
-        return result
+        @wraps(step)
+        def stepped(_: Any, *args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._then()
+            return result
+
+        # A method, since learning rate schedulers wrap the function of one.
+        self._ours = optimizer.step = MethodType(stepped, optimizer)
 
     def remove(self) -> None:
-        if vars(self._optimizer).get("step") is self:
-            self._optimizer.step = self._step
         self._then = lambda: None  # where somebody else has wrapped it since
+        if vars(self._optimizer).get("step") is not self._ours:
+            return
+        if self._before is None:
+            del self._optimizer.step
+        else:
+            self._optimizer.step = self._before
 
 
 def zero_dead_state(optimizer: optim.Optimizer, alive_bits: dict[Tensor, Tensor]) -> None:

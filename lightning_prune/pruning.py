@@ -42,7 +42,7 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
     schedule = told(schedule, rounds)
     reached = 0.0
     for r in range(rounds + 1):
-        sparsity = float(schedule(r))
+        sparsity = sparsity_in(schedule, r)
         if not 0 <= sparsity < 1:
             raise ValueError(
                 f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
@@ -54,6 +54,33 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
                 "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
             )
         reached = sparsity
+
+
+def sparsity_in(schedule: Schedule, round: int) -> float:
+    """What a schedule that reads no scores says of a round, as a number.
+
+    >>> sparsity_in([0.0, torch.tensor(0.5)].__getitem__, 1)
+    0.5
+
+    Raises:
+        ValueError: when it says nothing of this round, or no number.
+    """
+    try:
+        return _number(schedule(round))
+    except LookupError as error:  # of a table's __getitem__
+        raise ValueError(
+            f"schedule: {schedule} has no sparsity for round {round}. Give one for each round, or lower "
+            "rounds."
+        ) from error
+
+
+def _number(sparsity: Any) -> float:
+    try:
+        return float(sparsity)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"schedule: {sparsity!r} is given as a sparsity; allowed are numbers, such as 0.5. Return one."
+        ) from error
 
 
 def told(schedule: Schedule, rounds: int | None) -> Schedule:
@@ -110,7 +137,10 @@ def budget(sparsity: float, n: int) -> int:
 
 def sparsities_of(groups: Scheduled, round: int) -> list[tuple[list[str], Sparsity]]:
     """How far each group's schedule goes in a round: a number, or a function of the scores."""
-    return [(names, partial(s, round) if asked(s) else float(s(round))) for names, s in groups]
+    return [
+        (names, partial(schedule, round) if asked(schedule) else sparsity_in(schedule, round))
+        for names, schedule in groups
+    ]
 
 
 def next_masks(
@@ -190,7 +220,7 @@ def chosen(
     for names, sparsity in sparsities:
         group = {name: units.pop(name) for name in names}
         if callable(sparsity):
-            sparsity = call(sparsity, scores=only(group, candidates))
+            sparsity = _number(call(sparsity, scores=only(group, candidates)))
         if not sparsity:
             new.update({name: masks[name].clone() for name in names})
             continue
@@ -267,6 +297,7 @@ def prune(
     data: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     initial: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Prune any module once, in place, without training: dead weights become exactly 0. Returns the masks.
 
@@ -293,14 +324,16 @@ def prune(
         data: batches, pairs (input, target) or inputs, on the model's device; all of it is held in memory.
         loss: (output, target) -> scalar.
         initial: {name: weight at initialization}, a `state_dict` say, for criteria that compare with it.
+        masks: {name: bool tensor} of a pruning before. What is dead there stays dead, and counts in the
+            sparsity, so that a sparsity below theirs changes nothing. Weights without a mask are alive.
 
     Raises:
-        ValueError: when a pattern matches nothing, nothing is prunable, a weight is not finite, or the
-            criterion asks for something that is not given. The model is then as it was.
+        ValueError: when a pattern matches nothing, nothing is prunable, a weight is not finite, a schedule
+            leaves nothing, masks are not those of the weights, or the criterion asks for something that is
+            not given. The model is then as it was.
     """
     params = prunable(model, layers, include, exclude)
-    one = torch.ones((), dtype=torch.bool)
-    dense = {name: one.to(p.device).expand(p.shape) for name, p in params.items()}  # without memory of theirs
+    there = _dense(params) if masks is None else {**_dense(params), **_masks_of(params, masks, "prunable")}
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):
         evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())
@@ -314,15 +347,94 @@ def prune(
     schedule = sparsity if callable(sparsity) else lambda round: sparsity
     wanted = asked(criterion).keys() | asked(allocate, 2).keys()
     with undisturbed(model) if OF_A_RUN & wanted else nullcontext():
-        masks = next_masks(
+        new = next_masks(
             params,
-            dense,
+            there,
             sparsities_of(scheduled(list(params), schedule, 1), 1),
             criterion,
             allocate,
             granularity,
             **evidence,
         )
+    if callable(sparsity) and not alive(new):
+        raise ValueError(
+            f"sparsity: {sparsity} leaves none of {sum(p.numel() for p in params.values())} weights. Nothing "
+            "was pruned. Ask for less."
+        )
     for name, p in params.items():
-        zero_dead_(p, bits(masks[name], like=p))
-    return masks
+        zero_dead_(p, bits(new[name], like=p))
+    return new
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the dead weights of a module to exactly +0.0: after merging an adapter, loading, or averaging.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
+    >>> model.weight[0, 1].item()
+    0.0
+
+    Args:
+        model: any module. Its parameters keep their identity.
+        masks: {parameter name: bool tensor of the parameter's shape, True = alive}, such as `prune` returns
+            them. Parameters without a mask stay as they are.
+
+    Raises:
+        ValueError: when a name is not that of a parameter, or a mask does not fit it. The model is then as it
+            was.
+    """
+    parameters = dict(model.named_parameters())
+    for name, mask in _masks_of(parameters, masks, "model's").items():
+        zero_dead_(parameters[name], bits(mask, like=parameters[name]))
+
+
+def _dense(params: Mapping[str, Tensor]) -> Masks:
+    one = torch.ones((), dtype=torch.bool)
+    return {name: one.to(p.device).expand(p.shape) for name, p in params.items()}  # without memory of theirs
+
+
+def _masks_of(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], whose: str) -> Masks:
+    """The masks, each on the device of its parameter.
+
+    Raises:
+        ValueError: when a name is not among `params`, or a mask does not fit its parameter.
+    """
+    if unknown := [name for name in masks if name not in params]:
+        raise ValueError(
+            f"masks: {', '.join(unknown)}: no such names among the {whose} parameters. "
+            f"{_renamed(unknown, list(params))}"
+        )
+    for name, mask in masks.items():
+        shape = tuple(params[name].shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            tensor = isinstance(mask, Tensor)
+            given = f"{mask.dtype} {tuple(mask.shape)}" if tensor else f"a {type(mask).__name__}"
+            raise ValueError(
+                f"masks: {name} is {given}; allowed is torch.bool of shape {shape}. Use masks of this model."
+            )
+    return {name: mask.to(params[name].device) for name, mask in masks.items()}
+
+
+# What wrappers put before, or into, the names of parameters.
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "base_layer.", "_fsdp_wrapped_module.")
+
+
+def _renamed(unknown: Sequence[str], names: Sequence[str]) -> str:
+    """What to do about names of masks that are not those of the model: name the wrapper, or the names."""
+
+    def bare(name: str) -> str:
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        return name
+
+    here = {bare(name): name for name in names}
+    pairs = {name: here[bare(name)] for name in unknown if bare(name) in here}
+    if not pairs:
+        return f"They are: {', '.join(names)}. Use masks of this model."
+    there, same = next(iter(pairs.items()))
+    wrappers = [w for w in _WRAPPERS if there.count(w) != same.count(w)]
+    side = "names of the masks" if len(there) > len(same) else "names of the parameters"
+    return (
+        f"{same} looks like {there}: a wrapper put {', '.join(map(repr, wrappers))} into the {side}. Rename "
+        "the masks, or give the model that they were made of."
+    )

@@ -66,14 +66,18 @@ class Snapshot:
     ) -> None:
         """Put the state back, bit for bit, into the same parameters, optimizers, schedulers and averages.
 
+        Parameter groups that an optimizer got since keep their settings; what it knows of their parameters
+        is forgotten, as it knew nothing of them.
+
         Raises:
-            ValueError: when the model, or the number of optimizers, schedulers or averages, is not that of
-                the snapshot.
+            ValueError: when the model, an optimizer's groups of then, or the number of optimizers, schedulers
+                or averages, is not that of the snapshot. Nothing is changed then.
         """
         schedules = [None] * len(schedulers) if self.schedulers is None else self.schedulers
         for what, there, here in (
             ("tensors", _shapes(self.tensors), _shapes(_tensors(model))),
             ("optimizers", len(self.optimizers), len(optimizers)),
+            ("parameter groups", *_groups(self.optimizers, optimizers)),
             ("schedulers", len(schedules), len(schedulers)),
             ("averages", len(self.averages), len(averages)),
         ):
@@ -89,7 +93,7 @@ class Snapshot:
             module.set_extra_state(copied(self.extra[name]))
         # load_state_dict keeps references to what it is given
         for optimizer, state in zip(optimizers, self.optimizers, strict=True):
-            optimizer.load_state_dict(copied(state))
+            optimizer.load_state_dict(_with_later_groups(copied(state), optimizer))
             _keep_precision(optimizer, state)
         for scheduler, state in zip(schedulers, schedules, strict=True):
             if state is not None:
@@ -202,6 +206,31 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     # a sparse tensor and its `detach()` do not see what is written into the other
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     return {name: p.detach() if p.layout == torch.strided else p for name, p in tensors.items()}
+
+
+def _groups(
+    states: Sequence[dict[str, Any]], optimizers: Sequence[optim.Optimizer]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """How many parameters the groups of each optimizer have: in the snapshot, and as many groups here."""
+    there = {f"of optimizer {i}": _sizes(state.get("param_groups", ())) for i, state in enumerate(states)}
+    here = {
+        name: _sizes(optimizer.param_groups)[: len(sizes)]
+        for optimizer, (name, sizes) in zip(optimizers, there.items(), strict=False)
+    }
+    return there, here
+
+
+def _sizes(groups: Iterable[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _with_later_groups(state: dict[str, Any], optimizer: optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state of then, with the groups that were added since, about which it knows nothing."""
+    if "param_groups" not in state:  # Lightning's stand-in for no optimizer
+        return state
+    groups = state["param_groups"]
+    later = optimizer.state_dict()["param_groups"][len(groups) :]
+    return {**state, "param_groups": [*groups, *copied(later)]}
 
 
 def _keep_precision(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:

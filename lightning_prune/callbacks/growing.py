@@ -312,9 +312,7 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:
-        hold = self._running.hold
-        assert hold is not None
-        hold.forget()  # What the optimizers remember of the dead is gone before some of them grow.
+        self._running.forget()  # What the optimizers remember of the dead is gone before some of them grow.
         self.masks = units
 
     @override

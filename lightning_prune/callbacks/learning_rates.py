@@ -22,9 +22,12 @@ def _copied(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def hold(trainer: Trainer, rates: Rates) -> None:
-    """Give the parameter groups these settings, and never step a scheduler again."""
+    """Give the parameter groups these settings, and never step a scheduler again.
+
+    Groups that were added since keep theirs.
+    """
     for optimizer, groups in zip(trainer.optimizers, rates, strict=True):
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        for group, settings in zip(optimizer.param_groups, groups, strict=False):
             for name, value in settings.items():
                 tensor = isinstance(value, Tensor)
                 group[name] = value.to(group[name].device, copy=True) if tensor else value

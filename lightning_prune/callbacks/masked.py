@@ -3,64 +3,34 @@
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
 from lightning_prune import doctor
 from lightning_prune.callbacks import _lightning, generators
-from lightning_prune.callbacks.beside import averaging_of, compare_anew, mask_averages, show
-from lightning_prune.callbacks.checkpoints import WholeCheckpointIO, make_plain
+from lightning_prune.callbacks.beside import averaging_of, compare_anew, show
+from lightning_prune.callbacks.checkpoints import make_plain
+from lightning_prune.callbacks.fits import Fit, reads_gradients
+from lightning_prune.callbacks.history import RoundRecord, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
-from lightning_prune.callbacks.ranks import check_ranks, decided, of_ranks
+from lightning_prune.callbacks.ranks import check_ranks, decided, of_ranks, together
 from lightning_prune.callbacks.resumption import Resumption
-from lightning_prune.callbacks.rounds import Clock, Rounds
+from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
+from lightning_prune.callbacks.state import VERSION, check_settings, check_version
 from lightning_prune.checks import whole
 from lightning_prune.deploy import storage
-from lightning_prune.holding import Hold, check_fit, mixes_weights
 from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
 
 log = logging.getLogger(__name__)
-
-VERSION = 2  # of the state in a checkpoint
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What a round was: a row of a callback's `history`."""
-
-    round: int
-    sparsity: float
-    alive: int
-    total: int
-    steps: int
-    metrics: dict[str, float]
-
-
-@dataclass
-class _Fit:
-    """What lives as long as a fit, and is dropped with it."""
-
-    trainer: Trainer
-    checkpoint_io: CheckpointIO | None  # that ours stands in for
-    params: dict[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
-    followed: dict[str, str] = field(default_factory=dict[str, str])  # copy -> the weight that it copies
-    hold: Hold | None = None
-    optimizers: list[int] = field(default_factory=list[int])  # which the hold watches
-    begun: bool = False  # whether training has begun
-    announce: bool = True  # the round, with the next batch
-    looked: bool = False  # at the dead weights after the first step of the round
-    stopped: bool = False  # by this callback
 
 
 class MaskedTraining(Callback, ABC):
@@ -119,7 +89,7 @@ class MaskedTraining(Callback, ABC):
         self._key = self._generate_state_key(include=include, exclude=exclude, **key)
         self._seed: int | None = None  # of what criteria draw
         self._network: weakref.ref[nn.Module] | None = None  # that the last fit trained
-        self._fit: _Fit | None = None
+        self._fit: Fit | None = None
 
     # ----------------------------------------------------------------------------------------- what is public
 
@@ -172,6 +142,7 @@ class MaskedTraining(Callback, ABC):
         if self._fit is not None:
             raise RuntimeError("start_from: a fit is under way; allowed is before a fit. Call it there.")
         self.masks, self._at = dict(masks), replace(self._at, number=round)
+        self._network = None
 
     def clock(self, trainer: Trainer) -> int:
         """What rounds are counted in: epochs, or the steps of all optimizers."""
@@ -197,7 +168,7 @@ class MaskedTraining(Callback, ABC):
         """End the fit with this round, before its next batch."""
         log.info("round %d is the last: %s", self.round, reason)
         if self._fit is not None:
-            self._fit.stopped = True
+            self._fit.explained = True
         trainer.should_stop = True
         raise StopIteration  # Lightning's own way out of an epoch before its next batch
 
@@ -250,10 +221,9 @@ class MaskedTraining(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        strategy, replaced = trainer.strategy, None
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            replaced, strategy.checkpoint_io = strategy.checkpoint_io, WholeCheckpointIO()
-        self._fit = _Fit(trainer, replaced)
+        if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
+            self._fit.leave()
+        self._fit = Fit(trainer, vars(self))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,64 +231,55 @@ class MaskedTraining(Callback, ABC):
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
         self._check_network(pl_module)
-        fit.params = self._prepare(trainer, pl_module)
+        fit.params = together(trainer, lambda: self._prepare(trainer, pl_module))
         if self.verify:
             check_ranks(trainer, self.masks)
             advice = "Masks and weights of this checkpoint are not of one training; resume from another."
-            doctor.report(doctor.awake(fit.params, self.masks, advice) if self.resumption else [])
-        self._hold_on(trainer, pl_module)
+            found = doctor.awake(fit.params, self.masks, advice) if self.resumption else []
+            together(trainer, lambda: doctor.report(found))
+        self.masks = {name: self.masks[name].to(p.device) for name, p in fit.params.items()}
+        fit.hold(pl_module, self.masks, self._reads_gradients(trainer, pl_module))
         self._network = weakref.ref(pl_module)
 
     @property
-    def _running(self) -> _Fit:
+    def _running(self) -> Fit:
         assert self._fit is not None
         return self._fit
 
     def _check_network(self, pl_module: LightningModule) -> None:
-        """Refuse a network that is not the one whose rounds these are.
+        """Refuse a network that is not the one whose rounds these are, or say that it is taken for it.
 
         Raises:
-            ValueError: then.
+            ValueError: when its weights are not zero where the masks are.
         """
         last = self._network() if self._network is not None else None
         if self._network is None or self.resumption or last is pl_module or not (self.round or self.sparsity):
             return
+        place = (
+            f"{type(self).__name__}: it is in round {self.round} at sparsity {self.sparsity:.4f} of another"
+        )
         parameters = dict(pl_module.named_parameters())
         masks = {n: m for n, m in self.masks.items() if n in parameters and parameters[n].shape == m.shape}
         if len(masks) < len(self.masks) or doctor.awake(parameters, masks, ""):
             raise ValueError(
-                f"{type(self).__name__}: it is in round {self.round} at sparsity {self.sparsity:.4f} of "
-                "another network, and the weights of this one are not zero where its masks are. Allowed is "
+                f"{place} network, and the weights of this one are not zero where its masks are. Allowed is "
                 "the network of the fit before. Make new callbacks for a new network, or load the weights "
                 "that were trained."
             )
-
-    def _hold_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fit = self._running
-        check_fit(self.masks, fit.params)
-        self.masks = {name: self.masks[name].to(p.device) for name, p in fit.params.items()}
-        copies = {name: pl_module.get_parameter(name) for name in fit.followed}
-        if fit.hold is not None:
-            fit.hold.remove()
-        gradients = self._reads_gradients(trainer, pl_module)
-        fit.hold = Hold({**fit.params, **copies}, self._held_masks(), trainer.optimizers, gradients=gradients)
-        fit.optimizers = [id(optimizer) for optimizer in trainer.optimizers]
-        mask_averages(trainer, self.masks)
-
-    def _held_masks(self) -> Masks:
-        return {**self.masks, **{copy: self.masks[of] for copy, of in self._running.followed.items()}}
+        rank_zero_warn(
+            f"{place} network object, and goes on from there, as the zeros of this one are those of its "
+            "masks. Make new callbacks to start anew.",
+            stacklevel=2,
+        )
 
     def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether a dead weight's gradient may reach a living one, by clipping or in an optimizer's step."""
-        hooks = ("on_after_backward", "on_before_optimizer_step")
-        of_module = (*hooks, "backward", "configure_gradient_clipping", "optimizer_step")
-        return bool(
-            trainer.gradient_clip_val
-            or not pl_module.automatic_optimization
-            or any(mixes_weights(optimizer) for optimizer in trainer.optimizers)
-            or any(is_overridden(hook, pl_module) for hook in of_module)
-            or any(is_overridden(hook, c) for c in _lightning.callbacks_of(trainer) for hook in hooks)
-        )
+        """Whether a dead weight's gradient may reach a living one."""
+        return reads_gradients(trainer, pl_module)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fit and self._fit.trainer is trainer and self.resumption:
+            self._fit.before = {}  # The network has the checkpoint's weights by now, which go with its masks.
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -334,12 +295,7 @@ class MaskedTraining(Callback, ABC):
         others = _lightning.callbacks_of(trainer)
         if _lightning.is_a_trial(trainer) or any(getattr(other, "varies_rounds", False) for other in others):
             return
-        steps: float = trainer.max_steps if trainer.max_steps >= 0 else float("inf")
-        epochs = float("inf") if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
-        each = steps_per_epoch(trainer) if trainer.lightning_module.automatic_optimization else float("inf")
-        end = min(steps, epochs * each)
-        if self._at.clock is Clock.EPOCHS:
-            end = min(epochs, steps / each if each < float("inf") else epochs)
+        end = end_of_fit(trainer, self._at.clock)
         room = self._at.to_come(end)
         if self.round + room < self.rounds:
             rank_zero_warn(
@@ -348,7 +304,27 @@ class MaskedTraining(Callback, ABC):
                 "longer, make rounds shorter, or lower rounds; a later fit goes on from there.",
                 stacklevel=2,
             )
-            self._running.stopped = True  # which is said now, and not at the end again
+            self._running.explained = True
+
+    def _say_if_fewer(self, trainer: Trainer) -> None:
+        """Say at the end of a fit that there were fewer prunings than asked for, unless it was said."""
+        fit = self._running
+        if self.round >= self.rounds or fit.explained or _lightning.is_a_trial(trainer):
+            return
+        fit.explained = True
+        what = f"after {self.round} of {self.rounds} prunings and at sparsity {self.sparsity:.4f}"
+        if fit.begun:
+            rank_zero_warn(
+                f"the fit ended in round {self.round}, {what}. Train longer, or let EarlyStopping wait "
+                "longer; a later fit goes on from here.",
+                stacklevel=2,
+            )
+        else:
+            rank_zero_warn(
+                f"the fit ended in round {self.round} without a step, {what}: this training was at its end. "
+                "Raise max_epochs or max_steps.",
+                stacklevel=2,
+            )
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -358,6 +334,7 @@ class MaskedTraining(Callback, ABC):
         self._begin_round_if_due(trainer, pl_module)
 
     def _begin_epoch(self, trainer: Trainer) -> None:
+        self._running.before = {}
         if self.resumption:
             self.resumption.on_train_epoch_start(trainer)
         self._running.announce = True
@@ -367,11 +344,9 @@ class MaskedTraining(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         fit = self._running
-        self.resumption = None
-        if fit.optimizers != [id(optimizer) for optimizer in trainer.optimizers]:  # they were made anew
-            assert fit.hold is not None
-            fit.hold.watch(trainer.optimizers, gradients=self._reads_gradients(trainer, pl_module))
-            fit.optimizers = [id(optimizer) for optimizer in trainer.optimizers]
+        self.resumption, fit.before = None, {}
+        if fit.has_new_optimizers():
+            fit.watch(gradients=self._reads_gradients(trainer, pl_module))
         if not self._at.opened:
             self._at = replace(self._at, opened=True)
             self._open(trainer, pl_module)
@@ -408,13 +383,16 @@ class MaskedTraining(Callback, ABC):
         units = self._decided(trainer, pl_module, self.round + 1)
         if reason := self._too_few(units):
             self.stop(trainer, reason)
+        history = self.history
         self._record(trainer)
-        self._prune(trainer, pl_module, units, self._at.next(self.clock(trainer), trainer.global_step))
+        try:
+            self._prune(trainer, pl_module, units, self._at.next(self.clock(trainer), trainer.global_step))
+        except BaseException:
+            self.history = history
+            raise
 
     def _decided(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
-        hold = self._running.hold
-        assert hold is not None
-        hold.apply()
+        self._running.apply()
         units = decided(trainer, lambda: pack(self._next(trainer, pl_module, round)))
         there = self._units
         return {name: mask.to(there[name].device) for name, mask in unpack(units).items()}
@@ -425,23 +403,21 @@ class MaskedTraining(Callback, ABC):
         candidates = alive(self._units)
         self._put_on(trainer, pl_module, units)
         self.removed, self._at = candidates - alive(units), then
-        others = _lightning.callbacks_of(trainer)
         try:
             for hook in ("on_prune", "on_round_start"):
-                for other in others:
+                for other in _lightning.callbacks_of(trainer):
                     if tell := getattr(other, hook, None):
-                        decided(trainer, partial(_told, tell, trainer, pl_module, self.masks))
+                        together(trainer, partial(tell, trainer, pl_module, self.masks))
         except BaseException:
             self._take_back(*before)
             raise
-        assert fit.hold is not None
-        fit.hold.set(self._held_masks())
+        fit.set(self.masks)
         for p in pl_module.parameters():
             p.grad = None  # of another network
-        mask_averages(trainer, self.masks)
         fit.announce, fit.looked = True, False
         if self.verify:
-            self._verify(trainer, pl_module, before[0])
+            together(trainer, partial(self._verify, trainer, pl_module, before[0]))
+            check_ranks(trainer, self.masks)
         self._begun(trainer)
 
     def _begun(self, trainer: Trainer) -> None:
@@ -462,45 +438,44 @@ class MaskedTraining(Callback, ABC):
         found = doctor.awake(params, self.masks, "Something wrote to them after the masks were put on.")
         found += doctor.replaced(params, pl_module, trainer.optimizers)
         doctor.report([*found, *self._missed(before)])
-        check_ranks(trainer, self.masks)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         fit = self._running
-        if fit.looked or not self.verify or trainer.global_step <= self._at.step:
+        if fit.looked or not self.verify:
             return
-        fit.looked = True
+        # Optimizers that a module steps itself need not count in `global_step`.
+        if trainer.global_step <= self._at.step and pl_module.automatic_optimization:
+            return
+        fit.looked = trainer.global_step > self._at.step or bool(batch_idx)
         advice = (
             "An optimizer's step revived them, which calls no hook of torch's, or something wrote to them "
             "after the step. Let the trainer have the optimizer, or call `super().__init__` in its class."
         )
-        doctor.report(doctor.awake(fit.params, self.masks, advice))
+        together(trainer, lambda: doctor.report(doctor.awake(fit.params, self.masks, advice)))
 
     def _record(self, trainer: Trainer) -> None:
         """Add the round that is over to the history; a round that goes on in another fit replaces its row."""
-        units = self._units
-        metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
-        total, steps = sum(mask.numel() for mask in units.values()), trainer.global_step - self._at.step
-        record = RoundRecord(self.round, self.sparsity, alive(units), total, steps, metrics)
-        self.history = [*(r for r in self.history if r.round < self.round), record]
+        steps = trainer.global_step - self._at.step
+        self.history = with_round(self.history, trainer, self.round, self._units, steps)
 
     # -------------------------------------------------------------------- wherever weights leave the training
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._fit and self._fit.trainer is trainer and self._fit.hold:
-            self._fit.hold.apply()
+        if self._fit and self._fit.trainer is trainer:
+            self._fit.apply()
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._fit and self._fit.hold:
-            self._fit.hold.apply()
+        if self._fit:
+            self._fit.apply()
         if self.verify:
-            doctor.report(self._doubts(trainer, checkpoint))
+            together(trainer, lambda: doctor.report(self._doubts(trainer, checkpoint)))
         if trainer.world_size > 1 and not self.resumption:
             state = checkpoint["callbacks"][self.state_key]
             state["rng"] = of_ranks(trainer, state["rng"][0])
@@ -521,21 +496,15 @@ class MaskedTraining(Callback, ABC):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit = self._running
-        self._at = replace(self._at, read=self.clock(trainer))
+        self._at = self._at_now()
         self._record(trainer)
-        if fit.hold:
-            fit.hold.apply()
-        if self.round < self.rounds and not (fit.stopped or _lightning.is_a_trial(trainer)):
-            rank_zero_warn(
-                f"the fit ended in round {self.round}, after {self.round} of {self.rounds} prunings and at "
-                f"sparsity {self.sparsity:.4f}. Train longer, or let EarlyStopping wait longer; a later fit "
-                "goes on from here.",
-                stacklevel=2,
-            )
+        fit.apply()
+        self._say_if_fewer(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(trainer)
+        self._say_if_fewer(trainer)
+        self._leave()
         for name, mask in self.masks.items():  # whatever other callbacks did when training ended
             p = pl_module.get_parameter(name)
             zero_dead_(p, bits(mask, like=p))
@@ -547,12 +516,11 @@ class MaskedTraining(Callback, ABC):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._fit is None or self._fit.trainer is not trainer:
+        fit = self._fit
+        if fit is None or fit.trainer is not trainer:
             return
-        if self._fit.begun:
-            self._at = replace(self._at, read=self.clock(trainer))
-            if self._fit.hold:
-                self._fit.hold.apply()
+        self._at = self._at_now()
+        fit.apply()
         if isinstance(exception, KeyboardInterrupt):
             log.info(
                 "interrupted in round %d of %d. Fit again with ckpt_path=<the last checkpoint> to go on from "
@@ -560,28 +528,30 @@ class MaskedTraining(Callback, ABC):
                 self.round,
                 self.rounds,
             )
-        self._leave(trainer)
+        self._leave()
+        vars(self).update(fit.before)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if self._fit is None:
             self.resumption = None  # A validation of a checkpoint is no resumption.
-        elif self._fit is not None and self._fit.trainer is trainer:
-            self._leave(trainer)
+        elif self._fit.trainer is trainer and stage == "fit":
+            self._leave()
 
-    def _leave(self, trainer: Trainer) -> None:
+    def _leave(self) -> None:
         """Take away everything of ours that acts on module, optimizers, strategy or trainer."""
         fit, self._fit, self.resumption = self._fit, None, None
-        if fit is None:
-            return
-        if fit.hold:
-            fit.hold.remove()
-        if fit.checkpoint_io is not None and isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO):
-            trainer.strategy.checkpoint_io = fit.checkpoint_io
+        if fit is not None:
+            fit.leave()
+
+    def _at_now(self) -> Rounds:
+        """The rounds, in line with what the clock says now, to be taken up by another fit."""
+        fit = self._fit
+        return replace(self._at, read=self.clock(fit.trainer)) if fit and fit.begun else self._at
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: hooks and trainers cannot be pickled, and a copy has none."""
-        return {**vars(self), "_fit": None, "_network": None}
+        return {**vars(self), "_at": self._at_now(), "_fit": None, "_network": None}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(round {self.round} of {self.rounds}, sparsity {self.sparsity:.4f})"
@@ -591,14 +561,13 @@ class MaskedTraining(Callback, ABC):
     @override
     def state_dict(self) -> dict[str, Any]:
         fit = self._fit
-        at = replace(self._at, read=self.clock(fit.trainer)) if fit and fit.begun else self._at
         ranks = (
             self.resumption.ranks if self.resumption else [generators.capture(fit.trainer if fit else None)]
         )
         return {
             "version": VERSION,
             "settings": self._settings(),
-            "rounds": at.state_dict(),
+            "rounds": self._at_now().state_dict(),
             "seed": self._seed,
             "masks": pack(self.masks),
             "removed": self.removed,
@@ -610,6 +579,9 @@ class MaskedTraining(Callback, ABC):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if self._fit is not None and self._fit.trainer is not trainer:
+            checkpoint["callbacks"].pop(self.state_key, None)  # A second trainer validates in mid-fit.
+            return
         there = [key for key in checkpoint["callbacks"] if key.startswith(type(self).__qualname__)]
         if there and self.state_key not in there:
             raise ValueError(
@@ -627,74 +599,3 @@ class MaskedTraining(Callback, ABC):
         self.removed = state_dict["removed"]
         self.history = [RoundRecord(**record) for record in state_dict["history"]]
         self.resumption = Resumption(state_dict["rng"])
-
-
-def _told(tell: Callable[..., Any], *args: Any) -> None:
-    tell(*args)
-
-
-def check_version(name: str, state: Mapping[str, Any]) -> None:
-    """Refuse the state of another version.
-
-    Raises:
-        ValueError: naming both.
-    """
-    if (version := state.get("version", 1)) != VERSION:
-        raise ValueError(
-            f"ckpt_path: the checkpoint holds the state of a {name} of version {version}, and this is "
-            f"version {VERSION}; allowed is the same. Finish that run with the release of lightning_prune "
-            "that began it, or start anew with masks=<the checkpoint>."
-        )
-
-
-def check_settings(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse to go on with other settings than those of the checkpoint.
-
-    Raises:
-        ValueError: naming them.
-    """
-    if changed := [key for key in here if there.get(key) != here[key]]:
-        shown = "; ".join(f"{key}={there.get(key)!r} there, {key}={here[key]!r} here" for key in changed)
-        raise ValueError(
-            f"ckpt_path: the checkpoint is of a {name} with {shown}. Allowed are the same, since the rounds "
-            "of the checkpoint are counted by them. Give them as they were, or start another run."
-        )
-
-
-def following(follow: Mapping[str, str], masked: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Which parameters are copies of which masked ones, by patterns in which `*` stands for the same text.
-
-    >>> following({"target.*": "net.*"}, ["net.fc.weight"], ["net.fc.weight", "target.fc.weight"])
-    {'target.fc.weight': 'net.fc.weight'}
-
-    Args:
-        follow: {pattern of copies: pattern of originals}, each with one `*`.
-        masked: names of the originals that have masks.
-        names: of all parameters.
-
-    Raises:
-        ValueError: when a pattern has not one `*`, or leads to no copy.
-    """
-    found: dict[str, str] = {}
-    for copies, originals in follow.items():
-        if copies.count("*") != 1 or originals.count("*") != 1:
-            raise ValueError(
-                f"follow={{{copies!r}: {originals!r}}}: each pattern has exactly one *, such as "
-                "{'target.*': 'net.*'}."
-            )
-        (before, after), (start, end) = originals.split("*"), copies.split("*")
-        middles = {
-            n: n[len(before) : len(n) - len(after)]
-            for n in masked
-            if n.startswith(before) and n.endswith(after)
-        }
-        new = {
-            start + middle + end: name for name, middle in middles.items() if start + middle + end in names
-        }
-        if not new:
-            raise ValueError(
-                f"follow={{{copies!r}: {originals!r}}}: no parameter is such a copy of a masked one. Masked "
-                f"are: {', '.join(masked)}. Name patterns of these and their copies."
-            )
-        found |= new
-    return found

@@ -15,7 +15,9 @@ from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
-from lightning_prune.callbacks.masked import MaskedTraining, following
+from lightning_prune.callbacks.following import following, look_like_copies
+from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
 from lightning_prune.criteria import Criterion
@@ -172,13 +174,34 @@ class IterativeMagnitudePruning(MaskedTraining):
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        params = self.prunable(pl_module)
-        trained = self._trained(trainer, params)
-        first = self.masks or self._first_masks(trained)  # those of a fit before, or of a checkpoint
-        params = {name: p for name, p in params.items() if name in first or name in trained}
+        prunable = self.prunable(pl_module)
+        if self.masks:  # Of a fit before, or of a checkpoint. Which weights are pruned stays as it was then.
+            first = self.masks
+            params = {name: p for name, p in prunable.items() if name in first}
+        else:
+            trained = self._trained(trainer, prunable)
+            first = self._first_masks(trained)
+            params = {name: p for name, p in prunable.items() if name in first or name in trained}
         check_fit(first, params)
         scheduled(list(params), self.schedule, self.rounds)
         check_run(pl_module, self.criterion)
+        self._check_others(trainer, pl_module, params)
+        names = [name for name, _ in pl_module.named_parameters()]
+        self._running.followed = following(self.follow, list(params), names)
+        if not self.masks:
+            self._say_untrained(trainer, pl_module, list(prunable), params)
+        self._dry_run(pl_module, params, first)
+        self.masks = first
+        return params
+
+    def _check_others(
+        self, trainer: Trainer, pl_module: LightningModule, params: dict[str, nn.Parameter]
+    ) -> None:
+        """Refuse another callback that prunes some of the same weights.
+
+        Raises:
+            ValueError: naming them.
+        """
         for other in _lightning.callbacks_of(trainer):
             if not isinstance(other, IterativeMagnitudePruning) or other is self:
                 continue
@@ -188,18 +211,10 @@ class IterativeMagnitudePruning(MaskedTraining):
                     "include=, exclude= or layers=, or use one callback with a schedule per pattern; each "
                     "weight goes to one."
                 )
-        names = [name for name, _ in pl_module.named_parameters()]
-        self._running.followed = following(self.follow, list(params), names)
-        self._say_untrained(list(self.prunable(pl_module)), list(params))
-        self._dry_run(pl_module, params, first)
-        self.masks = first
-        return params
 
     def _trained(self, trainer: Trainer, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Of the prunable weights those that an optimizer trains, or that `include` names."""
-        held = {
-            id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad
-        }
+        held = _trained_by(trainer)
         if not held or self.include is not None:
             return params
         trained = {name: p for name, p in params.items() if id(p) in held}
@@ -211,24 +226,33 @@ class IterativeMagnitudePruning(MaskedTraining):
             )
         return trained
 
-    def _say_untrained(self, prunable: list[str], pruned: list[str]) -> None:
-        """Say which prunable weights stay dense, as no optimizer trains them, and which look like copies."""
-        left = [name for name in prunable if name not in pruned and name not in self._running.followed]
-        originals = {n.partition(".")[2]: n for n in pruned}
-        copies = [name for name in left if name.partition(".")[2] in originals]
-        if copies:
-            first = originals[copies[0].partition(".")[2]]
-            example = {f"{copies[0].partition('.')[0]}.*": f"{first.partition('.')[0]}.*"}
+    def _say_untrained(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prunable: list[str],
+        pruned: dict[str, nn.Parameter],
+    ) -> None:
+        """Say which weights stay dense as no optimizer trains them, and which are pruned all the same."""
+        held = _trained_by(trainer)
+        if held and (idle := [name for name, p in pruned.items() if id(p) not in held]):
             rank_zero_warn(
-                f"{', '.join(copies)}: no optimizer trains them, and they look like copies of weights that "
-                f"are pruned; they stay dense. To put the masks of the originals on them: follow={example}.",
+                f"include: {', '.join(idle)} are pruned, and no optimizer trains them. Exclude them to leave "
+                "them as they are.",
                 stacklevel=2,
             )
-        elif left:
-            rank_zero_info(
-                f"{type(self).__name__}: not pruned, since no optimizer trains them: {', '.join(left)}. "
-                "Name them in include= to prune them."
+        left = [name for name in prunable if name not in pruned and name not in self._running.followed]
+        if not left:
+            return
+        why = f"{', '.join(left)}: no optimizer trains them, so they stay dense."
+        if follow := look_like_copies(pl_module, list(pruned), left):
+            rank_zero_warn(
+                f"{why} Some look like copies of weights that are pruned. To put the masks of the originals "
+                f"on these: follow={follow}. To prune them on their own, name them in include=.",
+                stacklevel=2,
             )
+        else:
+            rank_zero_info(f"{type(self).__name__}: {why} Name them in include= to prune them.")
 
     def _first_masks(self, params: Mapping[str, nn.Parameter]) -> Masks:
         if self._start_from is None:
@@ -242,22 +266,22 @@ class IterativeMagnitudePruning(MaskedTraining):
     def _dry_run(self, pl_module: LightningModule, params: Mapping[str, nn.Parameter], first: Masks) -> None:
         """Draw the masks of the next and of the last round from the weights as they are.
 
-        A criterion that runs the model is stood in for by the magnitude.
+        A criterion that runs the model is stood in for by the magnitude; see `_try_run`.
 
         Raises:
-            ValueError: what a pruning would raise, or that a layer would be left empty.
+            ValueError: what a pruning would raise, or that a layer, or all of them, would be left empty.
         """
-        runs = OF_A_RUN & asked(self.criterion).keys()
-        criterion = criteria.magnitude if runs else self.criterion
+        criterion = criteria.magnitude if self._runs() else self.criterion
         weights = {name: p.detach() for name, p in params.items()}
         masks = {name: first[name].to(p.device) for name, p in weights.items()}
         for round in dict.fromkeys((self.round + 1, self.rounds)):
             if round > self.rounds:
                 continue
+            sparsities = self._sparsities(list(params), round)
             drawn = next_masks(
                 weights,
                 masks,
-                self._sparsities(list(params), round),
+                sparsities,
                 criterion,
                 self.allocate,
                 self.granularity,
@@ -265,12 +289,30 @@ class IterativeMagnitudePruning(MaskedTraining):
                 initial=self._initial or weights,
                 generator=torch.Generator().manual_seed(0),
             )
+            fixed = not any(callable(sparsity) for _, sparsity in sparsities)
+            if fixed and not alive(drawn) and alive(masks) and self.max_sparsity == 1:
+                raise ValueError(
+                    f"schedule: in round {round} it leaves none of {sum(p.numel() for p in params.values())} "
+                    "weights. Ask for a lower sparsity, or fewer rounds."
+                )
             if not self.verify or self._lets_layers_go() or self._too_few(drawn):
                 continue
             if found := doctor.emptied(drawn, masks):
                 raise ValueError(f"schedule: in round {round} " + "\n".join(found))
 
+    def _runs(self) -> bool:
+        """Whether the criterion runs the model."""
+        return not OF_A_RUN.isdisjoint(asked(self.criterion))
+
     # ----------------------------------------------------------------------------------------- between rounds
+
+    @override
+    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._begins_pruned():
+            super()._open(trainer, pl_module)
+        elif self._runs() and not self.is_last() and not _lightning.is_a_trial(trainer):
+            # Try the criterion on one batch now, so that what is wrong with it is found before training.
+            together(trainer, lambda: self._draw(trainer, pl_module, self.round + 1, batches=1))
 
     @override
     def _begins_pruned(self) -> bool:
@@ -290,12 +332,14 @@ class IterativeMagnitudePruning(MaskedTraining):
 
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
+        return self._draw(trainer, pl_module, round, self.score_batches)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, round: int, batches: int) -> Masks:
+        """The masks of a round. A criterion that reads data gets so many training batches from each rank."""
         assert self._seed is not None
         params = self._running.params
         initial = {name: w.to(params[name].device) for name, w in self._initial.items()}
-        with evidence_of(
-            trainer, pl_module, self.criterion, self.score_batches, self._seed + round
-        ) as evidence:
+        with evidence_of(trainer, pl_module, self.criterion, batches, self._seed + round) as evidence:
             return next_masks(
                 params,
                 self.masks,
@@ -360,6 +404,12 @@ class IterativeMagnitudePruning(MaskedTraining):
         super().load_state_dict(state_dict)
         self._initial = state_dict["initial"]
         self._metrics = state_dict["metrics"]
+
+
+def _trained_by(trainer: Trainer) -> set[int]:
+    """The ids of the parameters that the optimizers train."""
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return {id(p) for group in groups for p in group["params"] if p.requires_grad}
 
 
 def check_callable(name: str, given: object) -> None:

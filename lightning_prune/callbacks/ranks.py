@@ -29,15 +29,23 @@ def decided(trainer: Trainer, decide: Callable[[], T]) -> T:
     """
     if trainer.world_size == 1:
         return decide()
-    return trainer.strategy.broadcast(_safely(trainer, decide))
+    return trainer.strategy.broadcast(together(trainer, decide))
 
 
 def gathered(trainer: Trainer, make: Callable[[], T]) -> list[T]:
     """What each rank makes, on every rank, in order of ranks; errors as with `decided`."""
-    return of_ranks(trainer, make() if trainer.world_size == 1 else _safely(trainer, make))
+    return of_ranks(trainer, together(trainer, make))
 
 
-def _safely(trainer: Trainer, make: Callable[[], T]) -> T:
+def together(trainer: Trainer, make: Callable[[], T]) -> T:
+    """What this rank makes. All ranks must call it, so that none goes on where another one failed.
+
+    Raises:
+        Exception: what `make` raised on this rank.
+        RuntimeError: on the ranks on which it went well, when it failed on another.
+    """
+    if trainer.world_size == 1:
+        return make()
     mine: Exception | None = None
     value: Any = None
     try:

@@ -11,7 +11,8 @@ from lightning_prune import rewind
 from lightning_prune.callbacks import _lightning, generators, learning_rates
 from lightning_prune.callbacks.beside import averaging_of
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
-from lightning_prune.callbacks.masked import VERSION, MaskedTraining, check_settings, check_version
+from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.state import VERSION, check_settings, check_version
 from lightning_prune.callbacks.strategies import check_optimizers
 from lightning_prune.checks import whole
 from lightning_prune.evidence import asked, call
@@ -84,6 +85,8 @@ class LotteryTicketRewind(Callback):
         self._replayed = False  # whether the generators are back already
         self._network: weakref.ref[nn.Module] | None = None  # that the snapshot was taken of
         self._resumed = False  # whether this fit goes on from a checkpoint
+        self._before: dict[str, Any] = {}  # the attributes before a fit, until it has begun
+        self._trainer: Trainer | None = None  # of the fit under way
 
     @property
     def varies_rounds(self) -> bool:
@@ -96,6 +99,7 @@ class LotteryTicketRewind(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._before, self._trainer = dict(vars(self)), trainer
         pruner = _pruner(trainer)
         if isinstance(self.policy, type) or not callable(self.policy):
             raise ValueError(
@@ -139,6 +143,11 @@ class LotteryTicketRewind(Callback):
             self._network = weakref.ref(pl_module)
 
     @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed:  # The network has the checkpoint's weights by now, which go with this snapshot.
+            self._before = {}
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = _pruner(trainer)
         if pl_module.automatic_optimization:  # else nobody knows how many steps an epoch makes
@@ -148,6 +157,8 @@ class LotteryTicketRewind(Callback):
                     f"to_epoch={self.to_epoch}: it begins after the first round, of {pruner.steps_per_round} "
                     f"steps. Allowed is an epoch within it, of {steps_per_epoch(trainer)} steps. Lower it."
                 )
+        if not self._resumed:
+            self._checked = trainer.global_step  # by the counters of this fit
         self._check_averaging(trainer, pruner)
         if self.same_batches:
             self._check_whole_epochs(trainer, pruner)
@@ -203,6 +214,7 @@ class LotteryTicketRewind(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before = {}
         self._end_if_over(trainer)
         if self.same_batches and self._random is None and self._now(trainer) == self._k:
             self._random = generators.capture(trainer)
@@ -213,7 +225,7 @@ class LotteryTicketRewind(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._resumed = False
+        self._resumed, self._before = False, {}
         self._end_if_over(trainer)
         if self._may_hold and not self._held:
             self._rates = learning_rates.rates_of(trainer)
@@ -270,6 +282,20 @@ class LotteryTicketRewind(Callback):
             if pruner.is_last() and pruner.is_over(trainer):
                 pruner.stop(trainer, "it has the length of a round.")
 
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer is self._trainer:
+            vars(self).update(self._before)  # A fit that fails before it has begun leaves nothing.
+            self._leave()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer is self._trainer:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._before, self._trainer, self._resumed = {}, None, False
+
     def on_cut(self, trainer: Trainer, pl_module: LightningModule, what: Cut) -> None:
         """Channels were removed from the network: the snapshot loses the same ones."""
         if self.snapshot is not None:
@@ -320,7 +346,7 @@ class LotteryTicketRewind(Callback):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_network": None}
+        return {**vars(self), "_network": None, "_before": {}, "_trainer": None}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -335,6 +361,13 @@ class LotteryTicketRewind(Callback):
             "checked": self._checked,
             "random": self._random,
         }
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._trainer is not None and self._trainer is not trainer:
+            checkpoint["callbacks"].pop(self.state_key, None)  # A second trainer validates in mid-fit.
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

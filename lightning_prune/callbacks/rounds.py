@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_prune.callbacks.learning_rates import steps_per_epoch
+
 
 class Clock(Enum):
     """What rounds are counted in: epochs, or the steps of all optimizers together."""
@@ -77,3 +79,16 @@ class Rounds:
     def of(state: dict[str, Any]) -> "Rounds":
         """The rounds that `state_dict` described."""
         return Rounds(Clock(state["clock"]), **{name: v for name, v in state.items() if name != "clock"})
+
+
+def end_of_fit(trainer: Trainer, clock: Clock) -> float:
+    """What the clock will say when the fit ends; infinity where that cannot be known as the fit starts.
+
+    A fit that is limited in time, or ended by another callback, may end before.
+    """
+    steps = float(trainer.max_steps) if trainer.max_steps >= 0 else float("inf")
+    epochs = float("inf") if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+    each = steps_per_epoch(trainer) if trainer.lightning_module.automatic_optimization else float("inf")
+    if clock is Clock.STEPS:
+        return min(steps, epochs * each)
+    return min(epochs, steps / each if each < float("inf") else epochs)

@@ -1,0 +1,117 @@
+"""Fits: what lives as long as a fit, and is gone with it, however it ends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn, optim
+from typing_extensions import final
+
+from lightning_prune.callbacks import _lightning
+from lightning_prune.callbacks.beside import mask_averages
+from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
+from lightning_prune.holding import Hold, check_fit, mixes_weights
+from lightning_prune.masks import Masks
+
+
+@final
+class Fit:
+    """A fit under way: its trainer, the weights that are held, and everything that must be taken away again.
+
+    Args:
+        trainer: whose fit it is. Its default way to write checkpoints is replaced until `leave`.
+        before: the callback's attributes as they were before the fit.
+
+    Attributes:
+        before: what a fit that fails gives back to the callback; empty as soon as training may have changed
+            the network.
+        params: the masked weights, by name.
+        followed: {name of a copy: name of the weight that it copies}; copies are held, too.
+        begun: whether training has begun.
+        announce: whether the round is to be logged with the next batch.
+        looked: whether the dead weights were looked at after the first step of the round.
+        explained: whether it was said why there are fewer prunings than were asked for.
+    """
+
+    def __init__(self, trainer: Trainer, before: Mapping[str, Any]) -> None:
+        self.trainer = trainer
+        self.before = {name: value for name, value in before.items() if name != "_fit"}
+        self.params: dict[str, nn.Parameter] = {}
+        self.followed: dict[str, str] = {}
+        self.begun = False
+        self.announce = True
+        self.looked = False
+        self.explained = False
+        self._hold: Hold | None = None
+        self._optimizers: list[optim.Optimizer] = []  # that the hold watches
+        self._ours: WholeCheckpointIO | None = None
+        strategy = trainer.strategy
+        self._theirs = strategy.checkpoint_io
+        if type(self._theirs) is TorchCheckpointIO:
+            strategy.checkpoint_io = self._ours = WholeCheckpointIO()
+
+    def hold(self, pl_module: LightningModule, masks: Masks, gradients: bool) -> None:
+        """Hold these masks on the weights and on what follows them, under the trainer's optimizers."""
+        check_fit(masks, self.params)
+        copies = {name: pl_module.get_parameter(name) for name in self.followed}
+        held, optimizers = self._with_copies(masks), self.trainer.optimizers
+        if self._hold is not None:
+            self._hold.remove()
+        self._hold = Hold({**self.params, **copies}, held, optimizers, gradients=gradients)
+        self._optimizers = list(optimizers)
+        mask_averages(self.trainer, masks)
+
+    def set(self, masks: Masks) -> None:
+        """Hold other masks from now on."""
+        if self._hold is not None:
+            self._hold.set(self._with_copies(masks))
+        mask_averages(self.trainer, masks)
+
+    def apply(self) -> None:
+        """Set dead weights to +0.0."""
+        if self._hold is not None:
+            self._hold.apply()
+
+    def forget(self) -> None:
+        """Zero what optimizers remember of dead weights."""
+        if self._hold is not None:
+            self._hold.forget()
+
+    def has_new_optimizers(self) -> bool:
+        """Whether the trainer has other optimizers than those that are watched: they were made anew."""
+        now = self.trainer.optimizers
+        return len(now) != len(self._optimizers) or any(
+            a is not b for a, b in zip(now, self._optimizers, strict=True)
+        )
+
+    def watch(self, gradients: bool) -> None:
+        """Hold the masks under the optimizers that the trainer has now."""
+        if self._hold is not None:
+            self._hold.watch(self.trainer.optimizers, gradients=gradients)
+        self._optimizers = list(self.trainer.optimizers)
+
+    def leave(self) -> None:
+        """Take away everything that acts on module, optimizers, strategy or trainer."""
+        if self._hold is not None:
+            self._hold.remove()
+        strategy = self.trainer.strategy
+        if self._ours is not None and strategy.checkpoint_io is self._ours:
+            strategy.checkpoint_io = self._theirs
+
+    def _with_copies(self, masks: Masks) -> Masks:
+        return {**masks, **{copy: masks[of] for copy, of in self.followed.items()}}
+
+
+def reads_gradients(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether a dead weight's gradient may reach a living one, by clipping or in an optimizer's step."""
+    hooks = ("on_after_backward", "on_before_optimizer_step")
+    of_module = (*hooks, "backward", "configure_gradient_clipping", "optimizer_step")
+    return bool(
+        trainer.gradient_clip_val
+        or not pl_module.automatic_optimization
+        or any(mixes_weights(optimizer) for optimizer in trainer.optimizers)
+        or any(is_overridden(hook, pl_module) for hook in of_module)
+        or any(is_overridden(hook, c) for c in _lightning.callbacks_of(trainer) for hook in hooks)
+    )

@@ -1,0 +1,45 @@
+"""State: what is checked before a callback takes over what a checkpoint holds of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+VERSION = 2  # of the callbacks' state in a checkpoint
+
+
+def check_version(name: str, state: Mapping[str, Any]) -> None:
+    """Refuse the state of another version.
+
+    >>> check_version("Callback", {"version": 2})
+
+    Args:
+        name: of the callback.
+        state: what the checkpoint holds of it. The first version wrote no number.
+
+    Raises:
+        ValueError: naming both versions.
+    """
+    if (version := state.get("version", 1)) != VERSION:
+        raise ValueError(
+            f"ckpt_path: the checkpoint holds the state of a {name} of version {version}, and this is "
+            f"version {VERSION}; allowed is the same. Finish that run with the release of lightning_prune "
+            "that began it, or start anew with masks=<the checkpoint>."
+        )
+
+
+def check_settings(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than those of the checkpoint.
+
+    Args:
+        name: of the callback.
+        there: settings in the checkpoint.
+        here: settings of the callback that is to go on.
+
+    Raises:
+        ValueError: naming each setting that differs, with both values.
+    """
+    if changed := [key for key in here if there.get(key) != here[key]]:
+        shown = "; ".join(f"{key}={there.get(key)!r} there, {key}={here[key]!r} here" for key in changed)
+        raise ValueError(
+            f"ckpt_path: the checkpoint is of a {name} with {shown}. Allowed are the same, since the rounds "
+            "of the checkpoint are counted by them. Give them as they were, or start another run."
+        )
