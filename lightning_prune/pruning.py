@@ -69,8 +69,8 @@ def sparsity_in(schedule: Schedule, round: int) -> float:
         return _number(schedule(round))
     except LookupError as error:  # of a table's __getitem__
         raise ValueError(
-            f"schedule: {schedule} has no sparsity for round {round}. Give one for each round, or lower "
-            "rounds."
+            f"schedule: {schedule} has no sparsity for round {round}, and each round needs one. Give "
+            "more, or lower rounds."
         ) from error
 
 
@@ -267,7 +267,7 @@ def _check_finite(name: str, tensor: Tensor, mask: Tensor | None = None) -> None
     """Refuse a weight that is not finite, or the score, where the mask is True, of a living one."""
     if tensor.is_meta:
         raise ValueError(
-            f"{name} is on the meta device and has no values. Nothing was pruned. Load them first."
+            f"{name} is on the meta device, and values are needed. Nothing was pruned. Load them first."
         )
     if not tensor.numel() or _is_finite(tensor) or (mask is not None and _is_finite(tensor[mask])):
         return
@@ -358,8 +358,8 @@ def prune(
         )
     if callable(sparsity) and not alive(new):
         raise ValueError(
-            f"sparsity: {sparsity} leaves none of {sum(p.numel() for p in params.values())} weights. Nothing "
-            "was pruned. Ask for less."
+            f"sparsity: {sparsity} leaves none of {sum(p.numel() for p in params.values())} weights, and one "
+            "is needed. Nothing was pruned. Give a schedule that leaves some."
         )
     for name, p in params.items():
         zero_dead_(p, bits(new[name], like=p))
@@ -401,7 +401,7 @@ def _masks_of(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], whose: 
     """
     if unknown := [name for name in masks if name not in params]:
         raise ValueError(
-            f"masks: {', '.join(unknown)}: no such names among the {whose} parameters. "
+            f"masks: {', '.join(unknown)}: allowed are names of the {whose} parameters. Change the names: "
             f"{_renamed(unknown, list(params))}"
         )
     for name, mask in masks.items():
@@ -430,7 +430,7 @@ def _renamed(unknown: Sequence[str], names: Sequence[str]) -> str:
     here = {bare(name): name for name in names}
     pairs = {name: here[bare(name)] for name in unknown if bare(name) in here}
     if not pairs:
-        return f"They are: {', '.join(names)}. Use masks of this model."
+        return f"They are: {', '.join(names)}."
     there, same = next(iter(pairs.items()))
     wrappers = [w for w in _WRAPPERS if there.count(w) != same.count(w)]
     side = "names of the masks" if len(there) > len(same) else "names of the parameters"

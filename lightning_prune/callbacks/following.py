@@ -28,7 +28,7 @@ def following(follow: Mapping[str, str], masked: Sequence[str], names: Sequence[
         given = f"follow={{{copies!r}: {originals!r}}}"
         if copies.count("*") != 1 or originals.count("*") != 1:
             raise ValueError(
-                f"{given}: each pattern has exactly one *, such as {{'target.*': 'net.*'}}. Write them so."
+                f"{given}: allowed are patterns with exactly one *. Write them like {{'target.*': 'net.*'}}."
             )
         (before, after), (start, end) = originals.split("*"), copies.split("*")
         shortest = len(before) + len(after)
@@ -37,13 +37,13 @@ def following(follow: Mapping[str, str], masked: Sequence[str], names: Sequence[
         new = {copy: n for copy, n in new.items() if copy in names and copy != n}
         if not new:
             raise ValueError(
-                f"{given}: no parameter is such a copy of a masked one. Masked are: {', '.join(masked)}. "
-                "Name patterns of these and of their copies."
+                f"{given}: no parameter is such a copy; allowed are copies of masked ones. They are: "
+                f"{', '.join(masked)}. Name patterns of these and of their copies."
             )
         if own := [copy for copy in new if copy in masked]:
             raise ValueError(
-                f"{given}: {', '.join(own)} is pruned on its own, so that it cannot follow as well. Leave it "
-                "out of include=, or exclude it."
+                f"{given}: allowed are copies without masks of their own, and these are pruned themselves: "
+                f"{', '.join(own)}. Leave them out of include=, or exclude them."
             )
         found |= new
     return found

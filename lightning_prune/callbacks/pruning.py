@@ -293,12 +293,16 @@ class IterativeMagnitudePruning(MaskedTraining):
             if fixed and not alive(drawn) and alive(masks) and self.max_sparsity == 1:
                 raise ValueError(
                     f"schedule: in round {round} it leaves none of {sum(p.numel() for p in params.values())} "
-                    "weights. Ask for a lower sparsity, or fewer rounds."
+                    "weights, and one is needed. Choose a lower sparsity, or fewer rounds."
                 )
             if not self.verify or self._lets_layers_go() or self._too_few(drawn):
                 continue
             if found := doctor.emptied(drawn, masks):
-                raise ValueError(f"schedule: in round {round} " + "\n".join(found))
+                shown = "\n".join(found)
+                raise ValueError(
+                    f"schedule: in round {round} it leaves layers empty, and each needs a weight. Change "
+                    f"it, or:\n{shown}"
+                )
 
     def _runs(self) -> bool:
         """Whether the criterion runs the model."""
@@ -420,7 +424,7 @@ def check_callable(name: str, given: object) -> None:
     """
     if isinstance(given, type):
         raise ValueError(
-            f"{name}={given.__name__}: a class is given; allowed are instances: {given.__name__}()."
+            f"{name}={given.__name__}: a class is given; allowed are its instances. Give {given.__name__}()."
         )
     if not callable(given):
         raise ValueError(

@@ -56,7 +56,9 @@ def together(trainer: Trainer, make: Callable[[], T]) -> T:
     if mine is not None:
         raise mine
     if (wrong := next((rank for rank, error in enumerate(failed) if error), None)) is not None:
-        raise RuntimeError(f"rank {wrong} failed: {failed[wrong]}")
+        raise RuntimeError(
+            f"rank {wrong} failed, and all ranks are needed: {failed[wrong]}. Look at the error of that rank."
+        )
     return value
 
 

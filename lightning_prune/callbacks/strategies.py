@@ -29,7 +29,7 @@ def check_optimizers(trainer: Trainer) -> None:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             raise ValueError(
-                "ZeroRedundancyOptimizer keeps a part of its state on each rank, so no rank can take a "
-                "snapshot of it. Allowed are optimizers that every rank has whole. Use the one that it "
+                "optimizer: ZeroRedundancyOptimizer keeps a part of its state on each rank, so no rank can "
+                "take a snapshot of it. Allowed are optimizers that every rank has whole. Use the one that it "
                 "wraps."
             )
