@@ -30,6 +30,6 @@ def check_optimizers(trainer: Trainer) -> None:
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             raise ValueError(
                 "optimizer: ZeroRedundancyOptimizer keeps a part of its state on each rank, so no rank can "
-                "take a snapshot of it. Allowed are optimizers that every rank has whole. Use the one that it "
-                "wraps."
+                "take a snapshot of it. Allowed are optimizers that every rank has whole. Use the one that "
+                "it wraps."
             )
