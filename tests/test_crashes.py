@@ -44,6 +44,7 @@ SPOTS = {
     "before a file is on the disk": (os, "fsync"),
     "before a file has its name": (os, "replace"),
     "writing the masks of a round": (round_masks, "save"),
+    "writing a record": (Records, "_finish"),
     "removing the masks of later rounds": (Path, "unlink"),
 }
 

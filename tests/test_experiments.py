@@ -127,16 +127,19 @@ def test_a_finished_run_is_left_alone_and_another_config_refused(runs):
         run(config(folder, "batch_size=50"))
 
 
-def test_an_interrupted_run_goes_on_with_the_same_command_to_the_same_records(runs, tmp_path, monkeypatch):
-    evaluated, original = [], Records.on_validation_end
+@pytest.mark.parametrize(("hook", "n"), [("on_validation_end", 5), ("on_train_end", 1)])
+def test_an_interrupted_run_goes_on_with_the_same_command_to_the_same_records(
+    hook, n, runs, tmp_path, monkeypatch
+):
+    calls, original = [], getattr(Records, hook)
 
     def crash(self, trainer, pl_module):
-        original(self, trainer, pl_module)
-        evaluated.append(trainer.global_step)
-        if len(evaluated) == 5:
+        calls.append(trainer.global_step)
+        if len(calls) == n:
             raise KeyboardInterrupt
+        original(self, trainer, pl_module)
 
-    monkeypatch.setattr(Records, "on_validation_end", crash)
+    monkeypatch.setattr(Records, hook, crash)
     with pytest.raises(SystemExit):  # which Lightning makes of it
         run(config(tmp_path))
     assert len(lines(tmp_path / "mnist1d" / "ticket-1")) == 2

@@ -42,7 +42,7 @@ class Records(Callback):
         self._evaluations: list[dict[str, float]] = []
         self._began = 0
         self._seconds = 0.0
-        self._since = 0.0
+        self._since = time.monotonic()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,6 +87,16 @@ class Records(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer)
 
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last line, if the run was killed between its last checkpoint and that line.
+
+        There is nothing left to train then, and Lightning skips the hooks of training.
+        """
+        written = {r["round"] for r in read(self.path)[0]}
+        if self._round and self._round["round"] not in written:
+            self._finish(trainer)
+
     def _finish(self, trainer: Trainer) -> None:
         seconds = self._seconds + time.monotonic() - self._since
         record = {"kind": self.kind, "seed": self.seed, **self._round, "metrics": summary(self._evaluations)}
@@ -117,6 +127,7 @@ class Records(Callback):
         self._evaluations = list(state_dict["evaluations"])
         self._began = state_dict["began"]
         self._seconds = state_dict["seconds"]
+        self._since = time.monotonic()
 
 
 def pruner_of(trainer: Trainer) -> IterativeMagnitudePruning:

@@ -173,12 +173,7 @@ def each_round(
             continue
         own = folder / f"round-{round:02}"
         own.mkdir(exist_ok=True)
-        trained = train_one(round, own)
-        if not trained:  # it was killed after its last checkpoint and before its record
-            shutil.rmtree(own)
-            own.mkdir()
-            trained = train_one(round, own)
-        write(path, sorted([*read(path)[0], *trained], key=lambda r: r["round"]))
+        write(path, sorted([*read(path)[0], *train_one(round, own)], key=lambda r: r["round"]))
         shutil.rmtree(own)
 
 
