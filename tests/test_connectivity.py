@@ -132,5 +132,5 @@ def test_two_copies_are_trained_from_the_rewound_state_and_reported(to_step, tmp
         assert isinstance(r["metrics"]["matching"], bool)
         ends = [(r["path"]["train_error"][i], test[i]) for i in (0, -1)]
         assert ends[0] != ends[1]  # trained in other data orders
-    report(folder.parent, tmp_path / "out")
+    report(folder.parent, out=tmp_path / "out")
     assert (tmp_path / "out" / "paths.png").read_bytes()[:4] == b"\x89PNG"

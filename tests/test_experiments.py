@@ -163,7 +163,7 @@ def test_what_is_no_training_runs_in_its_folder_and_is_reported(tmp_path, monkey
     monkeypatch.setattr(minilm, "sweep", stub)
     folder = run(config(tmp_path, "experiment=minilm_oneshot", "run.sparsities=[0,0.5]", "figures=[]"))
     assert (folder / "DONE").is_file()
-    report.report(folder.parent, tmp_path / "out")
+    report.report(folder.parent, out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Mean cosine to the dense embeddings" in text
     assert "| 1 | 50.00% | 0.500 |" in text
@@ -280,7 +280,7 @@ def test_channels_are_cut_and_the_rest_trained_and_measured_once(tmp_path):
     timed = ("cpu_ms", "speed_up")
     again = [{k: v for k, v in r["metrics"].items() if k not in timed} for r in lines(folder)[2:]]
     assert again == [{k: v for k, v in r["metrics"].items() if k not in timed} for r in (control, peer)]
-    report.report(folder.parent, tmp_path / "out")
+    report.report(folder.parent, out=tmp_path / "out")
     assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -463,7 +463,7 @@ def test_several_fractions_are_judged_by_the_worst():
 
 
 def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
-    report.report(runs["ticket"].parent, tmp_path / "out")
+    report.report(runs["ticket"].parent, out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| 2 | 49.93% |" in text
     assert "re-initialised" in text
@@ -472,7 +472,7 @@ def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
     assert len(report.load(tmp_path / "out").records) == 9
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(SystemExit, match="no records"):
-        report.report(tmp_path / "nothing", tmp_path / "out")
+        report.report(tmp_path / "nothing", out=tmp_path / "out")
 
 
 METHODS = [

@@ -17,7 +17,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
 
 import lightning_prune as lp
-from lightning_prune.study import figures, report, round_masks
+from lightning_prune.study import figures, records, report, round_masks
 from lightning_prune.study.costs import measure
 from lightning_prune.study.run_folders import load
 
@@ -102,7 +102,7 @@ def reported(tmp_path_factory):
     ]
     (folder / "measured.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured))
     out = tmp_path_factory.mktemp("out")
-    report.report(folder, out)
+    report.report(folder, out=out)
     return folder, out, (out / "report.html").read_text()
 
 
@@ -206,7 +206,7 @@ def test_the_overlap_is_that_of_the_masks(reported):
 def test_one_seed_one_round_and_nothing_beside_the_records(tmp_path, capsys):
     folder = written(tmp_path / "runs", kinds=["ticket"], seeds=[7], rounds=0)
     shutil.rmtree(folder / "ticket-7" / "masks")
-    report.report(folder, tmp_path / "out")
+    report.report(folder, out=tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
     assert "One seed: no intervals" in html
     assert all(
@@ -214,19 +214,19 @@ def test_one_seed_one_round_and_nothing_beside_the_records(tmp_path, capsys):
         for p in values_of(specs(html)["figure-0"] | {"data": specs(html)["figure-0"]["layer"][-1]["data"]})
     )
     shutil.copytree(tmp_path / "out", tmp_path / "merged")
-    report.report(tmp_path / "merged", tmp_path / "again")  # of the merged records alone
+    report.report(tmp_path / "merged", out=tmp_path / "again")  # of the merged records alone
     assert (tmp_path / "again" / "records.jsonl").read_text() == (
         tmp_path / "out" / "records.jsonl"
     ).read_text()
     with pytest.raises(SystemExit, match="no records"):
-        report.report(tmp_path / "nothing", tmp_path / "out")
+        report.report(tmp_path / "nothing", out=tmp_path / "out")
 
 
 def test_a_run_that_diverged_breaks_nothing(tmp_path):
     folder = written(tmp_path / "runs", kinds=["ticket"], seeds=[1, 2], rounds=1)
     path = folder / "ticket-1" / "records.jsonl"
     path.write_text(re.sub(r'"test_acc": [\d.]+', '"test_acc": NaN', path.read_text()))
-    report.report(folder, tmp_path / "out")
+    report.report(folder, out=tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
     assert values_of(specs(html)["figure-0"])[0]["seeds"] == 1
     assert figures.finite({"a": [math.nan, 1.0, -math.inf]}) == {"a": [None, 1.0, None]}
@@ -265,7 +265,7 @@ def test_a_thousand_runs_fit_on_a_page(tmp_path):
     folder = written(
         tmp_path / "runs", kinds=[f"kind{k}" for k in range(10)], seeds=range(100), rounds=10, evaluations=50
     )
-    report.report(folder, tmp_path / "out")
+    report.report(folder, out=tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
     assert len(html) < 20e6
     assert html.count('<td class="finished">') == 1000
@@ -332,3 +332,94 @@ def test_the_page_works_in_a_browser_without_a_network(reported, browser):
     context.close()
     assert said == []
     assert [url for url in asked if not url.startswith("blob:")] == [f"file://{out / 'report.html'}"]
+
+
+# ------------------------------------------------------------------------------------- sweeps of anything
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """Runs of two learning rates and two seeds, as `run` names them, and one of another experiment."""
+    for lr in (0.001, 0.01):
+        own = written(tmp_path / str(lr), seeds=(1, 2), rounds=2, config=[f"optimizer.lr={lr}"])
+        for run in own.iterdir():
+            target = tmp_path / "lenet_mnist" / f"{run.name},optimizer.lr={lr}"
+            target.parent.mkdir(exist_ok=True)
+            run.rename(target)
+    return tmp_path / "lenet_mnist"
+
+
+def test_the_runs_of_a_sweep_are_told_apart_by_what_varies(swept):
+    runs = report.load(swept)
+    assert len(runs.runs) == 8
+    assert {(run.parameters["optimizer.lr"], run.seed) for run in runs.runs} == {
+        (lr, seed) for lr in (0.001, 0.01) for seed in (1, 2)
+    }
+    assert all(list(run.parameters) == ["optimizer.lr"] for run in runs.runs)
+    kinds = records.kinds_of(runs.records)
+    assert kinds[:2] == ["ticket · optimizer.lr=0.001", "ticket · optimizer.lr=0.01"]
+    assert len(kinds) == 4
+    assert all(len(runs.of(kind)) == 2 for kind in kinds)
+    pairs = report.differences(runs.records, "test_acc")
+    assert pairs[0] == ["round", *(f"re-initialised · optimizer.lr={lr}" for lr in (0.001, 0.01))]
+    assert len(pairs) == 4  # each paired with the ticket of its own learning rate
+
+
+def test_several_folders_patterns_and_single_runs_are_read_together(swept):
+    one = swept / "ticket-1,optimizer.lr=0.001"
+    assert [run.parameters for run in report.load(one).runs] == [{}]
+    both = report.load(one, f"{swept}/reinit-*lr=0.001")
+    assert [(run.kind, run.seed) for run in both.runs] == [("ticket", 1), ("reinit", 1), ("reinit", 2)]
+
+
+def test_a_sweep_is_reported_with_its_parameter_on_the_axis_and_claims_for_each_value(swept, capsys):
+    out = swept.parent / "out"
+    report.main([f"{swept}/*", "--out", str(out), "--x", "optimizer.lr"])
+    assert (out / "parameter.png").read_bytes()[:4] == b"\x89PNG"
+    text = (out / "report.md").read_text()
+    assert "ticket · optimizer.lr=0.001" in text
+    claims = [
+        line for line in text.splitlines() if line.startswith("| the weights left") or "(optimizer" in line
+    ]
+    assert {value for value in ("0.001", "0.01") if any(f"(optimizer.lr={value})" in c for c in claims)} == {
+        "0.001",
+        "0.01",
+    }
+    merged = report.load(out)  # what was merged is told apart as the runs were
+    assert {run.kind for run in merged.runs} == set(records.kinds_of(report.load(swept).records))
+    for wrong, message in (("rate", "it does not vary .* optimizer.lr"), ("nothing", "does not vary")):
+        with pytest.raises(SystemExit):
+            report.main([str(swept), "--out", str(out), "--x", wrong])
+        assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        report.main([str(swept), str(swept)])
+    assert "Give a folder to write to" in capsys.readouterr().err
+
+
+def test_data_orders_of_one_seed_are_told_apart_as_seeds_are(tmp_path):
+    folder = written(tmp_path, kinds=("ticket",), seeds=(1,), rounds=1)
+    config = (folder / "ticket-1" / "config.yaml").read_text()
+    shutil.copytree(folder / "ticket-1", folder / "ticket-1,order_seed=7")
+    other = config.replace("order_seed: 1", "order_seed: 7")
+    assert other != config
+    (folder / "ticket-1,order_seed=7" / "config.yaml").write_text(other)
+    runs = report.load(folder)
+    assert [(run.kind, run.seed) for run in runs.runs] == [("ticket", "1, order 1"), ("ticket", "1, order 7")]
+    assert len({r["seed"] for r in runs.records}) == 2
+
+
+def test_what_a_run_of_the_first_version_left_is_read(tmp_path):
+    folder = written(tmp_path, kinds=("ticket",), seeds=(1,), rounds=1)
+    config = folder / "ticket-1" / "config.yaml"
+    config.write_text(config.read_text().replace("lightning_prune.study.", "experiments."))
+    assert "experiments.figures." in config.read_text()
+    report.report(folder, out=tmp_path / "out")
+    assert (tmp_path / "out" / "figure.png").is_file()
+    assert "## Claims" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*/config.yaml")), ids=str)
+def test_every_committed_result_is_read(path):
+    runs = report.load(path.parent)
+    assert runs.records
+    assert instantiate(runs.config.figures, _convert_="all")

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,9 +14,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from lightning_prune.study import configs, locks, records
+from lightning_prune.study.names import FREE, shared, variant
 from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.run import run, state_of
 from lightning_prune.study.tasks import Classification
+from lightning_prune.study.training import built
 from tests.sweeping import CONTEXT, SMALL, start
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +54,8 @@ def results(folder):
             tensors = {f"{r} {name}": mask for r in masks for name, mask in masks[r].items()}
             tensors |= torch.load(path.parent / "final.ckpt", weights_only=True)["state_dict"]
         tensors = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-        found[path.parent.name] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows], tensors
+        name = re.sub(r",(evaluate_every|rounds|steps_per_round)=[^,]*", "", path.parent.name)  # of SMALL
+        found[name] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows], tensors
     return found
 
 
@@ -81,13 +85,17 @@ def killed_and_restarted(tmp_path, arguments, kills, seed):
 
 @posix
 def test_a_sweep_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_path):
-    assert len(killed_and_restarted(tmp_path, ["kind=ticket,reinit", "seed=1,2"], kills=4, seed=0)) == 4
+    arguments = ["kind=ticket,reinit", "optimizer.lr=0.001,0.005"]
+    found = killed_and_restarted(tmp_path, arguments, kills=4, seed=0)
+    assert set(found) == {
+        f"{kind}-1,optimizer.lr={lr}" for kind in ("ticket", "reinit") for lr in (0.001, 0.005)
+    }
 
 
 @posix
 @pytest.mark.slow
 def test_a_long_sweep_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_path):
-    arguments = ["kind=ticket,reinit,class_random,class_blind", "seed=1,2,3,4,5,6"]
+    arguments = ["kind=ticket,reinit,class_random,class_blind", "seed=1,2,3", "batch_size=60,120"]
     assert len(killed_and_restarted(tmp_path, arguments, kills=60, seed=1)) == 24
 
 
@@ -110,11 +118,9 @@ def test_done_is_written_last_and_holds_the_hash_of_the_config(tmp_path, monkeyp
     folder = run(cfg)
     assert {"records.jsonl", "final.ckpt", "resume.ckpt"} <= set(on_disk)
     assert not (tmp_path / "mnist1d" / "ticket-1" / "FAILED").exists()
-    from lightning_prune.study.run import _FREE
-
-    assert (folder / "DONE").read_text().strip() == configs.digest(configs.plain(cfg, _FREE))
+    assert (folder / "DONE").read_text().strip() == configs.digest(configs.plain(cfg, FREE))
     other = config(tmp_path, "rounds=0", "batch_size=50")
-    assert configs.digest(configs.plain(other, _FREE)) != (folder / "DONE").read_text().strip()
+    assert configs.digest(configs.plain(other, FREE)) != (folder / "DONE").read_text().strip()
     assert state_of(config(tmp_path, "rounds=0", "progress=true")) == "finished"
     (folder / "DONE").write_text("0123456789abcdef\n")
     with pytest.raises(ValueError, match="DONE is that of another config"):
@@ -203,6 +209,8 @@ def test_the_dense_round_is_trained_once_and_changes_nothing(tmp_path, monkeypat
         (["kind=class_random"], True),
         (["schedule=one_shot", "rounds=1", "allocation=global_rank", "name=other"], True),
         (["seed=2"], False),
+        (["order_seed=2"], False),
+        (["logger=csv", "variant=x"], True),
         (["optimizer.lr=0.1"], False),
         (["steps_per_round=20"], False),
         (["criterion=movement"], False),  # keeps the initial weights in its checkpoint
@@ -221,6 +229,69 @@ def test_a_dense_round_is_shared_by_what_begins_with_the_same(overrides, same, t
     assert (path() == path(*overrides)) == same
 
 
+def test_a_run_is_named_by_what_its_command_changes():
+    lrs, sizes = (0.001, 0.005), (60, 120)
+    names = {variant([f"optimizer.lr={lr}", f"batch_size={n}", "seed=3"]) for lr in lrs for n in sizes}
+    assert names == {f",batch_size={n},optimizer.lr={lr}" for lr in lrs for n in sizes}
+    assert variant(["optimizer.lr=1e-3"]) == variant(["optimizer.lr=0.001"])  # one value has one name
+    assert variant(["experiment=mnist1d", "seed=2", "kind=reinit", "progress=false", "logger=csv"]) == ""
+    assert variant(["run.points=3", "rate=0.1"], without=["run"]) == ",rate=0.1"
+    assert variant(["+trainer.x=1", "~batches.augment"]) == ",batches.augment=deleted,trainer.x=1"
+    lists = {variant([f"a={value}"]) for value in ("[1,2]", "[12]", "[1-2]", "'1,2'", "1/2", "'1 2'")}
+    assert len(lists) == 6
+    long = [variant([f"key_{i}=0.123456789" for i in range(20)] + [f"z={z}"]) for z in (1, 2)]
+    assert long[0] != long[1]
+    assert all(re.fullmatch(r"[\w.,=+@-]{1,120}", name) for name in [*names, *lists, *long])
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (["optimizer.lr=0.1,0.2", "seed=1,2", "kind=ticket,reinit"], None),
+        (["experiment=mnist1d,lenet_mnist", "seed=1"], None),
+        (["runs=a,b"], None),
+        (["name=x", "experiment=mnist1d,lenet_mnist"], "experiment=.* one folder. experiment "),
+        (["seed=1,1"], "the same again would be two runs in one folder"),
+        (["seed=1,2", "logger=csv,none"], "logger=csv and logger=none would be two runs in one folder"),
+        (["controls_at=[1],[2]", "kind=reinit"], r"controls_at=\[1\] and controls_at=\[2\]"),
+        (["optimizer.lr=0.001,1e-3"], "optimizer.lr"),
+    ],
+)
+def test_two_runs_that_would_share_a_folder_are_found_before_anything_starts(sweep, message):
+    found = shared(sweep)
+    assert found is None if message is None else re.search(message, found)
+
+
+@posix
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_sweep_of_runs_that_would_share_a_folder_is_refused_and_nothing_made(dry, tmp_path):
+    process = multirun(tmp_path / "log", tmp_path / "runs", "logger=csv,none", *dry)
+    process.join(300)
+    assert process.exitcode == 1
+    assert "would be two runs in one folder" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_data_order_has_a_seed_of_its_own(tmp_path):
+    def begun(*given):
+        cfg = config(tmp_path / "-".join(given or ["plain"]).replace("=", ""), "rounds=0", *given)
+        folder = run(cfg)
+        weights = torch.load(folder / "final.ckpt", weights_only=True)["state_dict"]
+        return torch.cat([w.flatten() for w in built(cfg).parameters()]), weights["net.fc1.weight"]
+
+    first, plain = begun()
+    same, other_order = begun("order_seed=2")
+    other, other_both = begun("seed=2")
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert not torch.equal(plain, other_order)
+    _, mixed = begun("seed=2", "order_seed=1")
+    assert not torch.equal(mixed, other_both)
+    again, equal = begun("order_seed=1")
+    assert torch.equal(again, first)
+    assert torch.equal(equal, plain)
+
+
 def test_a_pruning_at_initialization_has_no_dense_round_to_share(tmp_path):
     run(config(tmp_path, "schedule=at_initialization", "rounds=0"))
     assert not (tmp_path / ".dense").exists()
@@ -237,7 +308,8 @@ def test_a_control_makes_the_ticket_that_it_starts_from(tmp_path):
 
 @posix
 def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
-    run(config(tmp_path / "runs"))
+    its = ",evaluate_every=20,rounds=2,steps_per_round=40"
+    ticket = run(config(tmp_path / "runs", f"variant='{its}'"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     sweep = [
         "--multirun",
@@ -252,16 +324,16 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
     rows = [line.strip("│ \n") for line in (tmp_path / "log").read_text().split("\n") if "mnist1d/" in line]
     cells = [[cell.strip() for cell in row.split("│")] for row in rows]
     assert [c[:4] for c in cells] == [
-        ["mnist1d/ticket-1", "finished", "0", "24965 (49.93%)"],
-        ["mnist1d/ticket-2", "new", "3 of 3", "24965 (49.93%)"],
-        ["mnist1d/reinit-1", "new", "3 of 3", "24965 (49.93%)"],
-        ["mnist1d/reinit-2", "new", "3 of 3", "24965 (49.93%)"],
-        ["mnist1d/class_random-1", "new", "2 of 3", "24965 (49.93%)"],
-        ["mnist1d/class_random-2", "new", "2 of 3", "24965 (49.93%)"],
+        [f"mnist1d/ticket-1{its}", "finished", "0", "24965 (49.93%)"],
+        [f"mnist1d/ticket-2{its}", "new", "3 of 3", "24965 (49.93%)"],
+        [f"mnist1d/reinit-1{its}", "new", "3 of 3", "24965 (49.93%)"],
+        [f"mnist1d/reinit-2{its}", "new", "3 of 3", "24965 (49.93%)"],
+        [f"mnist1d/class_random-1{its}", "new", "2 of 3", "24965 (49.93%)"],
+        [f"mnist1d/class_random-2{its}", "new", "2 of 3", "24965 (49.93%)"],
     ]
     assert all("MB" in c[4] and c[5].endswith(" s") for c in cells[1:])
     expected = sum(
-        (tmp_path / "runs" / "mnist1d" / "ticket-1" / name).stat().st_size
+        (ticket / name).stat().st_size
         for name in ("final.ckpt", "resume.ckpt", *(f"masks/round-{r:02}.pt" for r in range(3)))
     )
     assert float(cells[1][4].split()[0]) == pytest.approx(expected / 1e6, rel=0.1)

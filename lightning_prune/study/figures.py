@@ -5,7 +5,7 @@ experiment's config lists its own; `STANDARD` are the others that a report has.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -19,8 +19,8 @@ import vl_convert
 from lightning_prune import files
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.masks import Masks, jaccard
-from lightning_prune.study.records import Record, by_round, kinds_of
-from lightning_prune.study.run_folders import Runs
+from lightning_prune.study.records import Record, by_round, kinds_of, plain_kind
+from lightning_prune.study.run_folders import Runs, labelled
 from lightning_prune.study.statistics import interval, overlap_of_seeds
 
 LABELS = {
@@ -141,16 +141,27 @@ def left(records: Sequence[Record]) -> Axis:
     return Axis("weights left (%)", log=least > 0, reverse=True, values=ticks)
 
 
+def label_of(kind: str) -> str:
+    """What a kind is called in figures and tables.
+
+    >>> label_of("reinit · optimizer.lr=0.001")
+    're-initialised · optimizer.lr=0.001'
+    """
+    plain = plain_kind(kind)
+    return LABELS.get(plain, plain) + kind.removeprefix(plain)
+
+
 def labels(kinds: Iterable[str]) -> list[str]:
     """What kinds are called in figures."""
-    return [LABELS.get(kind, kind) for kind in kinds]
+    return [label_of(kind) for kind in kinds]
 
 
-def colour(kinds: Sequence[str], legend: bool = True) -> alt.Color:
-    """One colour a kind, the same in every figure that shows these kinds."""
-    names = labels(kinds)
+def colour(kinds: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> alt.Color:
+    """One colour a kind, the same in every figure of these kinds; the legend names those that are drawn."""
+    names, drawn = labels(kinds), {row["kind"] for row in rows}
     scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
-    where = alt.Legend(title=None, orient="bottom", columns=3, symbolOpacity=1) if legend else None
+    there = [name for name in names if name in drawn]
+    where = alt.Legend(title=None, orient="bottom", columns=3, symbolOpacity=1, values=there)
     return alt.Color("kind:N", scale=scale, legend=where)
 
 
@@ -171,7 +182,7 @@ def points(
             values = [value for _, value in its]
             low, mean, high = interval(values)
             row = {
-                "kind": LABELS.get(kind, kind),
+                "kind": label_of(kind),
                 "round": round,
                 "x": fmean(x(r) for r, _ in its),
                 "y": mean,
@@ -214,7 +225,7 @@ def lines(
             alt.Tooltip("high:Q", title="to", format=form),
         ]
     tips += [alt.Tooltip("seeds:Q")] + ([alt.Tooltip("censored:Q")] if hollow else [])
-    tone, layers = colour(kinds), list[Any]()
+    tone, layers = colour(kinds, rows), list[Any]()
     if any("low" in row for row in rows):
         band = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.15)
         low = alt.Y("low:Q", **untitled)
@@ -286,7 +297,9 @@ class BySparsity:
 
     def __call__(self, runs: Runs) -> Figure | None:
         """Draw it."""
-        kinds = kinds_of(runs.records) if self.kinds is None else list(self.kinds)
+        kinds = kinds_of(runs.records)
+        if self.kinds is not None:
+            kinds = [k for kind in self.kinds for k in kinds if plain_kind(k) == kind]
         charts = []
         for metric, label in self.panels.items():
             rows = points(runs.records, kinds, _sparsity, lambda r, metric=metric: r["metrics"].get(metric))
@@ -329,6 +342,63 @@ class Against:
                 )
         caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
         return Figure(self.name, self.label, caption, charts) if charts else None
+
+
+@dataclass(frozen=True)
+class AgainstParameter:
+    """Metrics against a parameter that varies between runs, before the first pruning and in the last round.
+
+    Args:
+        key: of the parameter, such as `optimizer.lr`.
+        name: of the file.
+    """
+
+    key: str
+    name: str = "parameter"
+
+    def __call__(self, runs: Runs) -> Figure:
+        """Draw it.
+
+        Raises:
+            ValueError: when the parameter does not vary, or has values that are no numbers.
+        """
+        keys = list(dict.fromkeys(key for run in runs.runs for key in run.parameters))
+        if self.key not in keys:
+            raise ValueError(
+                f"x={self.key}: it does not vary between these runs. Allowed is what does: "
+                f"{', '.join(keys) or 'nothing'}."
+            )
+        values: set[Any] = {run.parameters.get(self.key) for run in runs.runs}
+        if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float))]:
+            raise ValueError(
+                f"x={self.key}: {wrong[0]} is no number, and has no place on an axis. Leave --x out: "
+                "the runs are told apart by it in any case."
+            )
+        records = [self._without(record) for record in runs.records]
+        kinds, charts = kinds_of(records), list[Any]()
+        last = max(r["round"] for r in records)
+        wide = min(values) > 0 and max(values) >= 10 * min(values)
+        for metric, label in (runs.config.get("tables") or PANELS).items():
+            for round in dict.fromkeys((0, last)):
+                its = [r for r in records if r["round"] == round]
+                rows: list[dict[str, Any]] = []
+                for value in sorted(values):
+                    here = [r for r in its if r["parameters"][self.key] == value]
+                    rows += points(here, kinds, lambda r: r["parameters"][self.key], _metric(metric))
+                if rows:
+                    x, y = Axis(self.key, log=wide), axis_of(metric, label)
+                    charts.append(lines(rows, kinds, x, y, f"{label}, round {round}"))
+        caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
+        return Figure(self.name, f"Against {self.key}", caption, charts, 2)
+
+    def _without(self, record: Record) -> Record:
+        """The record, of a kind that does not say the parameter: it is on the axis."""
+        others = {k: v for k, v in record["parameters"].items() if k != self.key}
+        return {**record, "kind": labelled(plain_kind(record["kind"]), others)}
+
+
+def _metric(name: str) -> Callable[[Record], float | None]:
+    return lambda record: record["metrics"].get(name)
 
 
 def _left(record: Record) -> float:
@@ -383,7 +453,7 @@ def sizes(runs: Runs) -> Figure | None:
 def _measured(runs: Runs, metric: str) -> list[dict[str, Any]]:
     return [
         {
-            "kind": LABELS.get(m["kind"], m["kind"]),
+            "kind": label_of(m["kind"]),
             "round": m["round"],
             "x": 100 * m["sparsity"],
             "y": m[metric],
@@ -455,7 +525,7 @@ def _front(rows: list[dict[str, Any]], kinds: Sequence[str], label: str, form: s
         color="#888", strokeWidth=1.5, interpolate="step-after"
     )
     spots = base.mark_point(filled=True, size=40, opacity=0.9).encode(
-        x=x, y=y, color=colour(kinds), tooltip=tips
+        x=x, y=y, color=colour(kinds, rows), tooltip=tips
     )
     return alt.layer(line.encode(x=x, y=y), spots, title=f"accuracy against {label}", height=HEIGHT)
 
@@ -512,9 +582,7 @@ def density(runs: Runs) -> Figure | None:
                 rows.append({"round": round, "layer": layer, "density": fmean(values)})
                 order += [layer] if layer not in order else []
         if rows:
-            charts.append(
-                heat(rows, "round", "layer", LABELS.get(kind, kind), "density", (0, 1), "%", sort=order)
-            )
+            charts.append(heat(rows, "round", "layer", label_of(kind), "density", (0, 1), "%", sort=order))
     caption = "The fraction of a layer's weights that is left, mean over seeds." + _some(runs)
     return Figure("density", "Density by layer", caption, charts) if charts else None
 
@@ -531,7 +599,7 @@ def overlap(runs: Runs) -> Figure | None:
     last: dict[str, Masks] = {}
     charts: list[Any] = []
     for kind in kinds_of(runs.records):
-        name = LABELS.get(kind, kind)
+        name = label_of(kind)
         its = {run.seed: run.masks for run in runs.of(kind) if run.masks}
         its = dict(list(its.items())[:SEEDS])
         if len(its) < 2 or len(charts) == KINDS:
@@ -600,7 +668,8 @@ class FirstLayer:
     def __call__(self, runs: Runs) -> Figure | None:
         """Draw it, where the checkpoints are at hand."""
         charts = []
-        for kind in self.kinds or kinds_of(runs.records)[:3]:
+        kinds = [k for k in kinds_of(runs.records) if self.kinds is None or plain_kind(k) in self.kinds]
+        for kind in kinds if self.kinds else kinds[:3]:
             paths = [
                 run.folder / "final.ckpt" for run in runs.of(kind) if run.folder and run.state == "finished"
             ]
@@ -616,9 +685,7 @@ class FirstLayer:
             for tensor, what, scheme in ((mask.float(), "mask", "greys"), (weight, "|weight|", "viridis")):
                 pictures = {f"neuron {n}": tensor[n] for n in self.neurons} | {"mean": tensor.mean(0)}
                 for of, picture in pictures.items():
-                    charts.append(
-                        image(picture.tolist(), shape, f"{LABELS.get(kind, kind)}: {what}, {of}", scheme)
-                    )
+                    charts.append(image(picture.tolist(), shape, f"{label_of(kind)}: {what}, {of}", scheme))
         if not charts:
             return None
         caption = "Mask and magnitude of the first layer's weights over the input, in the last round."
@@ -655,9 +722,7 @@ def curves(runs: Runs) -> Figure | None:
                     rows.append({**row, "left": float(f"{_left(its[0]):.3g}")})
             if rows:
                 charts.append(
-                    _curves(
-                        rows, label, f"{LABELS.get(kind, kind)}: {label}", "%" if "acc" in metric else "~g"
-                    )
+                    _curves(rows, label, f"{label_of(kind)}: {label}", "%" if "acc" in metric else "~g")
                 )
     caption = "Mean over seeds at each evaluation of a round, one line a round." + _some(runs)
     return Figure("curves", "Training curves", caption, charts, 2) if charts else None

@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typing_extensions import final
 
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
@@ -78,7 +78,7 @@ class Plan:
 
     def show(self, console: Console | None = None) -> None:
         """Print it."""
-        table = Table(*HEAD)
+        table = Table(Column(HEAD[0], overflow="fold"), *HEAD[1:])
         for row in self.rows:
             table.add_row(*row)
         console = console or Console()

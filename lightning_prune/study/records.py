@@ -9,6 +9,7 @@ from lightning_prune import files
 from lightning_prune.masks import Masks
 
 Record = dict[str, Any]
+SEPARATOR = " · "  # between a kind of run and the parameters that tell it apart in a report
 # In this order, before all others.
 KINDS = (
     "ticket",
@@ -118,4 +119,14 @@ def by_round(records: list[Record]) -> dict[int, dict[str, list[Record]]]:
 def kinds_of(records: list[Record]) -> list[str]:
     """The kinds of run there are, in the order in which figures show them."""
     there = dict.fromkeys(r["kind"] for r in records)
-    return [k for k in KINDS if k in there] + [k for k in there if k not in KINDS]
+    known = [k for known in KINDS for k in there if plain_kind(k) == known]
+    return known + [k for k in there if k not in known]
+
+
+def plain_kind(kind: str) -> str:
+    """A kind of run without the parameters that tell it apart.
+
+    >>> plain_kind("reinit · optimizer.lr=0.001")
+    'reinit'
+    """
+    return kind.partition(SEPARATOR)[0]

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from math import isfinite, nan
 from pathlib import Path
@@ -22,9 +22,18 @@ from rich.table import Column, Table
 from lightning_prune import files
 from lightning_prune.study.claims import COVERED, Verdict
 from lightning_prune.study.configs import flattened
+from lightning_prune.study.configs import load as load_config
 from lightning_prune.study.costs import measure
-from lightning_prune.study.figures import CONFIG, LABELS, PANELS, STANDARD, Figure, finite
-from lightning_prune.study.records import Record, by_round, kinds_of, write
+from lightning_prune.study.figures import (
+    CONFIG,
+    PANELS,
+    STANDARD,
+    AgainstParameter,
+    Figure,
+    finite,
+    label_of,
+)
+from lightning_prune.study.records import Record, by_round, kinds_of, plain_kind, write
 from lightning_prune.study.run_folders import Run, Runs, load
 from lightning_prune.study.statistics import interval, paired_by_round
 
@@ -35,7 +44,7 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
     """Rows of text: round, weights left, and of each kind the mean of a metric over seeds, with its range."""
     records = [r for r in records if metric in r["metrics"]]
     kinds = kinds_of(records)
-    rows = [["round", "weights left", *(LABELS.get(k, k) for k in kinds)]]
+    rows = [["round", "weights left", *(label_of(k) for k in kinds)]]
     for round, by_kind in sorted(by_round(records).items()):
         left = fmean(r["alive"] / r["total"] for r in next(iter(by_kind.values())))
         row = [str(round), f"{left:.2%}"]
@@ -51,10 +60,13 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
 
 def differences(records: list[Record], metric: str, against: str = "ticket") -> list[list[str]]:
     """Rows of text: round, and of each other kind the mean difference, paired by seed, with its interval."""
-    kinds = [kind for kind in kinds_of(records) if kind != against]
-    found = {kind: paired_by_round(records, metric, kind, against) for kind in kinds}
+    kinds = [kind for kind in kinds_of(records) if plain_kind(kind) != against]
+    found = {
+        kind: paired_by_round(records, metric, kind, against + kind.removeprefix(plain_kind(kind)))
+        for kind in kinds
+    }
     found = {kind: its for kind, its in found.items() if its}
-    rows = [["round", *(LABELS.get(kind, kind) for kind in found)]]
+    rows = [["round", *(label_of(kind) for kind in found)]]
     for round in sorted({round for its in found.values() for round in its}):
         row = [str(round)]
         for its in found.values():
@@ -92,7 +104,7 @@ def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
     rows: list[dict[str, Cell]] = []
     for round, by_kind in sorted(by_round(runs.records).items()):
         for kind, its in by_kind.items():
-            row: dict[str, Cell] = {"kind": LABELS.get(kind, kind), "round": round, "seeds": len(its)}
+            row: dict[str, Cell] = {"kind": label_of(kind), "round": round, "seeds": len(its)}
             row["weights left"] = f"{fmean(r['alive'] / r['total'] for r in its):.2%}"
             for metric, label in metrics.items():
                 values = [v for r in its if isfinite(v := r["metrics"].get(metric, nan))]
@@ -110,7 +122,8 @@ def listed(runs: Runs) -> list[dict[str, Cell]]:
         last = run.records[-1] if run.records else None
         metrics = last["metrics"] if last else {}
         accuracy = metrics.get("test_acc")
-        row: dict[str, Cell] = {"kind": run.kind, "seed": run.seed, "state": run.state}
+        row: dict[str, Cell] = {"kind": plain_kind(run.kind), **run.parameters, "seed": run.seed}
+        row["state"] = run.state
         row["rounds trained"] = len({r["round"] for r in run.records})
         row["weights left"] = f"{last['alive'] / last['total']:.2%}" if last else None
         row["test accuracy"] = None if accuracy is None else f"{accuracy:.2%}"
@@ -195,7 +208,7 @@ def page(
         runs=runs,
         states=states,
         seeds=len({run.seed for run in runs.runs}),
-        kinds=[LABELS.get(k, k) for k in kinds_of(runs.records)],
+        kinds=[label_of(k) for k in kinds_of(runs.records)],
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         verdicts=[asdict(v) for v in verdicts],
         covered=COVERED,
@@ -221,25 +234,30 @@ def _script(content: Any) -> str:
     return json.dumps(finite(content), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
 
 
-def report(folder: Path, out: Path, measured: bool = False) -> None:
-    """Write the page, the figures and the tables of a folder of runs to `out`, and print the main one.
+def report(*places: Path | str, out: Path, measured: bool = False, x: str | None = None) -> None:
+    """Write the page, the figures and the tables of runs to `out`, and print the main one.
 
     Args:
-        folder: of runs.
+        places: folders of runs, or patterns such as `runs/mnist1d/ticket-*`.
         out: gets `report.html`, `report.md`, the figures as PNG and SVG, `records.csv` and `records.parquet`,
             the merged `records.jsonl` and the config.
         measured: measure, on this machine, size and latency of networks with the masks of the rounds first.
+        x: a parameter that varies between the runs, to be drawn on the horizontal axis.
+
+    Raises:
+        ValueError: when `x` does not vary, or its values are no numbers.
     """
-    runs = load(folder)
+    runs = load(*places)
+    against = [AgainstParameter(x)(runs)] if x is not None else []
     out.mkdir(parents=True, exist_ok=True)
     if measured:
         runs.measured = measure(runs)
     records, config = runs.records, runs.config
     own = [figure(runs) for figure in instantiate(config.figures, _convert_="all")]
-    drawn = [figure for figure in own if figure is not None]
+    drawn = [*against, *(figure for figure in own if figure is not None)]
     names = {figure.name for figure in drawn}
     drawn += [figure for make in STANDARD if (figure := make(runs)) is not None and figure.name not in names]
-    verdicts = [claim.check(records) for claim in instantiate(config.claims, _convert_="all")]
+    verdicts = judged(runs)
     rows = flat(records)
 
     written = [path for figure in drawn for path in figure.write(out)]
@@ -250,11 +268,24 @@ def report(folder: Path, out: Path, measured: bool = False) -> None:
     write(out / "records.jsonl", records)
     if runs.measured:
         write(out / "measured.jsonl", runs.measured)
-    source = next((run.folder for run in runs.runs if run.folder), folder)
+    source = next((run.folder for run in runs.runs if run.folder), Path(places[0]))
     if source != out:
         files.write(out / "config.yaml", (source / "config.yaml").read_bytes())
     written += [out / name for name in ("records.csv", "records.jsonl", "report.md", "report.html")]
     say(runs, verdicts, written)
+
+
+def judged(runs: Runs) -> list[Verdict]:
+    """The claims of the runs' configs, held against their records; those of each parameter on their own."""
+    verdicts: list[Verdict] = []
+    for words, its in runs.groups.items():
+        records = [{**r, "kind": plain_kind(r["kind"])} for run in its for r in run.records]
+        first = next((run.folder for run in its if run.folder and run.config), None)
+        config = runs.config if first is None else load_config(first / "config.yaml")
+        for claim in instantiate(config.claims, _convert_="all"):
+            verdict = claim.check(records)
+            verdicts.append(replace(verdict, claim=f"{verdict.claim} ({words})") if words else verdict)
+    return verdicts
 
 
 def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
@@ -318,12 +349,19 @@ def say(runs: Runs, verdicts: Sequence[Verdict], written: Sequence[Path]) -> Non
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="lightning-prune report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="of runs, for instance runs/mnist1d")
-    parser.add_argument("--out", type=Path, help="where to write; the folder itself by default")
+    parser.add_argument("folder", nargs="+", help="of runs, such as runs/mnist1d; or a pattern of folders")
+    parser.add_argument("--out", type=Path, help="where to write; where there is one folder, that by default")
+    parser.add_argument("--x", metavar="KEY", help="a parameter that varies, for the horizontal axis")
     parser.add_argument(
         "--measure",
         action="store_true",
         help="measure size and latency of networks with the masks of the rounds",
     )
     args = parser.parse_args(arguments)
-    report(args.folder, args.out or args.folder, args.measure)
+    one = Path(args.folder[0])
+    if args.out is None and (len(args.folder) > 1 or not one.is_dir()):
+        parser.error("--out: several folders have no place in common. Give a folder to write to.")
+    try:
+        report(*args.folder, out=args.out or one, measured=args.measure, x=args.x)
+    except ValueError as error:
+        parser.error(str(error))

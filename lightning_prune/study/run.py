@@ -32,14 +32,11 @@ from lightning_prune.files import write
 from lightning_prune.study import controls
 from lightning_prune.study.configs import CONF, digest, load, plain
 from lightning_prune.study.locks import locked, sync
+from lightning_prune.study.names import FREE, variant
 from lightning_prune.study.plan import Plan
 
 log = logging.getLogger(__name__)
 
-# What does not change the numbers of a run may differ when it is resumed.
-_FREE = (
-    *("after", "claims", "controls_at", "figures", "fixed", "hydra", "progress", "runs", "tables", "ticket"),
-)
 _KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
 
 
@@ -70,7 +67,7 @@ def run(cfg: DictConfig) -> Path:
 
 def folder_of(cfg: DictConfig) -> Path:
     """Where a run lies."""
-    return Path(to_absolute_path(f"{cfg.runs}/{cfg.name}/{cfg.kind}-{cfg.seed}"))
+    return Path(to_absolute_path(cfg.folder))
 
 
 def state_of(cfg: DictConfig) -> str:
@@ -79,12 +76,12 @@ def state_of(cfg: DictConfig) -> str:
     Raises:
         ValueError: when its folder holds the run of another config.
     """
-    folder, config = folder_of(cfg), plain(cfg, _FREE)
+    folder, config = folder_of(cfg), plain(cfg, FREE)
     if (folder / "FAILED").is_file():
         return "failed"
     if not (folder / "config.yaml").is_file():
         return "new"
-    there = plain(load(folder / "config.yaml"), _FREE)
+    there = plain(load(folder / "config.yaml"), FREE)
     if changed := sorted(k for k in {**there, **config} if there.get(k) != config.get(k)):
         shown = "; ".join(f"{k}: {there.get(k)} there, {config.get(k)} now" for k in changed[:5])
         raise ValueError(
@@ -158,7 +155,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     for path in folder.glob("*"):
         if path.is_file():
             sync(path)
-    write(folder / "DONE", digest(plain(cfg, _FREE)) + "\n")
+    write(folder / "DONE", digest(plain(cfg, FREE)) + "\n")
     log.info("written: %s", os.path.relpath(folder))
 
 
@@ -173,8 +170,11 @@ def _run_first(cfg: DictConfig) -> None:
     """Make the run that this one starts from, by the same command, unless it is there."""
     if not cfg.after or not HydraConfig.initialized():
         return
-    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("kind=")]
+    overrides = [
+        o for o in HydraConfig.get().overrides.task if not o.lstrip("+~").startswith(("kind=", "run."))
+    ]
     first = hydra.compose("config", [*overrides, f"kind={cfg.after}"])
+    first.variant = variant(overrides)
     if Path(to_absolute_path(cfg.ticket)) != folder_of(first):
         return  # it starts from another
     lock = locked(folder_of(first) / ".lock", os.path.relpath(folder_of(first)))

@@ -1,8 +1,9 @@
 """A folder of runs, read: whatever state they are in, and whatever became of their files."""
 
+import glob
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing_extensions import final
 from lightning_prune.masks import Masks
 from lightning_prune.study.configs import load as load_config
 from lightning_prune.study.configs import renamed
-from lightning_prune.study.records import Record, read
+from lightning_prune.study.parameters import values, varying
+from lightning_prune.study.records import SEPARATOR, Record, plain_kind, read
 from lightning_prune.study.round_masks import masks_of
 
 log = logging.getLogger(__name__)
@@ -25,9 +27,12 @@ class Run:
     """One run, or the part of it that is there.
 
     Attributes:
+        kind: ticket, reinit, random, ..., and the parameters by which runs of that kind differ.
         state: "finished", "unfinished", "failed", or "recorded" where only its records are at hand.
+        records: under that kind.
         folder: of the run, if it is at hand.
         made: what `run.json` says: command, commit, versions.
+        parameters: by which the runs of a sweep differ, {key: value}.
     """
 
     kind: str
@@ -36,6 +41,7 @@ class Run:
     records: list[Record]
     folder: Path | None = None
     made: dict[str, Any] = field(default_factory=dict[str, Any])
+    parameters: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
     def masks(self) -> Mapping[int, Masks]:
@@ -52,13 +58,20 @@ class Run:
         path = self.folder / "config.yaml" if self.folder else None
         return _yaml(path) if path and path.is_file() else {}
 
+    def tell_apart(self, parameters: Mapping[str, Any]) -> None:
+        """Name the run and its records by these parameters, too."""
+        self.parameters = dict(parameters)
+        self.kind = labelled(self.kind, parameters)
+        self.records = [_labelled(record, parameters) for record in self.records]
+
 
 @final
 @dataclass
 class Runs:
-    """The runs of an experiment.
+    """The runs of an experiment, or of several.
 
     Attributes:
+        name: of the experiment.
         config: of the experiment: that of its first run.
         broken: {file: numbers of its lines that are no records}.
         measured: rows of `measured.jsonl`: what networks with the masks of these runs cost.
@@ -79,46 +92,110 @@ class Runs:
         """The runs of a kind that have records."""
         return [run for run in self.runs if run.kind == kind and run.records]
 
+    @property
+    def groups(self) -> dict[str, list[Run]]:
+        """The runs that have the same parameters, whatever their kind: {these in words: runs}."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            found.setdefault(worded(run.parameters), []).append(run)
+        return found
 
-def load(folder: Path) -> Runs:
-    """Read the runs in a folder, or the merged records in it.
+
+def worded(parameters: Mapping[str, Any]) -> str:
+    """Parameters in words.
+
+    >>> worded({"optimizer.lr": 0.001, "batch_size": 60})
+    'optimizer.lr=0.001, batch_size=60'
+    """
+    return ", ".join(f"{key}={value}" for key, value in parameters.items())
+
+
+def labelled(kind: str, parameters: Mapping[str, Any]) -> str:
+    """A kind of run with the parameters that tell it apart; `records.plain_kind` takes them off."""
+    return f"{kind}{SEPARATOR}{worded(parameters)}" if parameters else kind
+
+
+def _labelled(record: Record, parameters: Mapping[str, Any]) -> Record:
+    if not parameters:
+        return record
+    return {**record, "kind": labelled(plain_kind(record["kind"]), parameters), "parameters": parameters}
+
+
+def load(*places: Path | str) -> Runs:
+    """Read the runs in folders of runs, the merged records in a report's folder, or single runs.
+
+    Args:
+        places: folders, or patterns such as `runs/mnist1d/ticket-*`.
 
     Raises:
         SystemExit: when there is nothing to read.
     """
     runs: list[Run] = []
     broken: dict[str, list[int]] = {}
-    for config in sorted(folder.glob("*/config.yaml"), key=lambda path: _natural(path.parent.name)):
+    folders = [folder for place in places for folder in _matching(place)]
+    for folder in folders:
+        found, bad = _of_folder(folder)
+        runs += found
+        broken |= bad
+    if not any(run.records for run in runs):
+        raise SystemExit(
+            f"{', '.join(map(str, places))}: no records. Run an experiment first: lightning-prune run"
+        )
+    configured = [run for run in runs if run.config]
+    kinds = [(run.kind, run.seed, run.config) for run in configured]
+    keys = varying(kinds)
+    for run in configured:
+        run.tell_apart(values(run.config, keys))
+    orders(runs)
+    first = next((run.folder for run in runs if run.folder), folders[0])
+    config: Any = load_config(first / "config.yaml")
+    measured = [json.loads(line) for folder in folders for line in _lines(folder / "measured.jsonl")]
+    names = dict.fromkeys(run.config.get("name", config.name) for run in runs)
+    return Runs(", ".join(names), runs, config, broken, measured)
+
+
+def orders(runs: Sequence[Run]) -> None:
+    """Where runs of one seed have several data orders, tell these apart as seeds are."""
+    if all(run.config.get("order_seed", run.seed) == run.seed for run in runs):
+        return
+    for run in runs:
+        run.seed = f"{run.seed}, order {run.config.get('order_seed', run.seed)}"
+        run.records = [{**record, "seed": run.seed} for record in run.records]
+
+
+def _matching(place: Path | str) -> list[Path]:
+    if Path(place).is_dir() or not glob.has_magic(str(place)):
+        return [Path(place)]
+    return [Path(path) for path in sorted(glob.glob(str(place))) if Path(path).is_dir()]
+
+
+def _of_folder(folder: Path) -> tuple[list[Run], dict[str, list[int]]]:
+    """The runs in a folder, and what is broken of their files."""
+    runs: list[Run] = []
+    broken: dict[str, list[int]] = {}
+    configs = list(folder.glob("*/config.yaml"))
+    if any((folder / name).is_file() for name in ("run.json", "DONE", "FAILED")):
+        configs = [folder / "config.yaml"]
+    for config in sorted(configs, key=lambda path: _natural(path.parent.name)):
         its = config.parent
         records, bad = read(its / "records.jsonl")
-        records = latest(records)
         if bad:
             broken[f"{its.name}/records.jsonl"] = bad
-        kind, _, seed = its.name.rpartition("-")
-        state = (
-            "failed"
-            if (its / "FAILED").is_file()
-            else "finished"
-            if (its / "DONE").is_file()
-            else "unfinished"
-        )
-        runs.append(
-            Run(kind, int(seed) if seed.isdigit() else seed, state, records, its, _json(its / "run.json"))
-        )
-    if not runs:
-        records, bad = read(folder / "records.jsonl")
-        records = latest(records)
-        if bad:
-            broken["records.jsonl"] = bad
-        for kind, seed in dict.fromkeys((r["kind"], r.get("seed")) for r in records):
-            its = [r for r in records if (r["kind"], r.get("seed")) == (kind, seed)]
-            runs.append(Run(kind, seed, "recorded", its))
-    if not any(run.records for run in runs):
-        raise SystemExit(f"{folder}: no records. Run an experiment first: lightning-prune run")
-    first = next((run.folder for run in runs if run.folder), folder)
-    config: Any = load_config(first / "config.yaml")
-    measured = [json.loads(line) for line in _lines(folder / "measured.jsonl")]
-    return Runs(config.name, runs, config, broken, measured)
+        kind, _, seed = its.name.split(",")[0].rpartition("-")
+        state = "unfinished"
+        for name, said in (("DONE", "finished"), ("FAILED", "failed")):
+            state = said if (its / name).is_file() else state
+        made = _json(its / "run.json")
+        runs.append(Run(kind, int(seed) if seed.isdigit() else seed, state, latest(records), its, made))
+    if configs:
+        return runs, broken
+    records, bad = read(folder / "records.jsonl")
+    if bad:
+        broken["records.jsonl"] = bad
+    for kind, seed in dict.fromkeys((r["kind"], r.get("seed")) for r in records):
+        its = latest([r for r in records if (r["kind"], r.get("seed")) == (kind, seed)])
+        runs.append(Run(kind, seed, "recorded", its, parameters=its[0].get("parameters", {})))
+    return runs, broken
 
 
 def latest(records: list[Record]) -> list[Record]:
@@ -131,8 +208,9 @@ def latest(records: list[Record]) -> list[Record]:
 
 
 def _natural(name: str) -> tuple[str, int, str]:
-    kind, _, seed = name.rpartition("-")
-    return (kind, int(seed), "") if seed.isdigit() else (name, 0, seed)
+    first, _, rest = name.partition(",")
+    kind, _, seed = first.rpartition("-")
+    return (kind, int(seed), rest) if seed.isdigit() else (name, 0, seed)
 
 
 def _lines(path: Path) -> list[str]:

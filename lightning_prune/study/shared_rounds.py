@@ -18,13 +18,13 @@ from lightning_prune.files import replacing
 from lightning_prune.masks import Masks
 from lightning_prune.study.configs import digest, plain
 from lightning_prune.study.locks import locked
+from lightning_prune.study.names import FREE
 from lightning_prune.study.recording import VERSION
 from lightning_prune.study.records import read
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
 LATER = [
-    *("kind", "after", "ticket", "controls_at", "name", "runs", "progress", "logger", "oneshot", "hydra"),
-    *("claims", "figures", "tables", "fixed", "checkpoint_every_n_epochs"),
+    *(*FREE, "kind", "name", "oneshot"),
     *("rounds", "rate", "output_rate", "schedule", "criterion", "allocation", "granularity"),
     *(f"pruner.{key}" for key in ("rounds", "schedule", "criterion", "allocate", "granularity")),
 ]

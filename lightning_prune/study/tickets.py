@@ -17,15 +17,14 @@ from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks
 from lightning_prune.rewind import Snapshot
 from lightning_prune.study.configs import load, plain
+from lightning_prune.study.names import FREE
 from lightning_prune.study.records import Record, read, write
 from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.training import fit
 
 # In what a control may differ from the ticket: what it does with it, and what changes no numbers.
 NOT_OF_TRAINING = (
-    *("after", "claims", "controls_at", "figures", "fixed", "hydra", "kind", "logger", "name", "oneshot"),
-    *("progress", "pruner.rounds", "rounds", "run", "runs", "seed", "tables", "threads", "ticket"),
-    "checkpoint_every_n_epochs",
+    *(*FREE, "kind", "name", "oneshot", "order_seed", "pruner.rounds", "rounds", "run", "seed", "threads"),
 )
 
 

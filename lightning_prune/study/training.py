@@ -85,9 +85,11 @@ def fit(
         *([ExperimentProgress(cfg.kind, get_class(cfg.progress))] if cfg.progress else []),
         *([MaskImages()] if cfg.logger else []),
     ]
-    logger = instantiate(cfg.logger, save_dir=str(folder)) if cfg.logger else False
+    logger: Any = False
+    if cfg.logger:
+        logger = instantiate(cfg.logger, save_dir=str(folder / cfg.logger.get("save_dir", ".")))
     trainer = _trainer(cfg, callbacks, steps, logger=logger)
-    seed_everything(cfg.seed if order is None else order, verbose=False)
+    seed_everything(cfg.order_seed if order is None else order, verbose=False)
     with logging_redirect_tqdm():  # lines of the log appear above the bar
         trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     return trainer
@@ -124,7 +126,8 @@ def trial(cfg: DictConfig) -> Cost:
     task, timer = built(cfg), Timer()
     steps = min(cfg.evaluate_every, cfg.steps_per_round)
     trainer = _trainer(cfg, [*_callbacks(cfg), timer], steps, logger=False, enable_checkpointing=False)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the fit has room for")  # so short is a trial
         trainer.fit(task, instantiate(cfg.batches))
         trainer.save_checkpoint(Path(folder, "trial.ckpt"))
         return Cost(timer.time_elapsed("train") / steps, Path(folder, "trial.ckpt").stat().st_size)
