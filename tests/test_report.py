@@ -167,7 +167,8 @@ def test_the_lines_show_means_and_intervals(reported):
             point = drawn[label, r]
             half = 4.302652729911275 * statistics.stdev(values) / 3**0.5  # Student's t at 97.5 %, two degrees
             assert point["y"] == pytest.approx(statistics.fmean(values))
-            assert point["high"] - point["y"] == point["y"] - point["low"] == pytest.approx(half)
+            assert point["high"] - point["y"] == pytest.approx(half)
+            assert point["y"] - point["low"] == pytest.approx(half)
             assert point["x"] == pytest.approx(100 * 0.8**r, abs=0.02)
             assert point["seeds"] == 3
     relative = {(p["kind"], p["round"]): p["y"] for p in values_of(specs(html)["relative_loss-0"])}

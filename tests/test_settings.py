@@ -167,6 +167,8 @@ SETTINGS = {
     "a time limit": (Net, {"max_time": {"hours": 1}}),
     "a sanity check": (Net, {"num_sanity_val_steps": 2}),
 }
+if not hasattr(torch.optim, "Muon"):  # torch before 2.9
+    del SETTINGS["Muon"]
 
 
 def layers_of(model):
