@@ -41,7 +41,7 @@ bench: $(VENV)/test  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.channels
 
 docs: $(VENV)/docs  ## the documentation, into site/; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 lint: $(VENV)/lint  ## style and types
 	$(RUN) ruff check .
