@@ -12,6 +12,9 @@ says from where to go on.*
 - `allocation`: how many where; scores and a total -> survivors per tensor
 - `granularity`: weights, blocks, kernels or filters; what lives and dies together
 - `evidence`: what these may ask for, and how to gather it without a trace
+- `updates`: what survivors become; optimal updates, given what reaches a layer
+- `reaching`: in which order data reach the layers, and what reaches each
+- `layerwise`: layer by layer; each on what the pruned ones before it give
 - `pruning`: score, allocate, keep; `prune` and `apply_masks` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot, and the policies that say what of it comes back
@@ -34,6 +37,7 @@ from lightning_prune import (
     models,
     rewind,
     schedules,
+    updates,
 )
 from lightning_prune.callbacks import (
     DynamicSparseTraining,
@@ -76,4 +80,5 @@ __all__ = [
     "schedules",
     "summarize",
     "targets",
+    "updates",
 ]

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from lightning_prune import evidence
 from lightning_prune.checks import number, whole
-from lightning_prune.criteria import Forward, wanda
+from lightning_prune.criteria import wanda
+from lightning_prune.evidence import Forward
 from lightning_prune.layers import Layout
 from lightning_prune.masks import Masks
 from lightning_prune.selection import (

@@ -16,7 +16,7 @@ receives, by keyword, what its signature names (what has a default there is opti
 - `generator`: a seeded `torch.Generator`, equal on all ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate
 
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_prune.checks import number, whole
-from lightning_prune.evidence import Loss, differentiable, gradients, inputs, mean_gradients
+from lightning_prune.evidence import Forward, Loss, differentiable, gradients, inputs, mean_gradients
 from lightning_prune.layers import Layout, layouts
 from lightning_prune.masks import Masks
 from lightning_prune.selection import DEAD, Scores, keep_top
+from lightning_prune.updates import inverse_root, is_plain, obs
 
 Params = dict[str, Tensor]
 # (weights, and by keyword what it asks for) -> scores
@@ -301,9 +302,6 @@ def _hessian_times(vector: Params, model: nn.Module, loss: Loss, batch: Any) -> 
     return dict(zip(live, found, strict=True))
 
 
-Forward = Callable[[nn.Module, Any], Any]
-
-
 def wanda(params: Params, model: nn.Module, batches: list[Any], forward: Forward) -> Scores:
     """Weights and activations: |w| * ||x||_2, x all the inputs that the weight is multiplied with.
 
@@ -358,6 +356,70 @@ def ria(params: Params, model: nn.Module, batches: list[Any], forward: Forward) 
     return scores
 
 
+@dataclass(frozen=True)
+class SparseGPT:
+    """Optimal brain surgery in blocks of columns: w^2 / [H^-1]_jj, and the survivors make up for what goes.
+
+    H is the mean of x x^T over the inputs x of a layer. Input after input is pruned in all outputs, the mask
+    of `block` of them chosen together, and the weights of later inputs are changed such that the outputs
+    change least. So this is no score of weights as they are: it works in `prune(layer_by_layer=True)` alone,
+    with single weights or `granularity.NM`, and with counts per layer, `uniform` or `OWL` say. Each block of
+    inputs keeps the same fraction.
+
+    Args:
+        block: inputs whose mask is chosen together, 1 or more; with N:M the groups are.
+        dampening: this part of the mean diagonal of H is added to its diagonal, 0 or more. It makes up for
+            inputs that depend on each other, and for fewer tokens than inputs.
+
+    Raises:
+        ValueError: when called for scores.
+
+    Reference: Frantar & Alistarh (2023), arXiv:2301.00774, Algorithm 1.
+    """
+
+    block: int = 128
+    dampening: float = 0.01
+
+    def __post_init__(self) -> None:
+        whole("block", self.block, 1, such_as=128)
+        allowed = "are numbers from 0 on, such as 0.01"
+        number("dampening", self.dampening, allowed, lambda v: 0 <= v < float("inf"))
+
+    def __call__(self, params: Params) -> Scores:
+        raise ValueError(
+            f"criterion: {self} chooses masks and changes the survivors, one layer after the other, and here "
+            "only masks are chosen. Allowed is lp.prune(model, criterion=SparseGPT(), layer_by_layer=True, "
+            "data=...). Use that, or another criterion."
+        )
+
+    def solve(
+        self,
+        weight: Tensor,
+        moments: Tensor,
+        choose: Callable[[int, int, Tensor], Tensor],
+        parts: Sequence[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor]:
+        """The weights and the mask of one matrix of outputs x inputs.
+
+        Args:
+            weight: of the matrix.
+            moments: H.
+            choose: (first input, last + 1, scores) -> which weights of these inputs stay.
+            parts: the inputs whose masks are chosen together, in order.
+        """
+        blocks: list[list[tuple[int, int]]] = []
+        for part in parts:
+            if not blocks or part[1] - blocks[-1][0][0] > self.block:
+                blocks.append([])
+            blocks[-1].append(part)
+        always_0 = (moments.diagonal() == 0) & bool(moments.any())
+
+        def chosen(start: int, stop: int, scores: Tensor) -> Tensor:
+            return choose(start, stop, scores.masked_fill(always_0[start:stop], 0))
+
+        return obs(weight, inverse_root(moments, self.dampening), chosen, blocks)
+
+
 def input_squares(params: Params, model: nn.Module, batches: list[Any], forward: Forward) -> Params:
     """||x||^2 of all the inputs that each weight is multiplied with, in the weight's shape or one like it.
 
@@ -372,8 +434,9 @@ def input_squares(params: Params, model: nn.Module, batches: list[Any], forward:
         def accumulate(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             for p in layer.parameters(recurse=False):
                 if len(args) == 1 and (name := names.get(id(p))):
-                    plain = p.dim() == 2 and _is_plain(layer)
-                    found = (_input_squares if plain else _weight_squares)(layer, p, args[0], laid_out[name])
+                    found = (_input_squares if is_plain(layer, p) else _weight_squares)(
+                        layer, p, args[0], laid_out[name]
+                    )
                     squares[name] = squares[name] + found if name in squares else found
 
         handles = [m.register_forward_pre_hook(accumulate) for m in model.modules()]
@@ -390,11 +453,6 @@ def input_squares(params: Params, model: nn.Module, batches: list[Any], forward:
             "needed for its norm. Exclude these weights."
         )
     return squares
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a product of its input with one matrix."""
-    return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "Conv1D"
 
 
 def _input_squares(layer: nn.Module, p: Tensor, x: Tensor, layout: Layout) -> Tensor:

@@ -43,6 +43,7 @@ EVIDENCE = {
 OF_A_RUN = frozenset({"model", "batches", "loss", "forward", "grads"})
 
 Loss = Callable[[nn.Module, Any], Tensor]
+Forward = Callable[[nn.Module, Any], Any]
 
 
 def asked(function: Callable[..., Any], given: int = 1) -> dict[str, bool]:
@@ -86,6 +87,11 @@ def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
 def inputs(batch: Any) -> Any:
     """The input in a batch: the first of several things, or the batch itself."""
     return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call a model with the input in a batch; with keyword arguments, where the batch is a mapping."""
+    return model(**batch) if isinstance(batch, Mapping) else model(inputs(batch))
 
 
 @contextmanager

@@ -13,13 +13,15 @@ from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.checks import number
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, mean_gradients, parameters_of, undisturbed
+from lightning_prune.evidence import OF_A_RUN, asked, call, mean_gradients, parameters_of, run, undisturbed
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.granularity import units as units_of
 from lightning_prune.layers import LAYERS, Layout, layouts, matching, prunable
+from lightning_prune.layerwise import prune_in_order
 from lightning_prune.masks import Masks, alive, bits, count, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import DEAD, Scores, only, select
+from lightning_prune.updates import Update
 
 Scheduled = list[tuple[list[str], Schedule]]  # names of weights, and the schedule that drives them
 Sparsity = float | Callable[..., float]
@@ -289,7 +291,7 @@ def prune(
     model: nn.Module,
     sparsity: float | Schedule = 0.5,
     criterion: Criterion = criteria.magnitude,
-    allocate: Allocation = allocation.global_rank,
+    allocate: Allocation | None = None,
     granularity: Granularity = single,
     layers: Sequence[str] = LAYERS,
     include: Sequence[str] | None = None,
@@ -298,6 +300,8 @@ def prune(
     loss: Callable[[Any, Any], Tensor] | None = None,
     initial: Mapping[str, Tensor] | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    layer_by_layer: bool = False,
+    update: Update | None = None,
 ) -> Masks:
     """Prune any module once, in place, without training: dead weights become exactly 0. Returns the masks.
 
@@ -316,16 +320,23 @@ def prune(
             a schedule, of which this is round 1.
         criterion: which weights; see `lightning_prune.criteria`. One that needs data runs the model in the
             mode it is in, and leaves it and the random number generators as they were.
-        allocate: how many where; see `lightning_prune.allocation`.
+        allocate: how many where; see `lightning_prune.allocation`. None: `global_rank`, or `uniform` where
+            layers are pruned one by one.
         granularity: what lives and dies together; see `lightning_prune.granularity`.
         layers: layer types whose weights are prunable.
         include: fnmatch patterns over parameter names; only these.
         exclude: fnmatch patterns over parameter names; not these.
-        data: batches, pairs (input, target) or inputs, on the model's device; all of it is held in memory.
+        data: batches, pairs (input, target), inputs, or mappings of keyword arguments, on the model's device;
+            all of it is held in memory.
         loss: (output, target) -> scalar.
         initial: {name: weight at initialization}, a `state_dict` say, for criteria that compare with it.
         masks: {name: bool tensor} of a pruning before. What is dead there stays dead, and counts in the
             sparsity, so that a sparsity below theirs changes nothing. Weights without a mask are alive.
+        layer_by_layer: prune in the order in which data reach the layers, each on what the pruned ones before
+            it give, with counts that do not depend on scores. Of blocks that are called one after the other
+            only one at a time is run, on its inputs, which are held.
+        update: what the survivors of a layer become, such as `lightning_prune.updates.LeastSquares()`, where
+            layers are pruned one by one. The outputs of a layer never change more than without it.
 
     Raises:
         ValueError: when a pattern matches nothing, nothing is prunable, a weight is not finite, a schedule
@@ -339,12 +350,33 @@ def prune(
         evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())
     if data is not None:
         evidence["batches"] = list(data)
-        evidence["forward"] = lambda model, batch: model(inputs(batch))
+        evidence["forward"] = run
         if loss is not None:
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
     if not callable(sparsity):
         number("sparsity", sparsity, "is 0 (dense) to 1, such as 0.5", lambda v: 0 <= v <= 1)
     schedule = sparsity if callable(sparsity) else lambda round: sparsity
+    if layer_by_layer:
+        ((_, far),) = sparsities_of(scheduled(list(params), schedule, 1), 1)
+        if callable(far):
+            raise ValueError(
+                f"layer_by_layer=True: {sparsity} reads the scores of all layers, which do not exist "
+                "together here. Allowed are numbers, and schedules that do not read scores. Give one."
+            )
+        size = sum(p.numel() for p in params.values())
+        if not budget(far, size) and callable(sparsity):
+            raise _nothing_left(sparsity, size)
+        axes = criterion, allocate or allocation.uniform, granularity, update
+        for name, p in params.items():
+            _check_finite(name, p.detach())
+        with undisturbed(model):
+            return prune_in_order(model, params, there, far, *axes, next_masks, evidence)
+    if update is not None:
+        raise ValueError(
+            f"update: {update} needs what reaches a layer. Allowed with layer_by_layer=True and data. Give "
+            "both."
+        )
+    allocate = allocate or allocation.global_rank
     wanted = asked(criterion).keys() | asked(allocate, 2).keys()
     with undisturbed(model) if OF_A_RUN & wanted else nullcontext():
         new = next_masks(
@@ -357,13 +389,17 @@ def prune(
             **evidence,
         )
     if callable(sparsity) and not alive(new):
-        raise ValueError(
-            f"sparsity: {sparsity} leaves none of {sum(p.numel() for p in params.values())} weights, and one "
-            "is needed. Nothing was pruned. Give a schedule that leaves some."
-        )
+        raise _nothing_left(sparsity, sum(p.numel() for p in params.values()))
     for name, p in params.items():
         zero_dead_(p, bits(new[name], like=p))
     return new
+
+
+def _nothing_left(schedule: Schedule, size: int) -> ValueError:
+    return ValueError(
+        f"sparsity: {schedule} leaves none of {size} weights, and one is needed. Nothing was pruned. Give a "
+        "schedule that leaves some."
+    )
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -62,6 +62,29 @@ def ria(w, x):
     return scores
 
 
+def sparsegpt(weight, hessian, choose, parts):
+    """Optimal brain surgery of column after column, each with the inverse over the columns that are left."""
+    w, mask = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    for start, stop in parts:
+        growth = torch.stack([torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(start, stop)])
+        mask[:, start:stop] = choose(w[:, start:stop] ** 2 / growth)
+        for j in range(start, stop):
+            inverse = torch.linalg.inv(hessian[j:, j:])
+            for o in range(len(w)):
+                if not mask[o, j]:
+                    w[o, j:] -= w[o, j] / inverse[0, 0] * inverse[0]
+                    w[o, j] = 0
+    return w, mask
+
+
+def least_squares(weight, mask, x):
+    """For each output the survivors whose product with the inputs is closest to that of all weights."""
+    fit = torch.zeros_like(weight)
+    for o, row in enumerate(mask):
+        fit[o, row] = torch.linalg.lstsq(x[:, row], x @ weight[o]).solution
+    return fit
+
+
 def wanda_conv(conv, x):
     """Unfold the input to the patches that each weight of a convolution meets."""
     w, per_group = conv.weight.detach(), conv.out_channels // conv.groups

@@ -23,8 +23,18 @@ PACKAGE = Path(lightning_prune.__file__).parent
 # and from those below.
 FLOORS = (
     {"masks", "checks", "copies", "files", "rng", "models", "tables"},
-    {"selection", "criteria", "allocation", "granularity", "schedules", "layers", "evidence", "metrics"},
-    {"growth", "pruning", "rewind", "holding", "doctor", "structured", "deploy"},
+    {
+        "selection",
+        "criteria",
+        "allocation",
+        "granularity",
+        "schedules",
+        "layers",
+        "evidence",
+        "metrics",
+        "updates",
+    },
+    {"growth", "pruning", "layerwise", "reaching", "rewind", "holding", "doctor", "structured", "deploy"},
     {"callbacks"},
     {"study"},
 )
