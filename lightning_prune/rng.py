@@ -1,15 +1,18 @@
 """The state of the random number generators that training draws from, in plain containers."""
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+Generator: TypeAlias = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
-def capture(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, and of others, in plain containers."""
+
+def capture(generators: Mapping[str, Generator] = {}) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, and of others by name, in plain containers."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -23,12 +26,12 @@ def capture(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
         ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "others": [generator.get_state() for generator in generators],
+        "others": {name: state_of(generator) for name, generator in generators.items()},
     }
 
 
-def restore(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
-    """Set the generators to the states that `capture` returned; as many of the others as there are states.
+def restore(state: dict[str, Any], generators: Mapping[str, Generator] = {}) -> None:
+    """Set the generators to the states that `capture` returned; of the others those whose names it knows.
 
     >>> state = capture(); first = torch.rand(1); restore(state); bool(torch.rand(1) == first)
     True
@@ -40,5 +43,41 @@ def restore(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    for generator, its in zip(generators, state["others"], strict=False):
-        generator.set_state(its.cpu())
+    for name in generators.keys() & state["others"].keys():
+        set_state(generators[name], state["others"][name])
+
+
+def state_of(generator: Generator) -> Any:
+    """The state of one generator, in plain containers.
+
+    >>> generator = np.random.default_rng(0); state = state_of(generator); first = generator.random()
+    >>> set_state(generator, state); bool(generator.random() == first)
+    True
+    """
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        version, internal, gauss = generator.getstate()
+        return [version, list(internal), gauss]
+    if isinstance(generator, np.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(generator.bit_generator.state)
+
+
+def set_state(generator: Generator, state: Any) -> None:
+    """Set one generator to the state that `state_of` returned."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        version, internal, gauss = state
+        generator.setstate((version, tuple(internal), gauss))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def _plain(state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {name: _plain(value) for name, value in state.items()}
+    return state.tolist() if isinstance(state, (np.ndarray, np.generic)) else state

@@ -204,8 +204,10 @@ def test_rank_0_writes_and_nobody_else(seen):
         file = torch.load(seen["folder"] / str(world) / "epoch=5.ckpt", weights_only=True)
         assert same(dict(file["state_dict"]), seen[world]["straight"][0]["weights"])
         state = next(v for k, v in file["callbacks"].items() if k.startswith("Iterative"))
-        assert len(state["rng"]) == world
-        assert same([s["torch"] for s in state["rng"]], [r["random"] for r in seen[world]["straight"]])
+        assert len(state["resumption"]["ranks"]) == world
+        assert same(
+            [s["torch"] for s in state["resumption"]["ranks"]], [r["random"] for r in seen[world]["straight"]]
+        )
 
 
 def test_a_checkpoint_goes_on_with_more_processes_and_says_what_does_not(seen):

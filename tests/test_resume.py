@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prune as lp
 from tests.interrupted import CLOCKS, EPOCHS, REWINDS, Stopped, run, run_to_file
+from tests.modes import a_mode, train
 from tests.networks import Net, fitter, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
@@ -43,6 +45,56 @@ def equal(result, expected):
 def test_resume_equals_straight_run(epoch, clock, saved, straight, tmp_path):
     folder, expected = straight(clock, saved)
     equal(run(tmp_path, clock, saved, resume=folder / f"epoch={epoch}.ckpt"), expected)
+
+
+def unlike_the_straight_run(mode, folder, draw=None):
+    """Train in a mode, then go on from its checkpoints: from all, or from three at random. What differs?"""
+    (folder / "straight").mkdir()
+    whole, expected = train(mode, folder / "straight")
+    files = sorted((folder / "straight").glob("*.ckpt"))
+    different = []
+    for file in files if draw is None else draw.sample(files, min(3, len(files))):
+        happened = torch.load(file, weights_only=True)["callbacks"]["Trace"]["happened"]
+        trace, result = train(mode, folder / f"from {file.stem}", resume=file)
+        wrong = [key for key in expected if not same(result[key], expected[key])]
+        if trace.seen or any(what == "batch" for what, *_ in whole.seen[happened:]):
+            wrong += ["trace"] * (not same(trace.seen, whole.seen[happened:]))
+        else:  # Nothing was left to train, and Lightning ends at once.
+            wrong = [what for what in wrong if what in ("weights", "masks", "round")]
+        different += [(file.name, what) for what in wrong]
+    return different
+
+
+IN_ANY_MODE = [
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",  # it does not know
+    "ignore:ReduceLROnPlateau conditioned on metric",
+    "ignore:Early stopping conditioned on metric",
+    "ignore:Using ModelCheckpoint with manual optimization",
+    "ignore:.*the fit (has room for|ended in round)",
+    "ignore:ModelCheckpoint.monitor='val_loss'.* could not find the monitored key",
+]
+
+
+def in_any_mode(test):
+    for message in IN_ANY_MODE:
+        test = pytest.mark.filterwarnings(message)(test)
+    return test
+
+
+@in_any_mode
+@pytest.mark.parametrize("seed", range(20))
+def test_resume_equals_straight_run_in_any_mode(seed, tmp_path):
+    draw = random.Random(seed)
+    mode = a_mode(draw)
+    assert unlike_the_straight_run(mode, tmp_path, draw) == [], mode
+
+
+@pytest.mark.slow
+@in_any_mode
+@pytest.mark.parametrize("seed", range(100, 420))
+def test_resume_equals_straight_run_in_every_mode(seed, tmp_path):
+    mode = a_mode(random.Random(seed))
+    assert unlike_the_straight_run(mode, tmp_path) == [], mode
 
 
 @pytest.mark.parametrize("saved", SAVED)

@@ -3,10 +3,14 @@
 Each was checked with Lightning 2.6.6; tests/test_lightning.py fails where a later version moves.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -59,9 +63,14 @@ def mode_of(loaders: CombinedLoader) -> Any:
     return loaders._mode
 
 
-def is_stateful(loaders: CombinedLoader) -> bool:
-    """Whether one of the loaders restores its own place in its data."""
-    return bool(loaders._state_dicts())
+def validation_loaders_of(trainer: Trainer) -> CombinedLoader | None:
+    """The validation data loaders of the fit, once they are there."""
+    return trainer.fit_loop.epoch_loop.val_loop._combined_loader
+
+
+def keeps_its_place(loader: Any) -> bool:
+    """Whether a loader has a state of its own, which Lightning keeps in checkpoints."""
+    return isinstance(loader, _Stateful)
 
 
 def draw_anew(trainer: Trainer) -> None:
@@ -70,14 +79,144 @@ def draw_anew(trainer: Trainer) -> None:
     iter(trainer.fit_loop._data_fetcher)
 
 
-def has_iterator(trainer: Trainer) -> bool:
-    """Whether the data iterator of this epoch is there."""
-    return trainer.fit_loop._data_fetcher is not None
+def has_drawn(trainer: Trainer) -> bool:
+    """As an epoch starts: whether the data iterator of this epoch is there already."""
+    fit = trainer.fit_loop
+    return trainer.current_epoch == 0 or fit.is_resuming or fit.epoch_loop.restarting
 
 
-def goes_on_within_epoch(trainer: Trainer) -> bool:
-    """Whether the loop is on its way from a checkpoint and makes no new data iterator for this epoch."""
-    return trainer.fit_loop.is_resuming or trainer.fit_loop.epoch_loop.restarting
+def is_within_epoch(trainer: Trainer) -> bool:
+    """Whether an epoch has begun that is not processed yet."""
+    _, epoch = _counts(trainer.fit_loop.epoch_progress)
+    return epoch.started > epoch.processed
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the gradients of the last batch go into a step of Lightning's that is still to come."""
+    return is_within_epoch(trainer) and trainer.fit_loop._should_accumulate()
+
+
+def _counts(progress: _Progress) -> tuple[_ProcessedTracker, _ProcessedTracker]:
+    """What is counted in all, and in this run of the loop."""
+    return cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a training a checkpoint was written.
+
+    Attributes:
+        within_epoch: after a batch of an epoch, and not between two epochs.
+        batches: how many batches of the epoch are trained.
+        is_last: whether these are all of the epoch.
+        within_batch: before the next batch was trained through; it is trained anew.
+        before_end_of_batch: before the module's own `on_train_batch_end`.
+    """
+
+    within_epoch: bool
+    batches: int = 0
+    is_last: bool = False
+    within_batch: bool = False
+    before_end_of_batch: bool = False
+
+
+def go_on_from(trainer: Trainer, progress: dict[str, Any]) -> Place:
+    """As training starts: set the loops to the place of a checkpoint, to do what was still to be done there.
+
+    Lightning 2.6 by itself does not come back to every place. With `max_steps` it takes a finished epoch for
+    one that goes on, and trains a batch more of it; after a checkpoint of a batch's end it leaves out the
+    validation that was due, and after the last batch also the epoch's end; and learning rate schedules that
+    wait for a metric miss a step.
+
+    Args:
+        trainer: in `on_train_start`.
+        progress: the state of the fit loop in the checkpoint.
+    """
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    fit.load_state_dict(progress)
+    for each in (fit, loop, loop.val_loop):
+        each._restarting = each._loaded_from_state_dict = each._resuming_from_checkpoint = False
+        each.reset_restart_stage()
+    epochs, batches = _counts(fit.epoch_progress), _counts(loop.batch_progress)
+    epoch, batch = epochs[1], batches[1]
+    if epoch.started == epoch.processed:  # between epochs
+        if epoch.completed < epoch.processed and loop._num_ready_batches_reached():
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        for count in epochs:
+            count.ready = count.started = count.completed = count.processed
+        return Place(within_epoch=False)
+
+    fit._restart_stage = "restarted_mid_epoch"
+    loop._restarting, loop._restart_stage = True, "restarted_on_last"
+    loop.val_loop._has_run = False
+    within_batch = batch.ready > batch.processed
+    before_end = not within_batch and batch.processed > batch.completed
+    if within_batch:
+        loop.batch_progress.is_last_batch = False
+        for count in batches:
+            count.ready = count.started = count.processed = count.completed
+    elif before_end:
+        loop.batch_progress.increment_completed()
+        assert fit._data_fetcher is not None
+        if loop._should_check_val_fx(fit._data_fetcher):
+            loop.val_loop._restart_stage = "restarted_mid_evaluation"
+        else:
+            loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+            loop._batches_that_stepped += not loop._should_accumulate()
+    is_last = not within_batch and loop._num_ready_batches_reached()
+    return Place(True, batch.ready, is_last, within_batch, before_end)
+
+
+def load_places(trainer: Trainer) -> None:
+    """Give loaders that have a state of their own that of the checkpoint, and make the iterator anew."""
+    fit = trainer.fit_loop
+    if fit._combined_loader is not None and fit._combined_loader_states_to_load:
+        fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)
+        fit._combined_loader_states_to_load = []
+        draw_anew(trainer)
+
+
+def pass_over(trainer: Trainer, n: int) -> None:
+    """Draw the first n batches of this epoch, for nothing. Lightning counts them itself as it goes on.
+
+    Raises:
+        ValueError: when there are not as many.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    try:
+        for _ in range(n):
+            next(fetcher)
+    except StopIteration:
+        raise ValueError(
+            f"ckpt_path: the checkpoint was written after {n} batches of an epoch, and the training data "
+            "have fewer now. Allowed are the data of that run. Give them, or resume from an epoch's end."
+        ) from None
+    fetcher.fetched -= n
+
+
+def end_epoch(trainer: Trainer) -> None:
+    """Let this epoch have no more batches."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    fetcher.done = True
+    if isinstance(fetcher, _PrefetchDataFetcher):
+        fetcher.batches = []
+
+
+def fetches_ahead(trainer: Trainer) -> bool:
+    """Whether a batch is drawn before it is asked for, since nobody knows which is the last one."""
+    return trainer.fit_loop._data_fetcher is not None and trainer.fit_loop._data_fetcher.length is None
+
+
+def lets_module_fetch(trainer: Trainer) -> bool:
+    """Whether `training_step` asks for its batches itself."""
+    return isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+
+
+def show_metrics(trainer: Trainer, metrics: dict[str, Any]) -> None:
+    """Let `trainer.callback_metrics` have these, as if they were logged."""
+    trainer._logger_connector._callback_metrics.update(metrics)
 
 
 def batch_before_transfer(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

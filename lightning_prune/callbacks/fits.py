@@ -30,6 +30,7 @@ class Fit:
         params: the masked weights, by name.
         followed: {name of a copy: name of the weight that it copies}; copies are held, too.
         begun: whether training has begun.
+        epoch: what it takes to draw the batches of the epoch under way again.
         announce: whether the round is to be logged with the next batch.
         looked: whether the dead weights were looked at after the first step of the round.
         explained: whether it was said why there are fewer prunings than were asked for.
@@ -41,6 +42,7 @@ class Fit:
         self.params: dict[str, nn.Parameter] = {}
         self.followed: dict[str, str] = {}
         self.begun = False
+        self.epoch: dict[str, Any] | None = None
         self.announce = True
         self.looked = False
         self.explained = False

@@ -16,13 +16,13 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune import doctor
-from lightning_prune.callbacks import _lightning, generators
+from lightning_prune.callbacks import _lightning, resumption
 from lightning_prune.callbacks.beside import averaging_of, compare_anew, show
 from lightning_prune.callbacks.checkpoints import make_plain
 from lightning_prune.callbacks.fits import Fit, reads_gradients
 from lightning_prune.callbacks.history import RoundRecord, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
-from lightning_prune.callbacks.ranks import check_ranks, decided, of_ranks, together
+from lightning_prune.callbacks.ranks import check_ranks, decided, together
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
 from lightning_prune.callbacks.state import VERSION, check_settings, check_version
@@ -47,7 +47,7 @@ class MaskedTraining(Callback, ABC):
         masks: {parameter name: bool tensor, True = alive}; empty before the first fit.
         removed: how many units the last pruning took.
         history: one `RoundRecord` for each round that is over, in order.
-        resumption: what a checkpoint still has to give back to this fit; None from its first batch on.
+        resumption: what a checkpoint still has to give back to this fit; None once training has begun.
     """
 
     _unit: ClassVar[str]  # what sparsity counts, in the plural
@@ -286,8 +286,9 @@ class MaskedTraining(Callback, ABC):
         self._running.begun = True
         if self.resumption is None:  # Lightning restores its counters just before this hook.
             self._at = self._at.on(self.clock(trainer), trainer.global_step)
-        else:
-            self.resumption.on_train_start(trainer)
+        elif next(c for c in _lightning.callbacks_of(trainer) if isinstance(c, MaskedTraining)) is self:
+            self._running.epoch = self.resumption.on_train_start(trainer, pl_module)
+        self.resumption = None
         self._say_if_short(trainer)
 
     def _say_if_short(self, trainer: Trainer) -> None:
@@ -335,8 +336,7 @@ class MaskedTraining(Callback, ABC):
 
     def _begin_epoch(self, trainer: Trainer) -> None:
         self._running.before = {}
-        if self.resumption:
-            self.resumption.on_train_epoch_start(trainer)
+        self._running.epoch = resumption.beginning(trainer)
         self._running.announce = True
 
     @override
@@ -344,7 +344,7 @@ class MaskedTraining(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         fit = self._running
-        self.resumption, fit.before = None, {}
+        fit.before = {}
         if fit.has_new_optimizers():
             fit.watch(gradients=self._reads_gradients(trainer, pl_module))
         if not self._at.opened:
@@ -476,9 +476,8 @@ class MaskedTraining(Callback, ABC):
             self._fit.apply()
         if self.verify:
             together(trainer, lambda: doctor.report(self._doubts(trainer, checkpoint)))
-        if trainer.world_size > 1 and not self.resumption:
-            state = checkpoint["callbacks"][self.state_key]
-            state["rng"] = of_ranks(trainer, state["rng"][0])
+        if not self.resumption and "callbacks" in checkpoint:
+            resumption.complete(trainer, checkpoint["callbacks"][self.state_key]["resumption"], checkpoint)
         make_plain(checkpoint, pl_module)
 
     def _doubts(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
@@ -561,9 +560,7 @@ class MaskedTraining(Callback, ABC):
     @override
     def state_dict(self) -> dict[str, Any]:
         fit = self._fit
-        ranks = (
-            self.resumption.ranks if self.resumption else [generators.capture(fit.trainer if fit else None)]
-        )
+        under_way = (fit.trainer, fit.epoch) if fit and fit.begun else (None, None)
         return {
             "version": VERSION,
             "settings": self._settings(),
@@ -572,7 +569,7 @@ class MaskedTraining(Callback, ABC):
             "masks": pack(self.masks),
             "removed": self.removed,
             "history": [asdict(record) for record in self.history],
-            "rng": ranks,
+            "resumption": self.resumption.state if self.resumption else resumption.capture(*under_way),
         }
 
     @override
@@ -598,4 +595,4 @@ class MaskedTraining(Callback, ABC):
         self.masks = unpack(state_dict["masks"])
         self.removed = state_dict["removed"]
         self.history = [RoundRecord(**record) for record in state_dict["history"]]
-        self.resumption = Resumption(state_dict["rng"])
+        self.resumption = Resumption(state_dict["resumption"])

@@ -82,7 +82,6 @@ class LotteryTicketRewind(Callback):
         self._drawn: list[Masks] = []  # at the last checks of this round
         self._checked = 0  # the step of the last check
         self._random: dict[str, Any] | None = None  # as the epoch of the snapshot began
-        self._replayed = False  # whether the generators are back already
         self._network: weakref.ref[nn.Module] | None = None  # that the snapshot was taken of
         self._resumed = False  # whether this fit goes on from a checkpoint
         self._before: dict[str, Any] = {}  # the attributes before a fit, until it has begun
@@ -169,16 +168,6 @@ class LotteryTicketRewind(Callback):
         self._may_hold = "final" in asked(self.policy)
         if self.policy not in (rewind.weights, rewind.nothing):  # under which a schedule is for the whole fit
             self._warn_of_schedules(trainer, pruner)
-        if self.same_batches and pruner.resumption:
-            # From here Lightning may go on with a batch, not with the start of an epoch.
-            if self._random is None and self._now(trainer) == self._k:
-                self._random = pruner.resumption.ranks[0]
-            elif self._random is not None and not pruner.is_last() and pruner.is_over(trainer):
-                # The pruning callback restores these when it runs after us.
-                pruner.resumption.ranks = [self._random]
-                generators.restore(trainer, self._random)
-                _lightning.draw_anew(trainer)
-                self._replayed = True
 
     def _check_averaging(self, trainer: Trainer, pruner: MaskedTraining) -> None:
         """Averaging replaces the scheduler as it starts, so there is no way back from there."""
@@ -326,11 +315,10 @@ class LotteryTicketRewind(Callback):
         if self.shorten:
             pruner.shorten_round(self._behind)
         self._drawn = []
-        if self.same_batches and self._random is not None and not self._replayed:
+        if self.same_batches and self._random is not None:
             generators.restore(trainer, self._random)
             if trainer.current_epoch == 0:  # a second fit
                 _lightning.draw_anew(trainer)
-        self._replayed = False
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
