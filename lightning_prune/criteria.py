@@ -275,7 +275,14 @@ class GraSP:
             seen.append(True)
             return output / self.temperature
 
-        handle = model.get_submodule(self.logits).register_forward_hook(cooler)
+        modules = dict(model.named_modules())
+        if self.logits not in modules:
+            raise ValueError(
+                f"logits={self.logits!r}: there is no such submodule; allowed are "
+                f"{', '.join(filter(None, modules))}, "
+                "and '' for the model itself. Name the one that gives the logits."
+            )
+        handle = modules[self.logits].register_forward_hook(cooler)
         try:
             g = mean_gradients(params, model, loss, batches)
             if not seen:

@@ -33,6 +33,11 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
     Raises:
         ValueError: then.
     """
+    if isinstance(schedule, type):
+        raise ValueError(
+            f"schedule={schedule.__name__}: a class is given; allowed are its instances. Give "
+            f"{schedule.__name__}()."
+        )
     if not callable(schedule):
         raise ValueError(
             f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "

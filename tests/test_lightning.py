@@ -1,0 +1,263 @@
+"""What we use of Lightning that is private to it, or not declared, is there and means what we take it for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
+
+from lightning_prune.callbacks import _lightning, beside
+from lightning_prune.callbacks.rounds import Clock, end_of_fit
+from tests.networks import Net, fitter, loader, same, samples
+
+
+class At(Callback):
+    """Calls a function in one hook, each time."""
+
+    def __init__(self, hook, act):
+        setattr(self, hook, lambda trainer, model, *_: act(trainer, model))
+
+
+def seen_at(hook, look, model=None, *callbacks, ckpt_path=None, **options):
+    """What `look` saw in a hook, each time."""
+    seen = []
+    options = {"epochs": 2, **options}
+    trainer = fitter(*callbacks, At(hook, lambda t, m: seen.append(look(t, m))), **options)
+    trainer.fit(model or Net(), ckpt_path=ckpt_path)
+    return seen
+
+
+def test_every_touch_has_a_test_here():
+    source = Path(__file__).read_text()
+    own = [
+        name for name, f in vars(_lightning).items() if getattr(f, "__module__", "") == _lightning.__name__
+    ]
+    assert len(own) >= 14
+    assert not [name for name in own if f"_lightning.{name}" not in source]
+
+
+def test_callbacks_are_those_of_trainer_and_module():
+    class Own(Net):
+        def configure_callbacks(self):
+            return [own]
+
+    own, mine = Callback(), At("on_fit_start", lambda t, m: seen.extend(_lightning.callbacks_of(t)))
+    seen = []
+    fitter(mine, epochs=1).fit(Own())
+    assert own in seen
+    assert mine in seen
+
+
+def test_the_log_interval_and_whether_it_is_a_trial():
+    assert _lightning.log_interval(fitter(log_every_n_steps=7)) == 7
+    assert _lightning.log_interval(fitter(log_every_n_steps=0)) == 1
+    assert [_lightning.is_a_trial(fitter(fast_dev_run=run)) for run in (False, True, 3)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_averages_are_copies_with_the_modules_names_once_they_are_there():
+    assert _lightning.averages_of(fitter(WeightAveraging())) == []
+
+    def look(trainer, model):
+        (average,) = _lightning.averages_of(trainer)
+        (whole,) = _lightning.averaged_models(trainer)
+        assert [n for n, _ in average.named_parameters()] == [n for n, _ in model.named_parameters()]
+        assert whole.module is average
+        assert "n_averaged" in dict(whole.named_buffers())
+        return average.head.weight is not model.head.weight
+
+    assert all(seen_at("on_train_batch_end", look, None, WeightAveraging()))
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_stochastic_weight_averaging_replaces_its_scheduler_as_it_starts():
+    averaging = StochasticWeightAveraging(0.05, swa_epoch_start=2)
+    model = Net(schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))
+    look = lambda t, m: (_lightning.has_replaced_its_scheduler(averaging), len(_lightning.averages_of(t)))  # noqa: E731
+    seen = seen_at("on_train_batch_end", look, model, averaging, epochs=4)
+    replaced = [r for r, _ in seen][:12]  # the epoch after these trains nothing
+    assert replaced == [epoch >= averaging.swa_start for epoch in range(4) for _ in range(3)]
+    assert beside.averaging_of(fitter(averaging)) == [averaging]
+
+
+def test_the_training_loaders_are_there_in_a_fit_with_what_draws():
+    assert _lightning.loaders_of(fitter()) is None
+
+    class Two(Net):
+        def train_dataloader(self):
+            return CombinedLoader([mine, loader()], "min_size")
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0], batch_idx)
+
+    mine = loader()
+
+    def look(trainer, _):
+        loaders = _lightning.loaders_of(trainer)
+        return loaders.flattened[0] is mine, _lightning.mode_of(loaders), _lightning.is_stateful(loaders)
+
+    assert seen_at("on_train_batch_start", look, Two())[0] == (True, "min_size", False)
+
+
+def test_a_loader_that_keeps_its_place_is_known():
+    class Stateful(DataLoader):
+        def state_dict(self):
+            return {"at": 0}
+
+        def load_state_dict(self, state):
+            pass
+
+    model = Net()
+    model.train_dataloader = lambda: Stateful(samples(), batch_size=8)
+    assert all(
+        seen_at("on_train_start", lambda t, m: _lightning.is_stateful(_lightning.loaders_of(t)), model)
+    )
+
+
+def test_an_iterator_can_be_made_again_and_draws_its_order_then():
+    class Batches(Callback):
+        def __init__(self, again):
+            self.again = again
+
+        def on_train_start(self, trainer, model):
+            assert _lightning.has_iterator(trainer)
+            torch.manual_seed(7)
+            if self.again:
+                _lightning.draw_anew(trainer)
+
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            if trainer.current_epoch == 0:
+                seen.append(batch[0].clone())
+
+    orders = []
+    for again in (False, True):
+        seen = []
+        fitter(Batches(again), epochs=1).fit(Net(dropout=0.0))
+        orders.append(seen)
+    torch.manual_seed(7)
+    expected = [x for x, _ in loader()]
+    assert same(orders[1], expected)
+    assert not same(orders[0], expected)
+    assert not _lightning.has_iterator(fitter())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_loop_on_its_way_from_within_an_epoch_is_known(tmp_path):
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    fitter(saver, epochs=2, enable_checkpointing=True).fit(Net())
+    look = lambda t, m: _lightning.goes_on_within_epoch(t)  # noqa: E731
+    assert seen_at("on_train_start", look, epochs=2) == [False]
+    assert seen_at("on_train_start", look, epochs=3, ckpt_path=tmp_path / "step=4.ckpt") == [True]
+    # the epochs after it are whole ones
+    assert (
+        seen_at("on_train_epoch_start", look, epochs=4, ckpt_path=tmp_path / "step=4.ckpt")[-2:]
+        == [False] * 2
+    )
+
+
+def test_a_batch_goes_through_the_modules_hook_and_the_precision_before_its_transfer():
+    class Doubled(Net):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] * 2, batch[1]]
+
+    def look(trainer, model):
+        x, y = samples(4).tensors
+        return _lightning.batch_before_transfer(trainer, model, [x, y])[0]
+
+    (seen,) = seen_at("on_train_start", look, Doubled(), precision="64-true")
+    assert same(seen, samples(4).tensors[0].double() * 2)
+
+
+def test_strategies_that_leave_their_processes_are_known():
+    assert not _lightning.leaves_its_processes(fitter())
+    assert _lightning.leaves_its_processes(fitter(strategy="ddp_fork", devices=2))
+    assert _lightning.leaves_its_processes(fitter(strategy="ddp_spawn", devices=2))
+    assert not _lightning.leaves_its_processes(fitter(strategy="ddp", devices=1))
+
+
+# --- what is public, and not promised ---
+
+
+def test_a_stop_iteration_leaves_an_epoch_before_its_next_batch():
+    def stop(trainer, model):
+        if trainer.global_step == 4:
+            trainer.should_stop = True
+            raise StopIteration
+
+    ends = []
+    trainer = fitter(
+        At("on_train_batch_start", stop), At("on_train_end", lambda t, m: ends.append(t)), epochs=9
+    )
+    trainer.fit(Net())
+    assert trainer.global_step == 4
+    assert ends == [trainer]
+    assert trainer.state.finished
+
+
+def test_what_is_shown_reaches_bar_metrics_and_loggers():
+    def look(trainer, model):
+        beside.show(trainer, {"round": 3.0}, {"more": 1.0})
+        return (
+            trainer.progress_bar_metrics.get("round"),
+            float(trainer.callback_metrics["round"]),
+            float(trainer.logged_metrics["more"]),
+            "more" in trainer.callback_metrics,
+        )
+
+    assert seen_at("on_train_batch_start", look)[-1] == (3.0, 3.0, 1.0, False)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_what_is_compared_anew_is_what_lightning_compares_by(mode, tmp_path):
+    worst = torch.tensor(float("inf") if mode == "min" else -float("inf"))
+    stopper = EarlyStopping("val_loss", patience=9, mode=mode)
+    saver = ModelCheckpoint(tmp_path, "{round}", monitor="val_loss", mode=mode, save_on_train_epoch_end=False)
+    fresh = ModelCheckpoint(tmp_path, "{round}", monitor="val_loss", mode=mode)
+    trainer = fitter(stopper, saver, epochs=2, enable_checkpointing=True)
+    trainer.fit(Net())
+    assert stopper.best_score != worst
+    assert saver.best_k_models
+    beside.compare_anew(trainer)
+    assert (stopper.wait_count, stopper.best_score) == (0, worst)
+    names = ("best_k_models", "best_model_path", "best_model_score", "kth_best_model_path", "kth_value")
+    for name in (*names, "current_score"):
+        assert getattr(saver, name) == getattr(fresh, name), name
+
+
+def test_what_writes_checkpoints_can_be_replaced():
+    trainer = fitter()
+    before = trainer.strategy.checkpoint_io
+    assert type(before) is TorchCheckpointIO
+    trainer.strategy.checkpoint_io = other = TorchCheckpointIO()
+    assert trainer.strategy.checkpoint_io is other
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "steps"),
+    [
+        ({"epochs": 4}, 4, 12),
+        ({"max_steps": 7}, 7 / 3, 7),
+        ({"epochs": 4, "max_steps": 7}, 7 / 3, 7),
+        ({"epochs": 2, "accumulate_grad_batches": 2}, 2, 4),
+        ({"epochs": 3, "limit_train_batches": 1}, 3, 3),
+    ],
+    ids=str,
+)
+def test_the_end_of_a_fit_is_known_by_both_clocks(options, epochs, steps):
+    ends = lambda t, m: (end_of_fit(t, Clock.EPOCHS), end_of_fit(t, Clock.STEPS))  # noqa: E731
+    assert seen_at("on_train_start", ends, **{"epochs": None, **options}) == [(epochs, steps)]
+    last = lambda t, m: (t.current_epoch, t.global_step)  # noqa: E731
+    assert seen_at("on_train_batch_end", last, **{"epochs": None, **options})[-1][1] == steps
