@@ -264,6 +264,94 @@ def other_masks_on_every_rank(world, rank, folder):
         return {"error": str(error)}
 
 
+class Alone(Net):
+    """Logs a metric that is its own on each rank, and lets one rank have a trouble of its own."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank, self.revives = rank, lambda: False
+
+    def optimizer_step(self, *args, **options):
+        super().optimizer_step(*args, **options)
+        if self.revives():
+            with torch.no_grad():
+                self.body.weight.add_(1.0)
+
+    def on_validation_epoch_end(self):
+        # below the threshold after two epochs on rank 0, after three on rank 1
+        self.log("own", 1.0 if self.trainer.current_epoch < 1 + self.rank else 0.0)
+
+
+@run
+def stopped_by_a_metric_of_each_rank(world, rank, folder):
+    pruner = pruning(rounds=5, stop_below={"own": 0.5})
+    return fit(pruner, model=Alone(rank), world=world, epochs=6)
+
+
+def trouble_of_one_rank(world, rank, *others, **options):
+    """What each rank says when something goes wrong on rank 1 alone."""
+    revives, pruner, model = options.pop("revives", False), pruning(**options), Alone(rank)
+    if revives and rank == 1:
+        model.revives = lambda: pruner.round == 1
+    try:
+        fit(pruner, lp.LotteryTicketRewind(), *others, model=model, world=world)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    else:
+        told = "nothing"
+    return {"error": told, "round": pruner.round, "masks": pruner.masks, "history": len(pruner.history)}
+
+
+class FailsOn1(Callback):
+    def __init__(self, rank, hook):
+        if rank == 1:
+            setattr(self, hook, self.fail)
+
+    def fail(self, *_):
+        raise OSError("no space left")
+
+
+@run
+def one_rank_fails_in_on_prune(world, rank, folder):
+    return trouble_of_one_rank(world, rank, FailsOn1(rank, "on_prune"))
+
+
+@run
+def one_rank_fails_in_on_round_start(world, rank, folder):
+    return trouble_of_one_rank(world, rank, FailsOn1(rank, "on_round_start"))
+
+
+@run
+def one_rank_has_no_masks(world, rank, folder):
+    if rank != 1:
+        torch.save(
+            {n: torch.ones_like(p).bool() for n, p in Net().named_parameters() if p.dim() > 1}, folder / "m"
+        )
+    return trouble_of_one_rank(world, rank, masks=folder / ("m" if rank != 1 else "none"))
+
+
+@run
+def one_rank_has_other_layers(world, rank, folder):
+    return trouble_of_one_rank(world, rank, include=["body*" if rank != 1 else "nothing*"])
+
+
+@run
+def one_rank_cannot_score(world, rank, folder):
+    def criterion(params):
+        calls.append(1)
+        if rank == 1 and len(calls) > 2:
+            raise ValueError("score: not on this machine")
+        return {n: w.abs() for n, w in params.items()}
+
+    calls = []
+    return trouble_of_one_rank(world, rank, criterion=criterion)
+
+
+@run
+def one_rank_has_dead_weights_alive(world, rank, folder):
+    return trouble_of_one_rank(world, rank, revives=True)
+
+
 class Loaded(Own):
     """Its loader shuffles with a generator of its own."""
 

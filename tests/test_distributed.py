@@ -15,7 +15,16 @@ from tests.networks import Net, bits_of, dead_are_zero, fitter, same
 from tests.ranks import POLICIES, RUNS, Loaded, drawn, processes, pruning, still
 from tests.reference import global_selection
 
-ONLY_2 = ["channels", "gradients_in_buckets", "unused_parameters"]
+ONLY_2 = ["channels", "gradients_in_buckets", "unused_parameters", "stopped_by_a_metric_of_each_rank"]
+TROUBLE = {  # of rank 1: what it says, the round it is in, and rows of history
+    "one_rank_fails_in_on_prune": ("OSError: no space left", 0, 0),
+    "one_rank_fails_in_on_round_start": ("OSError: no space left", 1, 1),  # the rewind has been by then
+    "one_rank_has_no_masks": ("ValueError: masks=", 0, 0),
+    "one_rank_has_other_layers": ("ValueError: include: the pattern 'nothing*' matches no", 0, 0),
+    "one_rank_cannot_score": ("ValueError: score: not on this machine", 0, 0),
+    "one_rank_has_dead_weights_alive": ("RuntimeError: body.weight: ", 1, 1),
+}
+ONLY_2 += TROUBLE
 TRAINED = ["magnitude", "weights_that_stand_still", "random", "drawn_from_the_generator", "snip", "uneven"]
 TRAINED += ["unused_parameters", "static_graph", "gradients_in_buckets", "rank_local", "straight"]
 TRAINED += POLICIES
@@ -176,6 +185,29 @@ def test_a_rank_local_random_mask_would_fail_these_tests(seen):
 def test_masks_that_differ_between_ranks_are_refused_on_all_of_them(seen):
     for rank in seen[4]["other_masks_on_every_rank"]:
         assert "those of rank 1, 2, 3 are not those of rank 0. Give all the same masks=" in rank["error"]
+
+
+# -------------------------------------------------------------------------------------- ranks decide together
+
+
+def test_all_ranks_stop_where_the_first_one_does(seen):
+    ranks = seen[2]["stopped_by_a_metric_of_each_rank"]
+    assert equal(ranks, "masks", "round", "prunings")
+    assert ranks[0]["round"] == 1  # by its own metric, rank 1 would have gone on to round 2
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_no_rank_waits_for_one_that_failed(name, seen):
+    """Each ends with an error; the others say which rank it was, and all are as they were."""
+    said, round, rows = TROUBLE[name]
+    first, second = seen[2][name]
+    assert second["error"].startswith(said)
+    assert first["error"].startswith(
+        f"RuntimeError: rank 1 failed, and all ranks are needed. Look at its error: {said}"
+    )
+    assert [rank["round"] for rank in (first, second)] == [round] * 2
+    assert [rank["history"] for rank in (first, second)] == [rows] * 2
+    assert same(first["masks"], second["masks"])
 
 
 # ----------------------------------------------------------------------------------- checkpoints and resuming

@@ -316,6 +316,32 @@ def test_an_exception_in_on_prune_is_raised_and_leaves_the_state_before_the_prun
     assert int(model.seen) == 1 + 3  # and rewinds
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before the rewind", "after it"])
+def test_an_exception_in_on_round_start_leaves_the_old_round_or_the_new_one_whole(first):
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, model):
+            self.seen = tensors(model)
+
+    pruner, rewinder, look, model = pruning(), lp.LotteryTicketRewind(1), Look(), Net()
+    fail = Fail("on_round_start")
+    order = [fail, pruner, rewinder] if first else [pruner, rewinder, fail]
+    with pytest.raises(RuntimeError, match="the user's own"):
+        fitter(*order, look, epochs=3).fit(model)
+    if first:
+        assert (pruner.round, pruner.removed, pruner.sparsity, pruner.history) == (0, 0, 0.0, [])
+        assert same(tensors(model), look.seen)
+        return
+    assert (pruner.round, len(pruner.history)) == (1, 1)
+    for name, value in tensors(model).items():
+        mask = pruner.masks.get(name, torch.ones_like(value, dtype=torch.bool))
+        early = rewinder.snapshot.tensors[name]
+        assert same(value.detach(), early.where(mask, torch.zeros((), dtype=value.dtype)))
+    diary = Diary(pruner)
+    fitter(pruner, rewinder, diary, epochs=2).fit(model)
+    assert diary.told == [(2, 196)]
+    assert diary.rounds == [1, 1, 1, 2, 2, 2]
+
+
 # --- what was asked for and not done is said ---
 
 

@@ -383,12 +383,13 @@ class MaskedTraining(Callback, ABC):
         units = self._decided(trainer, pl_module, self.round + 1)
         if reason := self._too_few(units):
             self.stop(trainer, reason)
-        history = self.history
+        at, history = self._at, self.history
         self._record(trainer)
         try:
             self._prune(trainer, pl_module, units, self._at.next(self.clock(trainer), trainer.global_step))
         except BaseException:
-            self.history = history
+            if self._at is at:
+                self.history = history
             raise
 
     def _decided(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
@@ -403,13 +404,15 @@ class MaskedTraining(Callback, ABC):
         candidates = alive(self._units)
         self._put_on(trainer, pl_module, units)
         self.removed, self._at = candidates - alive(units), then
+        told: list[Callback] = []
         try:
-            for hook in ("on_prune", "on_round_start"):
-                for other in _lightning.callbacks_of(trainer):
-                    if tell := getattr(other, hook, None):
-                        together(trainer, partial(tell, trainer, pl_module, self.masks))
+            together(trainer, lambda: self._tell("on_prune", trainer, pl_module, []))
+            together(trainer, lambda: self._tell("on_round_start", trainer, pl_module, told))
         except BaseException:
-            self._take_back(*before)
+            if told:  # A rewind may have changed the weights already, so the round has begun.
+                fit.set(self.masks)
+            else:
+                self._take_back(*before)
             raise
         fit.set(self.masks)
         for p in pl_module.parameters():
@@ -428,6 +431,13 @@ class MaskedTraining(Callback, ABC):
             f"round {self.round} of {self.rounds}: pruned {self.removed}, "
             f"{left} {self._unit} left ({100 * (1 - self.sparsity):.2f} %)"
         )
+
+    def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, told: list[Callback]) -> None:
+        """Call a hook of ours on every callback that has it; note those on which it went well."""
+        for other in _lightning.callbacks_of(trainer):
+            if tell := getattr(other, hook, None):
+                tell(trainer, pl_module, self.masks)
+                told.append(other)
 
     def _take_back(self, masks: Masks, units: Masks, at: Rounds, removed: int) -> None:
         """Undo a pruning whose masks are not on the weights yet."""

@@ -57,7 +57,7 @@ def together(trainer: Trainer, make: Callable[[], T]) -> T:
         raise mine
     if (wrong := next((rank for rank, error in enumerate(failed) if error), None)) is not None:
         raise RuntimeError(
-            f"rank {wrong} failed, and all ranks are needed: {failed[wrong]}. Look at the error of that rank."
+            f"rank {wrong} failed, and all ranks are needed. Look at its error: {failed[wrong]}"
         )
     return value
 
