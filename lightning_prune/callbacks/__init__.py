@@ -5,6 +5,8 @@
 - `fits`: what lives as long as a fit, and is gone with it
 - `rounds`: where a training is in its rounds, as a value
 - `history`: a row for each round that is over
+- `shortfall`: fewer prunings than were asked for, in words
+- `networks`: whether it is the network of the fit before
 - `following`: copies of a network, which take the masks of their originals
 - `state`: versions and settings of the state in a checkpoint
 - `resumption`: what a checkpoint still has to give back

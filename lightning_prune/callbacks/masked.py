@@ -22,9 +22,11 @@ from lightning_prune.callbacks.checkpoints import make_plain
 from lightning_prune.callbacks.fits import Fit, reads_gradients
 from lightning_prune.callbacks.history import RoundRecord, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
+from lightning_prune.callbacks.networks import taken_up
 from lightning_prune.callbacks.ranks import check_ranks, decided, together
 from lightning_prune.callbacks.resumption import Resumption
-from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
+from lightning_prune.callbacks.rounds import Clock, Rounds
+from lightning_prune.callbacks.shortfall import ended_early, without_room
 from lightning_prune.callbacks.state import VERSION, check_settings, check_version
 from lightning_prune.checks import whole
 from lightning_prune.deploy import storage
@@ -247,30 +249,12 @@ class MaskedTraining(Callback, ABC):
         return self._fit
 
     def _check_network(self, pl_module: LightningModule) -> None:
-        """Refuse a network that is not the one whose rounds these are, or say that it is taken for it.
-
-        Raises:
-            ValueError: when its weights are not zero where the masks are.
-        """
+        """Refuse a network that cannot be the one whose rounds these are, or say that it is taken for it."""
         last = self._network() if self._network is not None else None
         if self._network is None or self.resumption or last is pl_module or not (self.round or self.sparsity):
             return
-        place = (
-            f"{type(self).__name__}: it is in round {self.round} at sparsity {self.sparsity:.4f} of another"
-        )
-        parameters = dict(pl_module.named_parameters())
-        masks = {n: m for n, m in self.masks.items() if n in parameters and parameters[n].shape == m.shape}
-        if len(masks) < len(self.masks) or doctor.awake(parameters, masks, ""):
-            raise ValueError(
-                f"{place} network, and the weights of this one are not zero where its masks are. Allowed is "
-                "the network of the fit before. Make new callbacks for a new network, or load the weights "
-                "that were trained."
-            )
-        rank_zero_warn(
-            f"{place} network object, and goes on from there, as the zeros of this one are those of its "
-            "masks. Make new callbacks to start anew.",
-            stacklevel=2,
-        )
+        place = f"{type(self).__name__}: it is in round {self.round} at sparsity {self.sparsity:.4f}"
+        rank_zero_warn(taken_up(pl_module, self.masks, place), stacklevel=2)
 
     def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether a dead weight's gradient may reach a living one."""
@@ -296,36 +280,18 @@ class MaskedTraining(Callback, ABC):
         others = _lightning.callbacks_of(trainer)
         if _lightning.is_a_trial(trainer) or any(getattr(other, "varies_rounds", False) for other in others):
             return
-        end = end_of_fit(trainer, self._at.clock)
-        room = self._at.to_come(end)
-        if self.round + room < self.rounds:
-            rank_zero_warn(
-                f"the fit has room for {room} of the {self.rounds - self.round} prunings that are left (it "
-                f"ends with {self._at.clock.value[:-1]} {end:.0f}, a round has {self._at.length}). Train "
-                "longer, make rounds shorter, or lower rounds; a later fit goes on from there.",
-                stacklevel=2,
-            )
+        if said := without_room(trainer, self._at, self.rounds):
             self._running.explained = True
+            rank_zero_warn(said, stacklevel=2)
 
     def _say_if_fewer(self, trainer: Trainer) -> None:
         """Say at the end of a fit that there were fewer prunings than asked for, unless it was said."""
         fit = self._running
-        if self.round >= self.rounds or fit.explained or _lightning.is_a_trial(trainer):
+        if fit.explained or _lightning.is_a_trial(trainer):
             return
         fit.explained = True
-        what = f"after {self.round} of {self.rounds} prunings and at sparsity {self.sparsity:.4f}"
-        if fit.begun:
-            rank_zero_warn(
-                f"the fit ended in round {self.round}, {what}. Train longer, or let EarlyStopping wait "
-                "longer; a later fit goes on from here.",
-                stacklevel=2,
-            )
-        else:
-            rank_zero_warn(
-                f"the fit ended in round {self.round} without a step, {what}: this training was at its end. "
-                "Raise max_epochs or max_steps.",
-                stacklevel=2,
-            )
+        if said := ended_early(self._at, self.rounds, self.sparsity, fit.begun):
+            rank_zero_warn(said, stacklevel=2)
 
     # ----------------------------------------------------------------------------------------- between rounds
 

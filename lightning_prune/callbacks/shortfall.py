@@ -1,0 +1,51 @@
+"""Shortfall: fewer prunings than were asked for, said as a fit starts if it is known then, or as it ends."""
+
+from lightning.pytorch import Trainer
+
+from lightning_prune.callbacks.rounds import Rounds, end_of_fit
+
+
+def without_room(trainer: Trainer, rounds: Rounds, asked: int) -> str | None:
+    """What to say as a fit starts that ends before all prunings have come; None where they have room.
+
+    Args:
+        trainer: whose fit it is.
+        rounds: where the training is, on the clock of this fit.
+        asked: number of prunings in all.
+    """
+    end = end_of_fit(trainer, rounds.clock)
+    room = rounds.to_come(end)
+    if rounds.number + room >= asked:
+        return None
+    return (
+        f"the fit has room for {room} of the {asked - rounds.number} prunings that are left (it ends with "
+        f"{rounds.clock.value[:-1]} {end:.0f}, a round has {rounds.length}). Train longer, make rounds "
+        "shorter, or lower rounds; a later fit goes on from there."
+    )
+
+
+def ended_early(rounds: Rounds, asked: int, sparsity: float, trained: bool) -> str | None:
+    """What to say as a fit ends before all prunings have come; None where they have.
+
+    >>> from lightning_prune.callbacks.rounds import Clock
+    >>> ended_early(Rounds(Clock.EPOCHS, length=1, number=1), asked=2, sparsity=0.2, trained=True)[:60]
+    'the fit ended in round 1, after 1 of 2 prunings and at spars'
+
+    Args:
+        rounds: where the training is.
+        asked: number of prunings in all.
+        sparsity: that was reached.
+        trained: whether the fit has trained at all.
+    """
+    if rounds.number >= asked:
+        return None
+    what = f"after {rounds.number} of {asked} prunings and at sparsity {sparsity:.4f}"
+    if trained:
+        return (
+            f"the fit ended in round {rounds.number}, {what}. Train longer, or let EarlyStopping wait "
+            "longer; a later fit goes on from here."
+        )
+    return (
+        f"the fit ended in round {rounds.number} without a step, {what}: this training was at its end. Raise "
+        "max_epochs or max_steps."
+    )
