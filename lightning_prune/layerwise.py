@@ -65,66 +65,63 @@ def prune_in_order(
     _check(criterion, granularity, update, evidence)
     laid_out = layouts(model, params)
     counts, sizes = budgets(params, masks, sparsity, allocate, granularity, laid_out, evidence)
-    batches, forward = evidence["batches"], evidence["forward"]
+    evidence = {**evidence, "layouts": laid_out, "sparsity": sparsity}
+    planned = AtLeast(0, of=partial(_as_planned, counts))
     before: dict[str, Tensor] = {}
     new: Masks = {}
     few: list[str] = []  # layers that see fewer tokens than they have inputs
     try:
         with tqdm(total=len(params), desc="layers", disable=None) as bar:
-            for reached in in_order(model, list(params), batches, forward):
+            for reached in in_order(model, list(params), evidence["batches"], evidence["forward"]):
+                here = {name: params[name].detach() for name in reached.names}
+                there = {name: masks[name] for name in reached.names}
                 of_data: dict[str, Moments] = {}
                 if update is not None or isinstance(criterion, SparseGPT):
                     of_data = moments(reached.names, laid_out, model, reached.batches, reached.forward)
                     few += [n for n, its in of_data.items() if its.samples < its.mean.shape[-1]]
-                here = {name: params[name].detach() for name in reached.names}
-                there = {name: masks[name] for name in reached.names}
-                fitted: dict[str, Tensor] = {}
+                fitted = dict(here)
                 if isinstance(criterion, SparseGPT):
                     for name, w in here.items():
-                        keep, layout = counts[name], laid_out[name]
+                        keep, layout, h = counts[name], laid_out[name], of_data[name].mean
                         fitted[name], new[name] = _surgery(
-                            criterion, w, there[name], keep, granularity, layout, of_data[name].mean
+                            criterion, w, there[name], keep, granularity, layout, h
                         )
                 else:
-                    new |= next_masks(
-                        here,
-                        there,
-                        [([name], 1 - survivors(counts[name]) / max(1, sizes[name])) for name in here],
-                        criterion,
-                        AtLeast(0, of=partial(_as_planned, counts)),
-                        granularity,
-                        **{**evidence, "batches": reached.batches, "forward": reached.forward},
-                        layouts=laid_out,
-                        sparsity=sparsity,
-                    )
+                    left = [([n], 1 - survivors(counts[n]) / max(1, sizes[n])) for n in here]
+                    seen = {**evidence, "batches": reached.batches, "forward": reached.forward}
+                    new |= next_masks(here, there, left, criterion, planned, granularity, **seen)
                 if update is not None:
                     for name, w in here.items():
-                        fitted[name] = _refitted(
-                            update, w, fitted.get(name, w), new[name], laid_out[name], of_data[name].mean
-                        )
+                        layout, h = laid_out[name], of_data[name].mean
+                        fitted[name] = _refitted(update, w, fitted[name], new[name], layout, h)
                 del of_data
                 for name, w in here.items():
                     before[name] = w.to("cpu", copy=True)
-                    w.copy_(fitted.pop(name, w))
-                    zero_dead_(w, bits(new[name], like=w))
-                    if not bool(torch.isfinite(w).all()):
-                        raise ValueError(
-                            f"{name}: the update gave NaN or infinity. Nothing was pruned. Give more data, "
-                            "or a larger dampening."
-                        )
+                    _write(name, w, fitted[name], new[name])
                 bar.update(len(here))
+        if few:
+            warnings.warn(
+                f"data: {len(few)} of {len(params)} layers see fewer tokens, or positions, than they have "
+                f"inputs, {few[0]} for one, so that their Hessians are singular. Survivors are updated as "
+                "far as the data say, with what dampening makes up for the rest. Give more data.",
+                stacklevel=3,
+            )
     except BaseException:
         for name, w in before.items():
             params[name].detach().copy_(w)
         raise
-    if few:
-        warnings.warn(
-            f"data: {len(few)} of {len(params)} layers see fewer tokens, or positions, than they have "
-            f"inputs, {few[0]} for one, so that their Hessians are singular. Survivors are updated as far as "
-            "the data say, with what dampening makes up for the rest. Give more data.",
-            stacklevel=3,
-        )
     return {name: new[name] for name in params}
+
+
+def _write(name: str, weight: Tensor, fitted: Tensor, mask: Tensor) -> None:
+    """Put new values and a mask on a weight, in place."""
+    weight.copy_(fitted)
+    zero_dead_(weight, bits(mask, like=weight))
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"{name}: the update gave NaN or infinity, and finite numbers are needed. Nothing was pruned. "
+            "Give more data, or a larger dampening."
+        )
 
 
 def _check(

@@ -1,5 +1,6 @@
 """Layer by layer: each layer on what the pruned ones before it give, exact budgets, nothing half changed."""
 
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -314,6 +315,13 @@ def test_whatever_fails_on_the_way_the_model_is_as_it_was():
     masks = lp.prune(model, 0.5, criteria.wanda, data=data, layer_by_layer=True, update=wild)
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())  # no output is made worse
     assert alive(masks) == round(0.5 * sum(m.numel() for m in masks.values()))
+
+
+def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was():
+    model, data = nn.Sequential(nn.Linear(40, 30)).eval(), [torch.randn(6, 40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused("see fewer tokens", model, data, UserWarning, criterion=SparseGPT())
 
 
 @pytest.mark.filterwarnings("default:data. ")
