@@ -3,7 +3,8 @@
 *The criterion says which weights, the schedule says how far, the allocation says how many where, the rewind
 says from where to go on.*
 
-- `masks`: masks, and the one function in which they are born
+- `masks`: masks, as bool tensors, as bits of a weight, and packed
+- `selection`: the one function in which masks are born
 - `checks`: arguments that are numbers
 - `copies`: values copied out and put back
 - `files`: files that are written whole or not at all
@@ -11,6 +12,7 @@ says from where to go on.*
 - `schedules`: how far; round (and scores) -> sparsity
 - `allocation`: how many where; scores and a total -> survivors per tensor
 - `granularity`: weights, blocks, kernels or filters; what lives and dies together
+- `layers`: which weights may be pruned, and where outputs and inputs lie in them
 - `evidence`: what these may ask for, and how to gather it without a trace
 - `updates`: what survivors become; optimal updates, given what reaches a layer
 - `reaching`: in which order data reach the layers, and what reaches each
@@ -18,8 +20,9 @@ says from where to go on.*
 - `pruning`: score, allocate, keep; `prune` and `apply_masks` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot, and the policies that say what of it comes back
-- `structured`: which channels are coupled, tried on a copy, and cut out of a model and its optimizers
-- `filters`: which of them stay; their scores, targets on the size; `prune_channels` for any module
+- `structured`: which channels are coupled, tried on a copy, and cut out of a model and its optimizers;
+  `filters`: which of them stay, and `prune_channels` for any module
+- `growth`: connections that go, and others that come
 - `doctor`: what may be wrong with masks, weights and optimizers, and what to do
 - `rng`: the state of the random number generators
 - `deploy`: what zeros are worth; sparse files, `accelerate`, `summarize`; one way to time, one to size
@@ -27,6 +30,7 @@ says from where to go on.*
 - `models`: the feed-forward network of pruning studies
 - `tables`: rows as text
 - `callbacks`: when
+- `study`: experiments from configs, their controls and reports
 """
 
 from lightning_prune import (

@@ -19,6 +19,7 @@ import lightning_prune as lp
 from lightning_prune.study import records
 from lightning_prune.study.command import USAGE
 from lightning_prune.study.run import run
+from tests.test_house import MODULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -207,6 +208,11 @@ def test_the_tutorials_run(name, monkeypatch, tmp_path):
     assert pictures == {path.name for path in tmp_path.glob("*.png")}
     for picture in pictures:
         assert (script.parent / picture).is_file(), f"run {script.name} where it lies"
+
+
+def test_every_room_is_on_the_map_of_the_package():
+    rooms = {name.split(".")[1] for name in MODULES if "." in name}
+    assert rooms == set(re.findall(r"^- `(\w+)`:", lp.__doc__, re.MULTILINE))
 
 
 def test_every_control_and_every_way_to_grow_has_a_place():
