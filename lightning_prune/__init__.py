@@ -17,7 +17,7 @@ says from where to go on.*
 - `updates`: what survivors become; optimal updates, given what reaches a layer
 - `reaching`: in which order data reach the layers, and what reaches each
 - `layerwise`: layer by layer; each on what the pruned ones before it give
-- `pruning`: score, allocate, keep; `prune` and `apply_masks` for any module
+- `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
 - `rewind`: from where; the snapshot, and the policies that say what of it comes back
 - `structured`: which channels are coupled, tried on a copy, and cut out of a model and its optimizers;
@@ -54,7 +54,8 @@ from lightning_prune.deploy.storage import load_sparse, save_sparse
 from lightning_prune.deploy.summary import summarize
 from lightning_prune.holding import hold
 from lightning_prune.layers import targets
-from lightning_prune.pruning import apply_masks, prune
+from lightning_prune.masks import apply_masks
+from lightning_prune.pruning import prune
 from lightning_prune.structured import filters
 from lightning_prune.structured.filters import prune_channels
 from lightning_prune.structured.loading import load_pruned

@@ -3,12 +3,12 @@
 A mask is a bool tensor of its weight's shape, True where the weight is alive. Masks are born in `selection`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Masks = dict[str, Tensor]
 
@@ -105,3 +105,72 @@ def unpack(packed: Mapping[str, Mapping[str, Tensor | list[int]]]) -> Masks:
         flat = np.unpackbits(torch.as_tensor(its["bits"]).numpy(), count=shape.numel())
         masks[name] = torch.from_numpy(flat).view(torch.bool).view(shape)
     return masks
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the dead weights of a module to exactly +0.0: after merging an adapter, loading, or averaging.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
+    >>> model.weight[0, 1].item()
+    0.0
+
+    Args:
+        model: any module. Its parameters keep their identity.
+        masks: {parameter name: bool tensor of the parameter's shape, True = alive}, such as `prune` returns
+            them. Parameters without a mask stay as they are.
+
+    Raises:
+        ValueError: when a name is not that of a parameter, or a mask does not fit it. The model is then as it
+            was.
+    """
+    parameters = dict(model.named_parameters())
+    for name, mask in masks_of(parameters, masks, "model's").items():
+        zero_dead_(parameters[name], bits(mask, like=parameters[name]))
+
+
+def masks_of(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], whose: str) -> Masks:
+    """The masks, each on the device of its parameter.
+
+    Raises:
+        ValueError: when a name is not among `params`, or a mask does not fit its parameter.
+    """
+    if unknown := [name for name in masks if name not in params]:
+        raise ValueError(
+            f"masks: {', '.join(unknown)}: allowed are names of the {whose} parameters. Change the names: "
+            f"{_renamed(unknown, list(params))}"
+        )
+    for name, mask in masks.items():
+        shape = tuple(params[name].shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            tensor = isinstance(mask, Tensor)
+            given = f"{mask.dtype} {tuple(mask.shape)}" if tensor else f"a {type(mask).__name__}"
+            raise ValueError(
+                f"masks: {name} is {given}; allowed is torch.bool of shape {shape}. Use masks of this model."
+            )
+    return {name: mask.to(params[name].device) for name, mask in masks.items()}
+
+
+# What wrappers put before, or into, the names of parameters.
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "base_layer.", "_fsdp_wrapped_module.")
+
+
+def _renamed(unknown: Sequence[str], names: Sequence[str]) -> str:
+    """What to do about names of masks that are not those of the model: name the wrapper, or the names."""
+
+    def bare(name: str) -> str:
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        return name
+
+    here = {bare(name): name for name in names}
+    pairs = {name: here[bare(name)] for name in unknown if bare(name) in here}
+    if not pairs:
+        return f"They are: {', '.join(names)}."
+    there, same = next(iter(pairs.items()))
+    wrappers = [w for w in _WRAPPERS if there.count(w) != same.count(w)]
+    side = "names of the masks" if len(there) > len(same) else "names of the parameters"
+    return (
+        f"{same} looks like {there}: a wrapper put {', '.join(map(repr, wrappers))} into the {side}. Rename "
+        "the masks, or give the model that they were made of."
+    )

@@ -18,7 +18,7 @@ from lightning_prune.granularity import Granularity, single
 from lightning_prune.granularity import units as units_of
 from lightning_prune.layers import LAYERS, Layout, layouts, matching, prunable
 from lightning_prune.layerwise import prune_in_order
-from lightning_prune.masks import Masks, alive, bits, count, zero_dead_
+from lightning_prune.masks import Masks, alive, bits, count, masks_of, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import DEAD, Scores, only, select
 from lightning_prune.updates import Update
@@ -349,7 +349,7 @@ def prune(
             not given. The model is then as it was.
     """
     params = prunable(model, layers, include, exclude)
-    there = _dense(params) if masks is None else {**_dense(params), **_masks_of(params, masks, "prunable")}
+    there = _dense(params) if masks is None else {**_dense(params), **masks_of(params, masks, "prunable")}
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):
         evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())
@@ -407,75 +407,6 @@ def _nothing_left(schedule: Schedule, size: int) -> ValueError:
     )
 
 
-def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set the dead weights of a module to exactly +0.0: after merging an adapter, loading, or averaging.
-
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
-    >>> model.weight[0, 1].item()
-    0.0
-
-    Args:
-        model: any module. Its parameters keep their identity.
-        masks: {parameter name: bool tensor of the parameter's shape, True = alive}, such as `prune` returns
-            them. Parameters without a mask stay as they are.
-
-    Raises:
-        ValueError: when a name is not that of a parameter, or a mask does not fit it. The model is then as it
-            was.
-    """
-    parameters = dict(model.named_parameters())
-    for name, mask in _masks_of(parameters, masks, "model's").items():
-        zero_dead_(parameters[name], bits(mask, like=parameters[name]))
-
-
 def _dense(params: Mapping[str, Tensor]) -> Masks:
     one = torch.ones((), dtype=torch.bool)
     return {name: one.to(p.device).expand(p.shape) for name, p in params.items()}  # without memory of theirs
-
-
-def _masks_of(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], whose: str) -> Masks:
-    """The masks, each on the device of its parameter.
-
-    Raises:
-        ValueError: when a name is not among `params`, or a mask does not fit its parameter.
-    """
-    if unknown := [name for name in masks if name not in params]:
-        raise ValueError(
-            f"masks: {', '.join(unknown)}: allowed are names of the {whose} parameters. Change the names: "
-            f"{_renamed(unknown, list(params))}"
-        )
-    for name, mask in masks.items():
-        shape = tuple(params[name].shape)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            tensor = isinstance(mask, Tensor)
-            given = f"{mask.dtype} {tuple(mask.shape)}" if tensor else f"a {type(mask).__name__}"
-            raise ValueError(
-                f"masks: {name} is {given}; allowed is torch.bool of shape {shape}. Use masks of this model."
-            )
-    return {name: mask.to(params[name].device) for name, mask in masks.items()}
-
-
-# What wrappers put before, or into, the names of parameters.
-_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "base_layer.", "_fsdp_wrapped_module.")
-
-
-def _renamed(unknown: Sequence[str], names: Sequence[str]) -> str:
-    """What to do about names of masks that are not those of the model: name the wrapper, or the names."""
-
-    def bare(name: str) -> str:
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        return name
-
-    here = {bare(name): name for name in names}
-    pairs = {name: here[bare(name)] for name in unknown if bare(name) in here}
-    if not pairs:
-        return f"They are: {', '.join(names)}."
-    there, same = next(iter(pairs.items()))
-    wrappers = [w for w in _WRAPPERS if there.count(w) != same.count(w)]
-    side = "names of the masks" if len(there) > len(same) else "names of the parameters"
-    return (
-        f"{same} looks like {there}: a wrapper put {', '.join(map(repr, wrappers))} into the {side}. Rename "
-        "the masks, or give the model that they were made of."
-    )

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.callbacks import _lightning, beside
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
@@ -36,12 +36,16 @@ def seen_at(hook, look, model=None, *callbacks, ckpt_path=None, **options):
     return seen
 
 
+OF_A_RESUMPTION = {"go_on_from", "load_places", "Place"}  # which the tests of tests/test_resume.py go through
+
+
 def test_every_touch_has_a_test_here():
     source = Path(__file__).read_text()
-    own = [
+    own = {
         name for name, f in vars(_lightning).items() if getattr(f, "__module__", "") == _lightning.__name__
-    ]
-    assert len(own) >= 14
+    }
+    own = {name for name in own - OF_A_RESUMPTION if not name.startswith("_")}
+    assert len(own) >= 20
     assert not [name for name in own if f"_lightning.{name}" not in source]
 
 
@@ -106,9 +110,20 @@ def test_the_training_loaders_are_there_in_a_fit_with_what_draws():
 
     def look(trainer, _):
         loaders = _lightning.loaders_of(trainer)
-        return loaders.flattened[0] is mine, _lightning.mode_of(loaders), _lightning.is_stateful(loaders)
+        return loaders.flattened[0] is mine, _lightning.mode_of(loaders)
 
-    assert seen_at("on_train_batch_start", look, Two())[0] == (True, "min_size", False)
+    assert seen_at("on_train_batch_start", look, Two())[0] == (True, "min_size")
+
+
+def test_the_validation_loaders_are_there_once_validation_has_been():
+    class Mine(Net):
+        def val_dataloader(self):
+            return mine
+
+    assert _lightning.validation_loaders_of(fitter()) is None
+    mine = DataLoader(samples(16, seed=1), batch_size=8)
+    look = lambda t, m: _lightning.validation_loaders_of(t).flattened[0] is mine  # noqa: E731
+    assert all(seen_at("on_validation_end", look, Mine()))
 
 
 def test_a_loader_that_keeps_its_place_is_known():
@@ -119,11 +134,8 @@ def test_a_loader_that_keeps_its_place_is_known():
         def load_state_dict(self, state):
             pass
 
-    model = Net()
-    model.train_dataloader = lambda: Stateful(samples(), batch_size=8)
-    assert all(
-        seen_at("on_train_start", lambda t, m: _lightning.is_stateful(_lightning.loaders_of(t)), model)
-    )
+    assert _lightning.keeps_its_place(Stateful(samples()))
+    assert not _lightning.keeps_its_place(DataLoader(samples()))
 
 
 def test_an_iterator_can_be_made_again_and_draws_its_order_then():
@@ -132,7 +144,6 @@ def test_an_iterator_can_be_made_again_and_draws_its_order_then():
             self.again = again
 
         def on_train_start(self, trainer, model):
-            assert _lightning.has_iterator(trainer)
             torch.manual_seed(7)
             if self.again:
                 _lightning.draw_anew(trainer)
@@ -150,22 +161,87 @@ def test_an_iterator_can_be_made_again_and_draws_its_order_then():
     expected = [x for x, _ in loader()]
     assert same(orders[1], expected)
     assert not same(orders[0], expected)
-    assert not _lightning.has_iterator(fitter())
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that")
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-def test_a_loop_on_its_way_from_within_an_epoch_is_known(tmp_path):
-    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    fitter(saver, epochs=2, enable_checkpointing=True).fit(Net())
-    look = lambda t, m: _lightning.goes_on_within_epoch(t)  # noqa: E731
-    assert seen_at("on_train_start", look, epochs=2) == [False]
-    assert seen_at("on_train_start", look, epochs=3, ckpt_path=tmp_path / "step=4.ckpt") == [True]
-    # the epochs after it are whole ones
-    assert (
-        seen_at("on_train_epoch_start", look, epochs=4, ckpt_path=tmp_path / "step=4.ckpt")[-2:]
-        == [False] * 2
-    )
+def test_as_an_epoch_starts_the_first_order_is_drawn_already_and_later_ones_are_not():
+    look = lambda t, m: _lightning.has_drawn(t)  # noqa: E731
+    assert seen_at("on_train_epoch_start", look, epochs=3) == [True, False, False]
+
+
+def test_whether_an_epoch_is_under_way():
+    look = lambda t, m: _lightning.is_within_epoch(t)  # noqa: E731
+    assert seen_at("on_train_start", look) == [False]
+    assert seen_at("on_train_batch_start", look) == [True] * 6
+    assert seen_at("on_train_end", look) == [False]
+
+
+def test_whether_gradients_wait_for_a_step():
+    look = lambda t, m: (_lightning.accumulates(t), t.global_step)  # noqa: E731
+    seen = seen_at("on_train_batch_end", look, epochs=1, accumulate_grad_batches=2)
+    assert seen == [(True, 0), (False, 1), (False, 2)]  # the last batch of an epoch steps in any case
+
+
+def batches_of(act, hook="on_train_start", model=None):
+    """The batches that are trained when something is done with the loop before."""
+    seen, done = [], []
+
+    def once(trainer, _):
+        if not done:
+            done.append(act(trainer))
+
+    class Note(Callback):
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            seen.append(batch[0].clone())
+
+    class Plain(Net):
+        def train_dataloader(self):
+            return loader(shuffle=False)
+
+    fitter(At(hook, once), Note(), epochs=1).fit(model or Plain())
+    return seen, [x for x, _ in loader(shuffle=False)]
+
+
+def test_batches_can_be_passed_over_as_training_starts():
+    seen, whole = batches_of(lambda trainer: _lightning.pass_over(trainer, 2))
+    assert same(seen, whole[2:])
+    with pytest.raises(ValueError, match="was written after 9 batches of an epoch"):
+        batches_of(lambda trainer: _lightning.pass_over(trainer, 9))
+
+
+def test_an_epoch_can_be_ended():
+    seen, whole = batches_of(_lightning.end_epoch, "on_train_batch_end")
+    assert same(seen, whole[:1])
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(samples())
+
+
+class Streamed(Net):
+    def train_dataloader(self):
+        return DataLoader(Endless(), batch_size=8)
+
+
+class Fetches(Net):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:You are using the .dataloader_iter. step flavor")
+@pytest.mark.parametrize(("model", "ahead", "itself"), [(Net, 0, 0), (Streamed, 1, 0), (Fetches, 0, 1)])
+def test_how_batches_are_fetched(model, ahead, itself):
+    look = lambda t, m: (_lightning.fetches_ahead(t), _lightning.lets_module_fetch(t))  # noqa: E731
+    assert seen_at("on_train_start", look, model(), epochs=1) == [(bool(ahead), bool(itself))]
+
+
+def test_metrics_can_be_shown_as_if_they_were_logged():
+    def look(trainer, model):
+        _lightning.show_metrics(trainer, {"mine": torch.tensor(2.0)})
+        return float(trainer.callback_metrics["mine"])
+
+    assert seen_at("on_train_epoch_end", look) == [2.0, 2.0]
 
 
 def test_a_batch_goes_through_the_modules_hook_and_the_precision_before_its_transfer():
