@@ -6,7 +6,9 @@ import random
 import resource
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +26,12 @@ from lightning_prune.study import round_masks
 from lightning_prune.study.recording import Records
 from lightning_prune.study.records import read
 from lightning_prune.study.round_masks import masks_of
-from tests.interrupted import CLOCKS
 from tests.networks import Net, fitter, same
 from tests.test_resume import in_another_process
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is made for .* and a round has"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL"),
 ]
 
@@ -100,27 +102,77 @@ def die_after(seconds):
     timer.start()
 
 
-def train(folder, clock="epochs"):
+@dataclass(frozen=True)
+class Setting:
+    """A training as experiments train: so many steps, evaluated every few of them wherever an epoch ends."""
+
+    batches: int  # of an epoch
+    evaluate_every: int  # steps of a round, as `Records` counts them
+    clock: dict[str, int]
+    steps: int  # in all
+    saves: dict[str, Any]  # of ModelCheckpoint
+
+
+def a_setting(draw):
+    """A setting at random: epoch, evaluation, round and checkpoint rarely end together."""
+    batches = draw.randint(2, 7)
+    clock = draw.choice([{"every_n_epochs": 2}, {"every_n_train_steps": draw.randint(3, 9)}])
+    length = clock.get("every_n_train_steps", 2 * batches)
+    saves = draw.choice(
+        [
+            {"every_n_epochs": draw.randint(1, 2), "save_on_train_epoch_end": True},
+            {"every_n_epochs": draw.randint(1, 2), "save_on_train_epoch_end": True},
+            {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+            {"every_n_train_steps": draw.randint(2, 5)},
+        ]
+    )
+    steps = 4 * length + draw.randint(0, 3)
+    steps += (
+        steps % saves.get("every_n_train_steps", steps + 1) == 0
+    )  # the last evaluation comes after a step
+    return Setting(batches, draw.randint(1, batches + 3), clock, steps, saves)
+
+
+SETTINGS = {
+    "as shipped": Setting(
+        5, 4, {"every_n_train_steps": 7}, 30, {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    ),
+    "within epochs": Setting(5, 3, {"every_n_epochs": 2}, 41, {"every_n_train_steps": 4}),
+}
+
+
+def train(folder, setting):
     """As an experiment trains: one checkpoint, written over the last, and records of the rounds."""
     torch.manual_seed(0)
     path = folder / "resume.ckpt"
     resume = path if path.is_file() else None
     if resume:
         torch.manual_seed(1)  # nothing may come from here
-    pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.3), rounds=3, **CLOCKS[clock])
+    pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.3), rounds=3, **setting.clock)
     rewinder, began = lp.LotteryTicketRewind(2), []
 
     class Began(Callback):
         def on_train_batch_start(self, *_):
             began.append(1)
 
-    writer = ModelCheckpoint(
-        folder, path.stem, save_on_train_epoch_end=True, enable_version_counter=False, every_n_epochs=1
-    )
+    class Task(Net):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.register_buffer("seen", self.seen)  # else it is in no checkpoint
+
+    writer = ModelCheckpoint(folder, path.stem, enable_version_counter=False, **setting.saves)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
-    model = Net(schedule=lambda o: one_cycle(o, 0.2, total_steps=40), interval="step")
-    callbacks = [rewinder, pruner, Records(folder, "ticket", 0, evaluate_every=3), writer, Began()]
-    trainer = fitter(*callbacks, epochs=8, enable_checkpointing=True, num_sanity_val_steps=2)
+    schedule = {"schedule": lambda o: one_cycle(o, 0.2, total_steps=100), "interval": "step"}
+    model = Task(batch=4, n=4 * setting.batches, **schedule)
+    records = Records(folder, "ticket", 0, evaluate_every=setting.evaluate_every)
+    trainer = fitter(
+        *(rewinder, pruner, records, writer, Began()),
+        epochs=-1,
+        max_steps=setting.steps,
+        enable_checkpointing=True,
+        check_val_every_n_epoch=None,
+        val_check_interval=setting.evaluate_every,
+    )
     trainer.fit(model, ckpt_path=resume)
     records = [{k: v for k, v in r.items() if k != "seconds"} for r in read(folder / "records.jsonl")[0]]
     return {
@@ -137,20 +189,20 @@ def train(folder, clock="epochs"):
     }
 
 
-def train_to_file(folder, clock, ways):
+def train_to_file(folder, setting, ways):
     torch.set_num_threads(1)
     for way, *arguments in ways:
         {"at": die_at, "in a write": die_in_a_write, "after": die_after}[way](*arguments)
-    result = train(folder, clock)
+    result = train(folder, setting)
     torch.save(result, folder / "final.pt")
 
 
-def differences(folder, clock, ways, expected):
+def differences(folder, setting, ways, expected):
     """Kill a run in these ways, one after the other, starting it again each time; then let it end."""
     folder.mkdir()
     kills = 0
     for way in (*ways, None):
-        code = in_another_process(folder, clock, [way] if way else [], target=train_to_file)
+        code = in_another_process(folder, setting, [way] if way else [], target=train_to_file)
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
         if code == 0:
@@ -176,12 +228,8 @@ def a_way(draw):
     return kind, draw.uniform(0.05, 0.8)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return {clock: train(tmp_path_factory.mktemp(clock), clock) for clock in CLOCKS}
-
-
-def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(undisturbed, tmp_path):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(name, tmp_path):
     ways = [
         ("at", "between pruning and rewinding", 1),
         ("in a write", 1, 0.5),
@@ -190,20 +238,26 @@ def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(undisturbed, 
         ("at", "writing the masks of a round", 2),
         ("after", 0.3),
     ]
-    kills, different = differences(tmp_path / "run", "epochs", ways, undisturbed["epochs"])
+    if name == "within epochs":
+        ways = [("at", "a step", 6), ("at", "masking after a step", 9), ("at", "a step", 7)]
+    (tmp_path / "straight").mkdir()
+    expected = train(tmp_path / "straight", SETTINGS[name])
+    kills, different = differences(tmp_path / "run", SETTINGS[name], ways, expected)
     assert different == []
-    assert kills >= 5
+    assert kills >= len(ways) - 1
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_with_the_same_bits(undisturbed, tmp_path, capsys):
-    draw, total, runs, different = random.Random(8), 0, 0, []
-    while total < 40:
-        clock = draw.choice(list(CLOCKS))
-        ways = [a_way(draw) for _ in range(draw.randint(2, 6))]
-        kills, its = differences(tmp_path / str(runs), clock, ways, undisturbed[clock])
+@pytest.mark.parametrize("seed", range(10))
+def test_runs_killed_at_random_moments_end_with_the_same_bits(seed, tmp_path, capsys):
+    draw, total, runs, different = random.Random(seed), 0, 0, []
+    while total < 30:
+        setting, ways = a_setting(draw), [a_way(draw) for _ in range(draw.randint(2, 6))]
+        (tmp_path / f"straight {runs}").mkdir()
+        expected = train(tmp_path / f"straight {runs}", setting)
+        kills, its = differences(tmp_path / str(runs), setting, ways, expected)
         runs, total = runs + 1, total + kills
-        different += [(ways, what) for what in its]
+        different += [(setting, ways, what) for what in its]
     with capsys.disabled():
         print(f"\n{total} kills by SIGKILL in {runs} runs, {len(different)} differences")
     assert different == []

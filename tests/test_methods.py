@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_prune as lp
@@ -26,6 +26,7 @@ from lightning_prune.granularity import NM, Filter
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks, sparsities_of
 from tests import reference_methods as oracle
+from tests.modes import Noisy, Trace
 from tests.networks import Manual, fitter, same, samples, sgd
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -530,9 +531,48 @@ def test_a_loader_shares_all_but_what_draws():
     pruner = lp.IterativeMagnitudePruning(rounds=1, criterion=criteria.snip)
     fitter(pruner, epochs=2).fit(model)  # a copy of the module, trainer and all, would fail or be slow
     twin = _twin(loader)
-    assert twin.dataset is loader.dataset
+    assert twin.dataset.tensors is loader.dataset.tensors
     assert twin.collate_fn.__self__ is model
     assert twin.sampler is not loader.sampler
+
+
+class Reading(Noisy):
+    """A data set whose samples depend on all that were read before, and on its running iterators."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.read, self.more = 0, iter(list(range(1000)))
+
+    def __getitem__(self, i):
+        self.read += 1
+        x, y = super().__getitem__(i)
+        return x + self.read + next(self.more), y
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(ConcatDataset([data]), range(24))])
+def test_the_running_epoch_sees_the_same_samples_whatever_a_criterion_reads(wrap):
+    seen = []
+    for criterion in (criteria.magnitude, criteria.snip):
+        torch.manual_seed(0)
+        model, trace = Fed(None), Trace()
+        model.loaders = DataLoader(wrap(Reading(24)), 8, shuffle=True)
+        pruner = lp.IterativeMagnitudePruning(rounds=3, criterion=criterion, every_n_train_steps=2)
+        fitter(pruner, trace, epochs=3).fit(model)
+        assert pruner.round == 3
+        seen.append([step[-1] for step in trace.seen if step[0] == "batch"])
+    assert seen[0] == seen[1]
+
+
+def test_a_data_set_with_an_iterator_that_cannot_be_copied_is_named():
+    class Streaming(Noisy):
+        def __init__(self, n):
+            super().__init__(n)
+            self.lines = (i for i in range(1000))
+
+    model = Fed(None)
+    model.loaders = DataLoader(Streaming(24), 8)
+    with pytest.warns(UserWarning, match=r"Streaming\.lines is a generator, which cannot be copied"):
+        fitter(lp.IterativeMagnitudePruning(rounds=1, criterion=criteria.snip), epochs=2).fit(model)
 
 
 def test_a_loader_that_cannot_be_copied_is_refused():

@@ -18,6 +18,7 @@
 - `learning_rates`: schedules and rounds; rates that are held
 - `beside`: Lightning's own callbacks, whose averages and comparisons follow the rounds
 - `ranks`: what processes tell each other
+- `home`: what the processes of a fit leave to the first one
 """
 
 from lightning_prune.callbacks.channels import StructuredChannelPruning

@@ -1,21 +1,22 @@
 """Evidence from a training under way: its batches and its loss, gathered without a trace."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_prune.callbacks import _lightning
+from lightning_prune import rng
+from lightning_prune.callbacks import _lightning, generators
 from lightning_prune.callbacks.ranks import gathered
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
@@ -103,7 +104,13 @@ def first_batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[
     running = _lightning.loaders_of(trainer)
     assert running is not None
     loaders = CombinedLoader(tree_map(_twin, running.iterables), _lightning.mode_of(running))
-    of_all = gathered(trainer, lambda: [batch for batch, _, _ in islice(iter(loaders), n)])
+    shared = generators.own(*running.flattened)  # with the running pass: those of data sets, for instance
+    states = {name: rng.state_of(generator) for name, generator in shared.items()}
+    try:
+        of_all = gathered(trainer, lambda: [batch for batch, _, _ in islice(iter(loaders), n)])
+    finally:
+        for name, generator in shared.items():
+            rng.set_state(generator, states[name])
     batches = [batch for of_ranks in zip(*of_all, strict=True) for batch in of_ranks]
     for i, batch in enumerate(batches):
         batch = _lightning.batch_before_transfer(trainer, pl_module, batch)
@@ -124,6 +131,8 @@ def _twin(loader: Any) -> Any:
         if isinstance(value, Tensor) or (isinstance(loader, DataLoader) and name not in drawing)
     }
     memo[id(getattr(loader, "_iterator", None))] = None  # a running pass of persistent workers
+    if isinstance(loader, DataLoader):
+        memo[id(loader.dataset)] = _aside(loader.dataset)
     try:
         twin = deepcopy(loader, memo)
     except TypeError as error:
@@ -134,4 +143,27 @@ def _twin(loader: Any) -> Any:
         ) from error
     if isinstance(twin, DataLoader):  # worker processes for a batch or two cost more than they give
         twin.num_workers, twin.timeout = 0, 0
+    return twin
+
+
+def _aside(data: Any) -> Any:
+    """A data set with the same samples, and counters and iterators of its own; large things are shared."""
+    try:
+        twin = copy(data)
+    except TypeError:
+        return data
+    for name, value in getattr(twin, "__dict__", {}).items():
+        if isinstance(value, Dataset):
+            vars(twin)[name] = _aside(value)
+        elif isinstance(value, list) and all(isinstance(part, Dataset) for part in value):
+            vars(twin)[name] = [_aside(part) for part in value]
+        elif isinstance(value, Iterator):
+            try:
+                vars(twin)[name] = copy(value)
+            except TypeError:
+                rank_zero_warn(
+                    f"criterion: it reads training batches, and {type(data).__name__}.{name} is a "
+                    f"{type(value).__name__}, which cannot be copied: the epoch under way may see other "
+                    "samples than without it. Open it in __iter__ or in __getitem__."
+                )
     return twin

@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune import doctor
-from lightning_prune.callbacks import _lightning, resumption
+from lightning_prune.callbacks import _lightning, home, resumption
 from lightning_prune.callbacks.beside import averaging_of, compare_anew, show
 from lightning_prune.callbacks.checkpoints import make_plain
 from lightning_prune.callbacks.fits import Fit, reads_gradients
@@ -91,6 +91,7 @@ class MaskedTraining(Callback, ABC):
         self._key = self._generate_state_key(include=include, exclude=exclude, **key)
         self._seed: int | None = None  # of what criteria draw
         self._network: weakref.ref[nn.Module] | None = None  # that the last fit trained
+        self._home = home.settle(self)
         self._fit: Fit | None = None
 
     # ----------------------------------------------------------------------------------------- what is public
@@ -488,6 +489,12 @@ class MaskedTraining(Callback, ABC):
             path = Path(folder, self.save_sparse)
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.save_sparse(pl_module.state_dict(), path)
+        home.write_home(trainer, self, self._home)
+
+    def come_home(self, state: dict[str, Any]) -> None:
+        """Take over the state that a copy had when a fit ended, in a process of its own."""
+        self.load_state_dict(state)
+        self.resumption = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -527,6 +534,10 @@ class MaskedTraining(Callback, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: hooks and trainers cannot be pickled, and a copy has none."""
         return {**vars(self), "_at": self._at_now(), "_fit": None, "_network": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._home = home.settle(self, state["_home"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(round {self.round} of {self.rounds}, sparsity {self.sparsity:.4f})"

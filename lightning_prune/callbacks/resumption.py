@@ -27,12 +27,14 @@ def capture(trainer: Trainer | None, epoch: dict[str, Any] | None) -> dict[str, 
         epoch: what `beginning` returned as the epoch under way began.
     """
     if trainer is None:
-        return {"ranks": [{**generators.capture(None), "epoch": None}], "metrics": {}, "gradients": {}}
+        mine = {**generators.capture(None), "epoch": None}
+        return {"ranks": [mine], "metrics": {}, "gradients": {}, "evaluates": None}
     begun = epoch if _lightning.is_within_epoch(trainer) else None
     return {
         "ranks": [{**generators.capture(trainer), "epoch": begun}],
         "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
         "gradients": _gradients(trainer, trainer.lightning_module),
+        "evaluates": [*_grid(trainer), trainer.val_check_batch],
     }
 
 
@@ -41,6 +43,11 @@ def complete(trainer: Trainer, state: dict[str, Any], checkpoint: dict[str, Any]
     if "loops" in checkpoint:
         state["progress"] = checkpoint["loops"]["fit_loop"]
     state["ranks"] = of_ranks(trainer, state["ranks"][0])
+
+
+def _grid(trainer: Trainer) -> list[Any]:
+    """What Lightning makes the number of batches from after which it validates."""
+    return [trainer.val_check_interval, trainer.num_training_batches]
 
 
 def _gradients(trainer: Trainer, pl_module: LightningModule) -> Masks:
@@ -79,6 +86,8 @@ class Resumption:
             return None
         metrics = {name: value.to(pl_module.device) for name, value in self.state["metrics"].items()}
         _lightning.show_metrics(trainer, metrics)
+        if (evaluates := self.state["evaluates"]) and evaluates[:-1] == _grid(trainer):
+            trainer.val_check_batch = evaluates[-1]  # A callback may have set it to something else.
         place = _lightning.go_on_from(trainer, self.state["progress"])
         for name, gradient in self.state["gradients"].items():
             p = pl_module.get_parameter(name)

@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import final, override
 
 from lightning_prune import rewind
-from lightning_prune.callbacks import _lightning, generators, learning_rates
+from lightning_prune.callbacks import _lightning, generators, home, learning_rates
 from lightning_prune.callbacks.beside import averaging_of
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.masked import MaskedTraining
@@ -86,6 +86,7 @@ class LotteryTicketRewind(Callback):
         self._resumed = False  # whether this fit goes on from a checkpoint
         self._before: dict[str, Any] = {}  # the attributes before a fit, until it has begun
         self._trainer: Trainer | None = None  # of the fit under way
+        self._home = home.settle(self)
 
     @property
     def varies_rounds(self) -> bool:
@@ -282,6 +283,15 @@ class LotteryTicketRewind(Callback):
         if trainer is self._trainer:
             self._leave()
 
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        home.write_home(trainer, self, self._home)
+
+    def come_home(self, state: dict[str, Any]) -> None:
+        """Take over the state that a copy had when a fit ended, in a process of its own."""
+        self.load_state_dict(state)
+        self._resumed = False
+
     def _leave(self) -> None:
         self._before, self._trainer, self._resumed = {}, None, False
 
@@ -335,6 +345,10 @@ class LotteryTicketRewind(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_network": None, "_before": {}, "_trainer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._home = home.settle(self, state["_home"])
 
     @override
     def state_dict(self) -> dict[str, Any]:
