@@ -73,7 +73,8 @@ POLICIES = {"weights", "learning_rate", "fine_tune", "early_bird"}
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "rewind").glob("*.yaml")))
 def test_every_rewind_is_one_changed_line_of_an_experiment(name):
-    k = {"step": ["rewind.to_step=3"], "epoch": ["rewind.to_epoch=1"]}.get(name, [])
+    k = {"step": ["rewind.to_step=3"], "epoch": ["rewind.to_epoch=1"], "rewind_step": ["rewind_step=9"]}
+    k = k.get(name, [])
     cfg = composed("experiment=lenet_mnist_short", f"rewind={name}", *k)
     if name == "none":
         assert not cfg.rewind
@@ -82,7 +83,14 @@ def test_every_rewind_is_one_changed_line_of_an_experiment(name):
     policy = {"early_bird": "nothing"}.get(name, name if name in POLICIES else "everything")
     assert its.policy is getattr(lp.rewind, policy)
     assert its.until == (lp.rewind.EarlyBird() if name == "early_bird" else None)
-    assert (its.to_step, its.to_epoch) == {"step": (3, None), "epoch": (0, 1)}.get(name, (0, None))
+    assert (its.to_step, its.to_epoch) == {
+        "step": (3, None),
+        "epoch": (0, 1),
+        "step_2": (2, None),
+        "step_500": (500, None),
+        "step_1000": (1000, None),
+        "rewind_step": (9, None),
+    }.get(name, (0, None))
 
 
 @pytest.mark.parametrize("kind", sorted(p.stem for p in (CONF / "kind").glob("*.yaml")))

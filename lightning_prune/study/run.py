@@ -24,6 +24,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
@@ -104,6 +105,19 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the key.
     """
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(
+            f"{', '.join(missing)}: the options that were chosen leave this open. Give it a value: "
+            f"{' '.join(f'{key}=...' for key in missing)}."
+        )
+    if cfg.kinds is not None and cfg.kind not in cfg.kinds:
+        raise ValueError(
+            f"kind={cfg.kind}: {cfg.name} is no training in rounds, and has no such runs. Allowed is "
+            f"kind={','.join(cfg.kinds)}; give that, or another experiment=."
+        )
+    if cfg.kinds is None:
+        for key in ("pruner", "rewind"):
+            _build(cfg, key)
     for key, made_by in cfg.fixed.items():
         if (given := named(OmegaConf.select(cfg, key))) != made_by:
             raise ValueError(
@@ -118,6 +132,16 @@ def check(cfg: DictConfig) -> None:
         number(
             "optimizer.lr", rate, "are numbers from 0 on, such as 0.001", lambda lr: 0 <= lr < float("inf")
         )
+
+
+def _build(cfg: DictConfig, key: str) -> None:
+    """Build what a key describes, to see whether it can be built."""
+    try:
+        instantiate(cfg[key])
+    except InstantiationException as error:
+        where = str(error).rpartition("full_key: ")[2] or key
+        why = error.__cause__ or error
+        raise ValueError(f"{where.removeprefix('pruner.')} of {cfg.name}, kind={cfg.kind}: {why}") from error
 
 
 def named(node: Any) -> str | None:

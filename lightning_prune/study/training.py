@@ -13,7 +13,9 @@ from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
+from torch.nn.functional import cross_entropy
 from tqdm.contrib.logging import logging_redirect_tqdm
 from typing_extensions import final, override
 
@@ -23,6 +25,7 @@ from lightning_prune.study.progress import ExperimentProgress
 from lightning_prune.study.recording import Records
 from lightning_prune.study.records import read, write
 from lightning_prune.study.shared_rounds import dense_round
+from lightning_prune.study.tasks import Classification
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
@@ -31,6 +34,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     The folder then holds `records.jsonl`, the masks of each round and the checkpoints.
     """
     batches, task = instantiate(cfg.batches), built(cfg)
+    fits(cfg, task, batches)
     pruner, *others = _callbacks(cfg)
     dense = dense_round(cfg, folder, pruner)
     callbacks: list[Callback] = [pruner, *others, *([dense] if dense else []), Final(folder / "final.ckpt")]
@@ -48,6 +52,30 @@ def built(cfg: DictConfig) -> Any:
     """The network on its task, at the initialization of the run's seed."""
     seed_everything(cfg.seed, verbose=False)
     return instantiate(cfg.task)
+
+
+def fits(cfg: DictConfig, task: Any, batches: Any) -> None:
+    """Refuse a network that cannot take the data, before anything is trained.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if not isinstance(task, Classification):
+        return  # what another module does with a batch is its own
+    training = task.training
+    try:
+        with isolate_rng(), torch.no_grad():
+            x, y = (tensor[:2] for tensor in next(iter(batches.train_dataloader())))
+            cross_entropy(task.eval()(x), y)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"model={cfg.model.get('_target_')}, data={cfg.data.get('_target_')}: the network and batches of "
+            f"these data do not go together ({str(error).splitlines()[0]}). Choose those that do: "
+            "data=mnist1d for model=residual_mlp, data=mnist for model=lenet and deep_ffn, data=cifar10 for "
+            "the convolutional ones; batches.augment=null for what is no image."
+        ) from error
+    finally:
+        task.train(training)
 
 
 def fit(

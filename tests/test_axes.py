@@ -1,0 +1,189 @@
+"""Axes are free: an option chosen on the command line wins whole, with every experiment, or is refused."""
+
+import random
+import re
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
+from lightning_prune.study import configs
+from lightning_prune.study.records import read
+from lightning_prune.study.run import check, folder_of, run
+
+CONF = configs.CONF
+AXES = ("model", "data", "optimizer", "logger", "schedule", "criterion", "allocation", "granularity")
+AXES += ("rewind",)
+OPTIONS = {axis: sorted(path.stem for path in (CONF / axis).glob("*.yaml")) for axis in AXES}
+OPTIONS |= {axis: sorted(path.stem for path in (CONF / axis).glob("*.yaml")) for axis in ("kind", "trainer")}
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+GRID = [(e, axis, option) for e in EXPERIMENTS for axis, options in OPTIONS.items() for option in options]
+# What these options leave open, and a command has to say.
+OPEN = {"rewind=step": "rewind.to_step", "rewind=epoch": "rewind.to_epoch", "data=npz": "data.path"}
+REMEDY = r"[Gg]ive|[Aa]llowed|[Cc]hoose|[Ll]eave"
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@cache
+def alone(axis, option):
+    """An option without any experiment."""
+    return OmegaConf.to_container(composed("experiment=mnist1d", f"{axis}={option}"))[axis]
+
+
+def refusal(act):
+    """What a ValueError says, which names a key and what to do; None where there is none."""
+    try:
+        act()
+    except ValueError as error:
+        said = str(error)
+    else:
+        return None
+    assert re.search(REMEDY, said), said
+    assert re.search(r"\w+[=:]", said), said
+    return said
+
+
+def sampled(grid, n, seed=0):
+    return random.Random(seed).sample(grid, n)
+
+
+# ----------------------------------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize("group", ["experiment", "kind"])
+def test_no_experiment_and_no_kind_writes_into_an_option_that_another_may_replace(group):
+    """What one sets for its own option would be merged into the option of the command line."""
+    for path in (CONF / group).glob("*.yaml"):
+        assert not {*AXES} & {*yaml.safe_load(path.read_text())}, path
+
+
+def composes(experiment, axis, option):
+    """Compose and build; what is left open is refused and named."""
+    choice = f"{axis}={option}"
+    cfg = composed(f"experiment={experiment}", choice)
+    if axis in AXES:
+        assert OmegaConf.to_container(cfg)[axis] == alone(axis, option)  # it wins whole
+    if choice in OPEN:
+        with pytest.raises(ValueError, match=f"{OPEN[choice]}: .*Give it a value: {OPEN[choice]}=..."):
+            check(cfg)
+        return
+    if refusal(lambda: check(cfg)) or cfg.kinds is not None:  # no training in rounds
+        return
+    assert isinstance(instantiate(cfg.pruner), IterativeMagnitudePruning)
+    instantiate(cfg.optimizer)
+    if cfg.rewind:
+        instantiate(cfg.rewind)
+
+
+@pytest.mark.parametrize(("experiment", "axis", "option"), sampled(GRID, 25))
+def test_an_option_wins_whole_over_what_an_experiment_sets(experiment, axis, option):
+    composes(experiment, axis, option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_option_wins_whole_over_what_every_experiment_sets(experiment):
+    for other, axis, option in GRID:
+        if other == experiment:
+            composes(experiment, axis, option)
+
+
+def test_what_used_to_be_merged_is_not():
+    late = composed("experiment=resnet20_cifar10", "rewind=initialization")
+    assert late.rewind.to_step == 0
+    assert "shorten" not in late.rewind
+    assert composed("experiment=lenet_mnist", "optimizer=sgd").optimizer.lr == 0.1
+    assert composed("experiment=conv2_cifar10", "schedule=cubic").schedule._target_.endswith("Cubic")
+    assert "init" not in composed("experiment=resnet20_cifar10", "model=lenet").model
+    assert composed("experiment=resnet20_cifar10", "rewind.to_step=7").rewind == {
+        **composed("experiment=resnet20_cifar10").rewind,
+        "to_step": 7,
+    }
+
+
+# -------------------------------------------------------------------------------------------- training
+
+
+TRAINS = [e for e in EXPERIMENTS if e not in ("channels_resnet20", "minilm_oneshot", "lmc_lenet")]
+SHORT = ["steps_per_round=6", "evaluate_every=6", "batch_size=8", "checkpoint_every_n_epochs=1", "rate=0.5"]
+SHORT += ["progress=false", "claims=[]", "figures=[]", "oneshot={}", "controls_at=null", "rewind_step=1"]
+TRAINED = [
+    (e, axis, option)
+    for e, axis, option in GRID
+    if e in TRAINS and axis not in ("data", "logger", "trainer") and f"{axis}={option}" not in OPEN
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Files that stand for MNIST and CIFAR-10, 40 examples each."""
+    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, shape in (("mnist", (28, 28)), ("cifar10", (3, 32, 32))):
+        parts = (("train", 48), ("test", 10))
+        arrays = {f"x_{part}": draw.integers(0, 256, (n, *shape), np.uint8) for part, n in parts}
+        arrays |= {f"y_{part}": np.arange(n) % 10 for part, n in parts}
+        np.savez(folder / f"{name}.npz", **arrays)
+    return folder
+
+
+def trains(experiment, axis, option, folder, images):
+    """Train the experiment with the option for two prunings, and a control from its ticket."""
+    cfg = composed(f"experiment={experiment}", f"{axis}={option}")
+    its = [f"experiment={experiment}", f"rounds={min(cfg.rounds, 2)}", f"runs={folder}", *SHORT]
+    if not cfg.data._target_.endswith("mnist1d"):
+        like = "mnist" if cfg.data._target_.endswith("mnist") else "cifar10"
+        its += ["data=npz", f"data.path={images}/{like}.npz", "data.validation=8"]
+    if cfg.rewind and cfg.rewind.get("to_step"):
+        its += ["rewind.to_step=1"]
+    its += [] if axis == "kind" else [f"{axis}={option}"]
+    kind = option if axis == "kind" else "ticket"
+
+    def made():
+        if cfg.after:
+            check(composed(*its, f"kind={kind}"))
+            run(composed(*its, "kind=ticket"))
+        run(composed(*its, f"kind={kind}"))
+
+    if refusal(made):
+        return False
+    found, ticket = (folder_of(composed(*its, f"kind={kind}")) for kind in (kind, "ticket"))
+    rows = read(found / "records.jsonl")[0]
+    assert [r["round"] for r in rows] == list(range(min(cfg.rounds, 2) + 1))
+    assert all(0 < a["alive"] >= b["alive"] for a, b in pairwise(rows))
+    if cfg.after:
+        sizes = [r["alive"] for r in read(ticket / "records.jsonl")[0]]
+        near = 0.05 if kind == "small_dense" else 0  # whole channels, or neurons
+        assert [r["alive"] for r in rows] == pytest.approx(sizes, rel=near)
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")  # of what short trainings of unusual pairs do
+@pytest.mark.parametrize(("experiment", "axis", "option"), sampled(TRAINED, 4, seed=3))
+def test_an_experiment_trains_with_an_option_or_is_refused(experiment, axis, option, tmp_path, images):
+    trains(experiment, axis, option, tmp_path, images)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("experiment", "axis"), sorted({(e, axis) for e, axis, _ in TRAINED}))
+def test_every_experiment_trains_with_every_option_or_is_refused(experiment, axis, tmp_path, images):
+    options = [option for e, a, option in TRAINED if (e, a) == (experiment, axis)]
+    trained = [trains(experiment, axis, option, tmp_path / option, images) for option in options]
+    assert any(trained)
+
+
+@pytest.mark.parametrize(("model", "data"), [("lenet", "mnist1d"), ("resnet20", "mnist1d")])
+def test_a_network_that_cannot_take_the_data_is_refused_before_training(model, data, tmp_path):
+    cfg = composed("experiment=mnist1d", f"model={model}", f"data={data}", f"runs={tmp_path}", *SHORT)
+    with pytest.raises(ValueError, match=r"model=.*, data=.* do not go together .* Choose those that do"):
+        run(cfg)
