@@ -182,7 +182,7 @@ def next_masks(
     """
     weights = {name: p.detach() for name, p in params.items()}
     for name, weight in weights.items():
-        _check_finite(name, weight)
+        check_finite(name, weight)
     if not any(sparsity for _, sparsity in sparsities):
         return {name: masks[name].clone() for name in weights}
     known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
@@ -215,7 +215,7 @@ def chosen(
     candidates: Masks = {}
     expand: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, mask in masks.items():
-        _check_finite(name, values := scores.pop(name), mask)
+        check_finite(name, values := scores.pop(name), mask)
         if granularity is single:
             units[name], candidates[name], expand[name] = values, mask, _as_it_is
             continue
@@ -270,7 +270,7 @@ def score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, 
     return {name: scores[name].detach() for name in weights}
 
 
-def _check_finite(name: str, tensor: Tensor, mask: Tensor | None = None) -> None:
+def check_finite(name: str, tensor: Tensor, mask: Tensor | None = None) -> None:
     """Refuse a weight that is not finite, or the score, where the mask is True, of a living one."""
     if tensor.is_meta:
         raise ValueError(
@@ -373,7 +373,7 @@ def prune(
             raise _nothing_left(sparsity, size)
         axes = criterion, allocate or allocation.uniform, granularity, update
         for name, p in params.items():
-            _check_finite(name, p.detach())
+            check_finite(name, p.detach())
         with undisturbed(model):
             return prune_in_order(model, params, there, far, *axes, next_masks, evidence)
     if update is not None:

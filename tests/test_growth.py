@@ -85,7 +85,7 @@ def slow_training(model, batches, sparsity, grow, every, last, fraction):
             for n in names:
                 w, mask = weights[n].detach(), masks[n]
                 number = min(round(rate * int(mask.sum())), int((~mask).sum()))
-                came = grow(n, w, weights[n].grad)
+                came = grow(n, step // every, weights[n].grad)
                 for value in optimizer.state[weights[n]].values():  # nothing is remembered of the dead
                     value.mul_(mask)
                 masks[n] = slow_exchange(mask, number, w.abs(), came)
@@ -137,10 +137,8 @@ def test_masks_and_weights_equal_the_papers_pseudocode(name):
     slow.load_state_dict(model.state_dict())
     grow = {"RigL": criteria.gradient, "SET": criteria.Random(7)}[name]
     grown = {
-        "RigL": lambda n, w, g: g.abs(),
-        "SET": lambda n, w, g: criteria.Random(7)({m: p for m, p in slow.named_parameters() if p.dim() > 1})[
-            n
-        ],
+        "RigL": lambda n, update, g: g.abs(),
+        "SET": lambda n, update, g: criteria.Random(7 + update)(matrices(slow))[n],  # others each time
     }[name]
     pruner, watch = dst(grow=grow, fraction=schedules.CosineDecay(0.5)), Watch()
     fitter(pruner, watch, epochs=20).fit(model)
@@ -342,3 +340,30 @@ def test_a_dynamic_sparse_training_is_built_from_type_hints():
     built = parser.instantiate(parser.parse_object({"callback": given})).callback
     assert built.grow == criteria.Random()
     assert built.target == schedules.Cubic()
+
+
+def test_a_frozen_backbone_stays_dense_unless_it_is_named():
+    for include, dense in ((None, True), (["*"], False)):
+        model, pruner = Net(lambda params: SGD([p for p in params if p.requires_grad])), dst(include=include)
+        model.stem.requires_grad_(False), model.body.requires_grad_(False)
+        fitter(pruner, epochs=4).fit(model)
+        assert (list(pruner.masks) == ["head.weight"]) is dense
+        assert bool((model.body.weight != 0).all()) is dense
+
+
+def test_a_network_that_diverged_is_not_exchanged_by_its_nans():
+    class Diverges(Net):
+        def on_before_optimizer_step(self, optimizer):
+            self.body.weight.grad.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match=r"weight holds NaN or infinity.*diverged"):
+        fitter(dst(), epochs=4).fit(Diverges(SGD))
+
+
+def test_set_grows_in_another_order_at_every_update():
+    explored = []
+    for grow in (criteria.Random(), lambda params: criteria.Random()(params)):  # the same few come and go
+        pruner = dst(grow=grow)
+        fitter(pruner, epochs=12).fit(Net(SGD))
+        explored.append(pruner.explored)
+    assert explored[0] > 1.2 * explored[1]

@@ -229,6 +229,7 @@ class Fetches(Net):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument")
 @pytest.mark.filterwarnings("ignore:You are using the .dataloader_iter. step flavor")
 @pytest.mark.parametrize(("model", "ahead", "itself"), [(Net, 0, 0), (Streamed, 1, 0), (Fetches, 0, 1)])
 def test_how_batches_are_fetched(model, ahead, itself):

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, distributed, nn
 from typing_extensions import final, override
 
@@ -16,7 +18,7 @@ from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
-from lightning_prune.callbacks.pruning import check_callable
+from lightning_prune.callbacks.pruning import check_callable, trained
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
@@ -26,7 +28,7 @@ from lightning_prune.growth import exchanged, in_exchange, regrown
 from lightning_prune.holding import check_fit
 from lightning_prune.layers import LAYERS, prunable
 from lightning_prune.masks import Masks, alive, pack, unpack
-from lightning_prune.pruning import budget, next_masks, score
+from lightning_prune.pruning import budget, check_finite, next_masks, score
 from lightning_prune.schedules import CosineDecay, Schedule
 from lightning_prune.selection import select
 
@@ -131,6 +133,8 @@ class DynamicSparseTraining(MaskedTraining):
         number("until", until, "is above 0 and at most 1, such as 0.75", lambda v: 0 < v <= 1)
         if until_step is not None:
             whole("until_step", until_step, 1, such_as=1000)
+            if until != 0.75:
+                raise ValueError(f"until={until}, until_step={until_step}: allowed is one. Leave one out.")
         for name, function in (
             ("allocate", allocate),
             ("criterion", criterion),
@@ -176,7 +180,15 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        params = prunable(pl_module, self.layers, self.include, self.exclude)
+        allowed = prunable(pl_module, self.layers, self.include, self.exclude)
+        params = trained(trainer, allowed, self.include)
+        if self.masks:  # of a fit before, or of a checkpoint
+            params = {name: p for name, p in allowed.items() if name in self.masks}
+        elif left := [name for name in allowed if name not in params]:
+            rank_zero_info(
+                f"{type(self).__name__}: {', '.join(left)}: no optimizer trains them, so they stay dense. "
+                "Name them in include= to prune them."
+            )
         others = _lightning.callbacks_of(trainer)
         if wrong := [
             c for c in others if isinstance(c, (MaskedTraining, LotteryTicketRewind)) and c is not self
@@ -274,7 +286,7 @@ class DynamicSparseTraining(MaskedTraining):
             with evidence_of(trainer, pl_module, self.criterion, 1, self._seed) as evidence:
                 sparsities = [(list(params), self.sparsity_of(0))]
                 return next_masks(params, self.masks, sparsities, self.criterion, self.allocate, **evidence)
-        drop = self._scores(trainer, pl_module, self.drop, params, round)
+        drop = self._scores(trainer, pl_module, self._anew(self.drop, round), params, round)
         masks, fraction = self.masks, self._fraction_of(round)
         if self._start_from is None and total < alive(masks):
             allocate = self.allocate if isinstance(self.allocate, AtLeast) else AtLeast(1, of=self.allocate)
@@ -282,10 +294,18 @@ class DynamicSparseTraining(MaskedTraining):
         falls = self._start_from is None and total > alive(masks)
         if not falls and not fraction:
             return masks
-        grow = self._scores(trainer, pl_module, self.grow, params, round)
+        grow = self._scores(trainer, pl_module, self._anew(self.grow, round), params, round)
         if falls:
             masks = regrown(masks, total, grow, self.allocate, params=params, masks=masks)
         return exchanged(masks, in_exchange(masks, fraction), drop, grow)
+
+    def _anew(self, criterion: Criterion, round: int) -> Criterion:
+        """Random numbers are others at every update; those of a seed, the same in every run."""
+        return (
+            replace(criterion, seed=criterion.seed + round)
+            if isinstance(criterion, criteria.Random)
+            else criterion
+        )
 
     def _scores(
         self,
@@ -308,7 +328,11 @@ class DynamicSparseTraining(MaskedTraining):
                         distributed.all_reduce(g)
                         g /= trainer.world_size
                 evidence["grads"] = grads
-            return score(criterion, params, {"masks": self.masks, **evidence})
+            scores = score(criterion, params, {"masks": self.masks, **evidence})
+        for name, values in scores.items():
+            check_finite(name, params[name])
+            check_finite(name, values, torch.ones_like(values, dtype=torch.bool))
+        return scores
 
     @override
     def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:

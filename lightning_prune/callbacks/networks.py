@@ -22,7 +22,7 @@ def taken_up(network: nn.Module, masks: Masks, place: str) -> str:
     """
     parameters = dict(network.named_parameters())
     there = {n: m for n, m in masks.items() if n in parameters and parameters[n].shape == m.shape}
-    if len(there) < len(masks) or doctor.awake(parameters, there, ""):
+    if not masks or len(there) < len(masks) or doctor.awake(parameters, there, ""):
         raise ValueError(
             f"{place} of another network, and the weights of this one are not zero where its masks are. "
             "Allowed is the network of the fit before. Make new callbacks for a new network, or load the "

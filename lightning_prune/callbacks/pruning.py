@@ -179,9 +179,9 @@ class IterativeMagnitudePruning(MaskedTraining):
             first = self.masks
             params = {name: p for name, p in prunable.items() if name in first}
         else:
-            trained = self._trained(trainer, prunable)
-            first = self._first_masks(trained)
-            params = {name: p for name, p in prunable.items() if name in first or name in trained}
+            by_optimizers = trained(trainer, prunable, self.include)
+            first = self._first_masks(by_optimizers)
+            params = {name: p for name, p in prunable.items() if name in first or name in by_optimizers}
         check_fit(first, params)
         scheduled(list(params), self.schedule, self.rounds)
         check_run(pl_module, self.criterion)
@@ -211,20 +211,6 @@ class IterativeMagnitudePruning(MaskedTraining):
                     "include=, exclude= or layers=, or use one callback with a schedule per pattern; each "
                     "weight goes to one."
                 )
-
-    def _trained(self, trainer: Trainer, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Of the prunable weights those that an optimizer trains, or that `include` names."""
-        held = _trained_by(trainer)
-        if not held or self.include is not None:
-            return params
-        trained = {name: p for name, p in params.items() if id(p) in held}
-        if not trained:
-            raise ValueError(
-                "no optimizer trains any of the prunable weights: they are frozen, or the optimizers hold "
-                "others, such as copies. Give an optimizer the model's own parameters; or name those to "
-                f"prune all the same in include=: {', '.join(params)}."
-            )
-        return trained
 
     def _say_untrained(
         self,
@@ -408,6 +394,27 @@ class IterativeMagnitudePruning(MaskedTraining):
         super().load_state_dict(state_dict)
         self._initial = state_dict["initial"]
         self._metrics = state_dict["metrics"]
+
+
+def trained(
+    trainer: Trainer, params: dict[str, nn.Parameter], include: list[str] | None
+) -> dict[str, nn.Parameter]:
+    """Of prunable weights those that an optimizer trains, or that `include` names.
+
+    Raises:
+        ValueError: when an optimizer trains none of them.
+    """
+    held = _trained_by(trainer)
+    if not held or include is not None:
+        return params
+    found = {name: p for name, p in params.items() if id(p) in held}
+    if not found:
+        raise ValueError(
+            "no optimizer trains any of the prunable weights: they are frozen, or the optimizers hold "
+            "others, such as copies. Give an optimizer the model's own parameters; or name those to prune "
+            f"all the same in include=: {', '.join(params)}."
+        )
+    return found
 
 
 def _trained_by(trainer: Trainer) -> set[int]:
