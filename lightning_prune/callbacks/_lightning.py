@@ -87,7 +87,7 @@ def has_drawn(trainer: Trainer) -> bool:
 
 def is_within_epoch(trainer: Trainer) -> bool:
     """Whether an epoch has begun that is not processed yet."""
-    _, epoch = _counts(trainer.fit_loop.epoch_progress)
+    _, epoch = counts(trainer.fit_loop.epoch_progress)
     return epoch.started > epoch.processed
 
 
@@ -96,7 +96,7 @@ def accumulates(trainer: Trainer) -> bool:
     return is_within_epoch(trainer) and trainer.fit_loop._should_accumulate()
 
 
-def _counts(progress: _Progress) -> tuple[_ProcessedTracker, _ProcessedTracker]:
+def counts(progress: _Progress) -> tuple[_ProcessedTracker, _ProcessedTracker]:
     """What is counted in all, and in this run of the loop."""
     return cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
 
@@ -137,7 +137,7 @@ def go_on_from(trainer: Trainer, progress: dict[str, Any]) -> Place:
     for each in (fit, loop, loop.val_loop):
         each._restarting = each._loaded_from_state_dict = each._resuming_from_checkpoint = False
         each.reset_restart_stage()
-    epochs, batches = _counts(fit.epoch_progress), _counts(loop.batch_progress)
+    epochs, batches = counts(fit.epoch_progress), counts(loop.batch_progress)
     epoch, batch = epochs[1], batches[1]
     if epoch.started == epoch.processed:  # between epochs
         if epoch.completed < epoch.processed and loop._num_ready_batches_reached():
