@@ -1,5 +1,6 @@
 """What we use of Lightning that is private to it, or not declared, is there and means what we take it for."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -337,3 +338,25 @@ def test_the_end_of_a_fit_is_known_by_both_clocks(options, epochs, steps):
     assert seen_at("on_train_start", ends, **{"epochs": None, **options}) == [(epochs, steps)]
     last = lambda t, m: (t.current_epoch, t.global_step)  # noqa: E731
     assert seen_at("on_train_batch_end", last, **{"epochs": None, **options})[-1][1] == steps
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_the_place_of_a_checkpoint_is_read_off_the_loops():
+    """An epoch has three batches; after the first, and between two epochs."""
+    within = seen_at("on_train_batch_end", lambda t, m: deepcopy(t.fit_loop.state_dict()))[0]
+    between = seen_at("on_train_epoch_start", lambda t, m: deepcopy(t.fit_loop.state_dict()))[1]
+
+    def look(progress):
+        def at(trainer, model):
+            _lightning.load_places(trainer)  # no loader has a place of its own here
+            place = _lightning.go_on_from(trainer, progress)
+            return place, _lightning.counts(trainer.fit_loop.epoch_progress)[1].processed
+
+        return seen_at("on_train_start", at)
+
+    place, epochs = look(within)[0]
+    assert isinstance(place, _lightning.Place)
+    assert (place.within_epoch, place.batches, place.is_last, epochs) == (True, 1, False, 0)
+    assert not place.within_batch
+    place, epochs = look(between)[0]
+    assert (place.within_epoch, epochs) == (False, 1)
