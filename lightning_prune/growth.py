@@ -5,6 +5,7 @@ what grows.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from lightning_prune.allocation import Allocation
 from lightning_prune.masks import Masks, alive, count
@@ -46,7 +47,7 @@ def exchanged(masks: Masks, number: Mapping[str, int], drop: Scores, grow: Score
     return {name: stay[name] | come[name] for name in masks}
 
 
-def regrown(living: Masks, total: int, grow: Scores, allocate: Allocation, **evidence: object) -> Masks:
+def regrown(living: Masks, total: int, grow: Scores, allocate: Allocation, **evidence: Any) -> Masks:
     """Let the dead of the highest `grow` scores come until `total` weights are alive, where `allocate` says.
 
     >>> import torch
