@@ -212,7 +212,8 @@ def _weights(module: nn.Module) -> list[str]:
     own = {name: p for name, p in own.items() if is_lazy(p) or p.dim() > 1}
     if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         return list(own)
-    if any("weight" in name for name in module._parameters) or hasattr(type(module), "weight"):
+    named = module._parameters  # noqa: SLF001  torch has no public list that holds those that are None
+    if any("weight" in name for name in named) or hasattr(type(module), "weight"):
         return [name for name in own if "weight" in name]
     deepest = max((p.dim() for p in own.values() if not is_lazy(p)), default=0)
     return [
@@ -236,7 +237,7 @@ def _unfit(p: Tensor) -> str:
 def _computed(model: nn.Module, module: nn.Module) -> dict[str, tuple[str, list[str]]]:
     """Weights of a layer that are no parameters, as they are computed: how, and from which of its own."""
     found: dict[str, tuple[str, list[str]]] = {}
-    parametrizations = module._modules.get("parametrizations")
+    parametrizations = dict(module.named_children()).get("parametrizations")
     if isinstance(parametrizations, nn.ModuleDict):
         for name, steps in parametrizations.items():
             originals = [p for p in steps.parameters(recurse=False) if is_lazy(p) or p.dim() > 1]

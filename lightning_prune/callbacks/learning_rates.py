@@ -97,6 +97,7 @@ def _horizon(scheduler: Any) -> int | None:
     if isinstance(scheduler, (lr_scheduler.LinearLR, lr_scheduler.PolynomialLR)):
         return int(scheduler.total_iters)
     if isinstance(scheduler, lr_scheduler.SequentialLR):
-        last = _horizon(scheduler._schedulers[-1])
-        return None if last is None else int(scheduler._milestones[-1]) + last
+        parts, starts = scheduler._schedulers, scheduler._milestones  # noqa: SLF001  torch has no public names
+        last = _horizon(parts[-1])
+        return None if last is None else int(starts[-1]) + last
     return None
