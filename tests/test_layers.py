@@ -379,5 +379,5 @@ def test_a_model_on_the_meta_device_has_targets_and_layouts():
     with torch.device("meta"):
         net = nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.Linear(4, 4))
     assert list(layouts(net, prunable(net)).values()) == [Layout(1, 0), Layout(head=True)]
-    with pytest.raises(ValueError, match=r"^0\.weight is on the meta device and has no values"):
+    with pytest.raises(ValueError, match=r"^0\.weight is on the meta device, and values are needed"):
         lp.prune(net, 0.5)
