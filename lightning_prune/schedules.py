@@ -29,7 +29,7 @@ def _check_fraction(name: str, value: object) -> None:
     number(name, value, "are fractions between 0 and 1, both excluded, such as 0.2", lambda v: 0 < v < 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Geometric:
     """Prune the same fraction of what is left in every round: 1 - (1 - rate)**round.
 
@@ -60,6 +60,9 @@ class Geometric:
         else:
             object.__setattr__(self, "rate", 0.2 if self.rate is None else self.rate)
             _check_fraction("rate", self.rate)
+
+    def __repr__(self) -> str:
+        return f"Geometric(rate={self.rate})" if self.to is None else f"Geometric(to={self.to})"
 
     def __call__(self, round: int, *, rounds: int | None = None) -> float:
         if self.to is None:

@@ -517,11 +517,25 @@ def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
         report.report(tmp_path / "nothing", out=tmp_path / "out")
 
 
+REFUSED = {  # in this experiment, with the reason
+    ("criterion", "sparsegpt"): "Allowed is lp.prune",
+    ("allocation", "owl"): "asks for `batches`, and there is none here",
+    ("schedule", "three_rates"): r"the pattern '\*\.conv\.\*' matches no prunable weight",
+}
 METHODS = [
     (path.parent.name, path.stem)
     for group in ("criterion", "allocation", "schedule", "granularity")
     for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+    if (path.parent.name, path.stem) not in REFUSED
 ]
+
+
+@pytest.mark.parametrize(("group", "name"), REFUSED)
+def test_a_method_that_does_not_fit_the_experiment_is_refused_with_the_reason(group, name, tmp_path):
+    short = ["steps_per_round=6", "evaluate_every=6", "rounds=1"]
+    schedule = [] if group == "schedule" else ["schedule=one_shot"]
+    with pytest.raises(ValueError, match=REFUSED[group, name]):
+        run(config(tmp_path, *schedule, f"{group}={name}", *short))
 
 
 @pytest.mark.filterwarnings("ignore:granularity. Filter")  # it prunes classes here, too
