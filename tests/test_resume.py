@@ -4,15 +4,17 @@ import multiprocessing
 import os
 import random
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
 
 import lightning_prune as lp
 from tests.interrupted import CLOCKS, EPOCHS, REWINDS, Stopped, run, run_to_file
 from tests.modes import a_mode, train
-from tests.networks import Net, fitter, same
+from tests.networks import Net, fitter, same, samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
 
@@ -95,6 +97,57 @@ def test_resume_equals_straight_run_in_any_mode(seed, tmp_path):
 def test_resume_equals_straight_run_in_every_mode(seed, tmp_path):
     mode = a_mode(random.Random(seed))
     assert unlike_the_straight_run(mode, tmp_path) == [], mode
+
+
+class InWorkers(Net):
+    """Samples with noise that is drawn in a worker process."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def train_dataloader(self):
+        noisy = [lambda x: x + 0.1 * torch.randn(6)]
+        return DataLoader(Augmented(noisy), 8, shuffle=True, num_workers=1, **self.options)
+
+
+class Augmented(Dataset):
+    def __init__(self, transforms):
+        self.samples, self.transforms = samples(), transforms
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        x, y = self.samples[i]
+        return self.transforms[0](x), y
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a lambda does not go to a spawned process")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("persistent", "step", "said"),
+    [
+        (False, 3, None),  # an epoch's end
+        (False, 5, None),
+        (False, 2, "first epoch of a fit, whose order the workers"),
+        (True, 5, "random numbers that data sets draw in worker processes"),
+    ],
+)
+def test_with_worker_processes_resuming_is_exact_or_says_why_not(persistent, step, said, tmp_path):
+    def go(resume=None):
+        torch.manual_seed(0 if resume is None else 1)
+        checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+        pruner, model = lp.IterativeMagnitudePruning(rounds=2), InWorkers(persistent_workers=persistent)
+        options = {"limit_val_batches": 0, "enable_checkpointing": True}
+        fitter(pruner, checkpoint, epochs=3, **options).fit(model, ckpt_path=resume)
+        return pruner.masks, dict(model.state_dict())
+
+    expected = go()
+    saying = pytest.warns(UserWarning, match=f"not bit for bit .*{said}") if said else nullcontext()
+    with saying:
+        result = go(tmp_path / f"step={step}.ckpt")
+    assert same(result, expected) == (said is None)
 
 
 @pytest.mark.parametrize("saved", SAVED)
