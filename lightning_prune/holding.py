@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn, optim
@@ -69,7 +69,8 @@ class Hold:
         self._handles: list[Any] = []
         self._gradients = False
         check_fit(masks, self._params)
-        self._handles.append(register_optimizer_step_post_hook(self._stepped))
+        self._handles.append(_after_every_step(self._stepped))
+        finalize(self, self._handles[0].remove)
         self.watch(optimizers, gradients=gradients)
         self.set(masks)
 
@@ -80,6 +81,8 @@ class Hold:
             if not _calls_hooks(o) and o not in self._wrapped:
                 self._wrapped.add(o)
                 self._handles.append(_Wrapped(o, self.apply))
+            elif _calls_hooks(o):
+                self._handles.append(o.register_step_post_hook(self._is_kept_alive))
         for o in self._optimizers:
             self._zero_state(o)
         if not gradients or self._gradients:
@@ -101,6 +104,9 @@ class Hold:
         for name, p in pruned.items():
             self._mask_gradient(name)(p)
         self.forget()
+
+    def _is_kept_alive(self, *args: Any) -> None:
+        """Done by the hook after every step; this one keeps the hold alive as long as its optimizer."""
 
     def forget(self) -> None:
         """Zero what optimizers remember of the weights that are dead now."""
@@ -131,17 +137,36 @@ class Hold:
             view.bitwise_and_(alive_bits)
 
     def _mask_gradient(self, name: str) -> Any:
+        reference = ref(self)  # A parameter's hooks are no part of a cycle that Python's collector sees.
+
         def hook(p: Tensor) -> None:
-            if name in self._bits and p.grad is not None and p.grad.layout == torch.strided:
-                zero_dead_(p.grad, self._bits[name])
+            hold = reference()
+            living = None if hold is None else hold.bits_of(name)
+            if living is not None and p.grad is not None and p.grad.layout == torch.strided:
+                zero_dead_(p.grad, living)
 
         return hook
+
+    def bits_of(self, name: str) -> Tensor | None:
+        """The mask of a weight as integers, ones where alive; None where nothing is dead."""
+        return self._bits.get(name)
 
     def remove(self) -> None:
         """Take every hook away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _after_every_step(method: Callable[..., None]) -> Any:
+    """Call a method after each step of any optimizer, as long as its object lives."""
+    reference = WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        if (stepped := reference()) is not None:
+            stepped(*args)
+
+    return register_optimizer_step_post_hook(hook)
 
 
 def _calls_hooks(optimizer: optim.Optimizer) -> bool:

@@ -1,6 +1,7 @@
 """Every optimizer's steps are held, whoever made it and when; what bypasses all of it is found and named."""
 
 import functools
+import gc
 from copy import deepcopy
 
 import pytest
@@ -15,6 +16,13 @@ from lightning_prune.schedules import Explicit, Geometric
 from tests.networks import Net, bits_of, dead_are_zero, fitter, same, samples, sgd
 
 # --- optimizers of other people ---
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_of_other_tests():
+    """What other tests hold to their end is no trace of what is tested here."""
+    gc.collect()
+    torch_optimizer._global_optimizer_post_hooks.clear()
 
 
 class SAM(Optimizer):

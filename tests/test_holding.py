@@ -1,10 +1,12 @@
 """Dead weights stay dead, under every optimizer, and the others train as if the dead were not there."""
 
+import gc
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import optimizer as torch_optimizer
 
 import lightning_prune as lp
 from lightning_prune.holding import ELEMENTWISE, Hold, check_fit, hold, mixes_weights
@@ -285,3 +287,19 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_is_changed():
     assert same(model.state_dict(), state)
     with pytest.raises(ValueError, match=r"masks: a is in the model, not in the masks"):
         check_fit({}, {"a": torch.ones(1)})
+
+
+def test_a_hold_that_is_dropped_with_its_model_leaves_nothing_behind():
+    gc.collect()
+    before = len(torch_optimizer._global_optimizer_post_hooks)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hold(model, optimizer, {"weight": torch.rand(4, 4) < 0.5})  # without a handle it holds all the same
+    gc.collect()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert int((model.weight == 0).sum()) > 0
+    assert len(torch_optimizer._global_optimizer_post_hooks) == before + 1
+    del model, optimizer
+    gc.collect()
+    assert len(torch_optimizer._global_optimizer_post_hooks) == before

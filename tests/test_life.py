@@ -1,5 +1,6 @@
 """The life of a fit: however it ends nothing stays behind, and what was asked for and not done is said."""
 
+import gc
 import os
 import pickle
 import re
@@ -22,6 +23,13 @@ from lightning_prune.masks import alive
 from lightning_prune.rewind import EarlyBird, Snapshot
 from lightning_prune.schedules import Bucket, Explicit, Geometric, Linear, Threshold, TopK
 from tests.networks import Net, dead_are_zero, fitter, same, sgd, state
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_of_other_tests():
+    """What other tests hold to their end is no trace of what is tested here."""
+    gc.collect()
+    torch_optimizer._global_optimizer_post_hooks.clear()
 
 
 def pruning(schedule=None, **options):

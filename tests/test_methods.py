@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*Experiment logs directory .* exists"),
 ]
-NOT_METHODS = {"replay", "owl", "sparsegpt"}  # they need a finished run, or calibration data
+NOT_METHODS = {"three_rates", "replay", "owl", "sparsegpt"}  # they need a finished run, or calibration data
 
 
 # ------------------------------------------------------------------------------------------------ allocations

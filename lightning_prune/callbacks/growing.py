@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, distributed, nn
 from typing_extensions import final, override
 
@@ -185,7 +184,7 @@ class DynamicSparseTraining(MaskedTraining):
         if self.masks:  # of a fit before, or of a checkpoint
             params = {name: p for name, p in allowed.items() if name in self.masks}
         elif left := [name for name in allowed if name not in params]:
-            rank_zero_info(
+            log.info(
                 f"{type(self).__name__}: {', '.join(left)}: no optimizer trains them, so they stay dense. "
                 "Name them in include= to prune them."
             )

@@ -1,12 +1,13 @@
 """IterativeMagnitudePruning: when to prune weights, and how far."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import final, override
 
@@ -29,6 +30,8 @@ from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Sparsity, budget, check_schedule, next_masks, scheduled, sparsities_of
 from lightning_prune.rewind import copied
 from lightning_prune.schedules import Geometric, Schedule
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -238,7 +241,7 @@ class IterativeMagnitudePruning(MaskedTraining):
                 stacklevel=2,
             )
         else:
-            rank_zero_info(f"{type(self).__name__}: {why} Name them in include= to prune them.")
+            log.info(f"{type(self).__name__}: {why} Name them in include= to prune them.")
 
     def _first_masks(self, params: Mapping[str, nn.Parameter]) -> Masks:
         if self._start_from is None:
