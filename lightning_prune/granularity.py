@@ -240,7 +240,9 @@ class Filter:
 
     def __post_init__(self) -> None:
         if isinstance(self.dim, bool) or self.dim not in (0, 1):
-            raise ValueError(f"dim={self.dim!r}: allowed are 0, outputs of the layer, and 1, inputs of it.")
+            raise ValueError(
+                f"dim={self.dim!r}: allowed are 0, outputs of the layer, and 1, inputs. Give one."
+            )
         _check_norm(self.n)
 
     def __call__(self, scores: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:

@@ -136,7 +136,7 @@ def targets(
     if not candidates:
         raise ValueError(
             f"{type(model).__name__} has nothing to prune: no weight belongs to a layer of the types "
-            f"layers={tuple(layers)}. {_advice(model)}"
+            f"layers={tuple(layers)}, and one is needed. Name its layer types. {_advice(model)}"
         )
     included = candidates if include is None else matching(candidates, "include", include)
     excluded = matching(candidates, "exclude", exclude or [])
@@ -290,8 +290,8 @@ def _check_layers(model: nn.Module, layers: Sequence[str]) -> None:
             close = difflib.get_close_matches(entry, sorted(known), 1)
             hint = f"Did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"layers: {entry!r} is the class of no module of {type(model).__name__}. "
-                f"{hint}{_advice(model)}"
+                f"layers: {entry!r} is the class of no module of {type(model).__name__}; allowed are "
+                f"classes that are there. Name one. {hint}{_advice(model)}"
             )
         if not any(_weights(module) or _computed(model, module) for module in mine):
             warnings.warn(

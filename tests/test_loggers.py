@@ -57,7 +57,7 @@ def test_mlflow_with_mask_images(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="the extra loggers is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     folder, found = logged("mlflow", tmp_path)
-    client = mlflow.tracking.MlflowClient(f"file:{folder}")
+    client = mlflow.tracking.MlflowClient(f"file:{folder}/mlflow")
     (experiment,) = client.search_experiments(filter_string="name = 'mnist1d'")
     (its,) = client.search_runs([experiment.experiment_id])
     history = {

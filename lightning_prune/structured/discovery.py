@@ -84,12 +84,16 @@ def _check(model: nn.Module) -> None:
     """Refuse what has no weights to be copied."""
     params = dict(model.named_parameters())
     if not params:
-        raise ValueError(f"{type(model).__name__} has no parameters, so no channels; give one that has.")
+        raise ValueError(
+            f"{type(model).__name__} has no channels, as it has no parameters; some are needed. Give another."
+        )
     for name, p in params.items():
         if is_lazy(p):
-            raise ValueError(f"{name} is not initialized yet; run a batch through the lazy layer first.")
+            raise ValueError(
+                f"{name} is not initialized yet, as is needed; run a batch through the lazy layer first."
+            )
         if p.is_meta:
-            raise ValueError(f"{name} is on the meta device, without values; load the weights first.")
+            raise ValueError(f"{name} is on the meta device, and values are needed; load the weights first.")
 
 
 def attention_heads(model: nn.Module) -> Couplings:

@@ -61,9 +61,9 @@ def _read(path: Path, weights_only: bool) -> Mapping[str, Any]:
         if not weights_only:
             raise _unreadable(path, error) from error
         raise ValueError(
-            f"path={str(path)!r}: it cannot be read as tensors and plain containers alone. If it holds other "
-            "objects (hyper-parameters that are enums or paths, say) and you trust it, load it with "
-            f"weights_only=False, which runs code from it. ({first_line(error)})"
+            f"path={str(path)!r}: it cannot be read as tensors and plain containers, which are allowed. If "
+            "it holds other objects (hyper-parameters that are enums or paths, say) and you trust it, load "
+            f"it with weights_only=False, which runs code from it. ({first_line(error)})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, AttributeError, ImportError, LookupError) as error:
         raise _unreadable(path, error) from error
@@ -76,7 +76,9 @@ def _read(path: Path, weights_only: bool) -> Mapping[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"path={str(path)!r}: it cannot be read ({first_line(error)}); allowed is {ALLOWED}.")
+    return ValueError(
+        f"path={str(path)!r}: it cannot be read ({first_line(error)}); allowed is {ALLOWED}. Give one."
+    )
 
 
 def _state_dict(stored: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

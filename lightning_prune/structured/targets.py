@@ -48,7 +48,7 @@ class Removed:
 
     def __post_init__(self) -> None:
         if self.of not in ("parameters", "multiply_adds"):
-            raise ValueError(f"of={self.of!r}: allowed are 'parameters' and 'multiply_adds'.")
+            raise ValueError(f"of={self.of!r}: allowed are 'parameters' and 'multiply_adds'. Give one.")
         if not callable(self.schedule):
             number(
                 "schedule", self.schedule, "are schedules and fractions, such as 0.5", lambda v: 0 <= v < 1

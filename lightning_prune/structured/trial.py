@@ -34,9 +34,9 @@ def copied(model: nn.Module) -> nn.Module:
         return deepcopy(model, {id(t): t.detach().clone() for t in kept})
     except Exception as error:  # whatever a user's attribute raises
         raise ValueError(
-            f"{type(model).__name__} cannot be copied, and a cut is tried on a copy first "
+            f"{type(model).__name__} cannot be copied, as is needed: a cut is tried on a copy first "
             f"({first_line(error)}). "
-            "Detach what it keeps of a forward pass, or take out what cannot be copied."
+            "Remove what cannot be copied, or detach what it keeps of a forward pass."
         ) from error
 
 
