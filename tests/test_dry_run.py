@@ -97,7 +97,7 @@ def half_a_mask(scores):
         ({"allocate": too_many}, "allocate: .*too_many.* gave"),
         (
             {"layers": ["Linear", "Conv2D"]},
-            r"layers: 'Conv2D' is the class of no module of Net\. Did you mean 'Conv2d'",
+            r"layers: 'Conv2D' is the class of no module of Net.*Did you mean 'Conv2d'",
         ),
         ({"layers": ["Liner"]}, r"Did you mean 'Linear'"),
         ({"layers": [nn.Linear]}, "layers: .* is given; allowed are class names"),
