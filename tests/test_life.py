@@ -732,6 +732,8 @@ def test_a_second_trainer_validates_tests_and_predicts_in_mid_fit(tmp_path):
 
     class Aside(Callback):
         def on_train_epoch_end(self, trainer, model):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")  # of another round than where it is read
             if trainer.current_epoch == 1:
                 with torch.random.fork_rng():
                     self.aside(trainer, model)
@@ -740,7 +742,6 @@ def test_a_second_trainer_validates_tests_and_predicts_in_mid_fit(tmp_path):
             other = fitter(pruner, rewinder)
             copy = deepcopy_of(model)
             other.validate(copy, verbose=False)
-            trainer.save_checkpoint(tmp_path / "x.ckpt")
             other.validate(copy, ckpt_path=tmp_path / "x.ckpt", verbose=False)
             with torch.no_grad():
                 copy.body.weight.fill_(1.0)
