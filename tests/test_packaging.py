@@ -189,6 +189,8 @@ def test_the_commands_of_ci_are_targets_of_the_makefile():
     script = ROOT / ".ci" / "run"
     if shutil.which("bash"):
         subprocess.run(["bash", "-n", str(script)], check=True)
-    commands = set(re.findall(r"^\s*make ([a-z-]+)", script.read_text(), re.MULTILINE))
+    commands = set(
+        re.findall(r"^\s*(?:if )?(?:timeout \d+ )?make ([a-z-]+)", script.read_text(), re.MULTILINE)
+    )
     assert commands <= TARGETS
     assert commands >= {"test", "lint", "docs", "test-oldest"}
