@@ -19,7 +19,7 @@ from lightning_prune.study.run import check, folder_of, run
 
 CONF = configs.CONF
 AXES = ("model", "data", "optimizer", "logger", "schedule", "criterion", "allocation", "granularity")
-AXES += ("rewind",)
+AXES += ("rewind", "task", "batches")
 OPTIONS = {axis: sorted(path.stem for path in (CONF / axis).glob("*.yaml")) for axis in AXES}
 OPTIONS |= {axis: sorted(path.stem for path in (CONF / axis).glob("*.yaml")) for axis in ("kind", "trainer")}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -1,5 +1,6 @@
 """Every way into the library: its examples run, and print what the documentation says they print."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -85,6 +86,21 @@ def test_hydra_builds_callbacks_in_a_users_own_app_with_the_groups_of_the_wheel(
     printed = app(run, "schedule=cubic", "criterion=random", "allocation=global_rank", "rewind=none")
     assert "sparsity 0.900 after 2 prunings, Cubic(sparsity=0.9, rounds=2" in printed
     assert "Random(seed=" in printed
+    for option in ("schedule=half_rate_output", "schedule=three_rates", "rewind=rewind_step"):
+        assert "after 2 prunings" in app(run, option)
+
+
+def test_the_app_runs_as_its_docstring_says(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    said = (EXAMPLES / "hydra_app" / "app.py").read_text().split("`")[1:4:2]
+    for command in said:
+        call = [sys.executable, str(EXAMPLES / "hydra_app" / "app.py"), *command.split()[2:]]
+        found = subprocess.run(
+            call, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stderr
+    assert "after 2 prunings" in found.stdout
 
 
 def test_what_the_wheel_ships_needs_nothing_of_this_repository(wheel):

@@ -10,6 +10,7 @@ import torch
 from lightning_prune.study import records
 from lightning_prune.study.mask_images import picture
 from lightning_prune.study.run import run
+from tests.sweeping import start
 from tests.test_experiments import config
 
 LAYERS = ("net.fc1.weight", "net.fc2.weight", "net.out.weight")
@@ -110,3 +111,25 @@ def test_a_large_mask_is_shown_by_means():
     assert image.shape == (256, 256)
     assert float(image.float().mean() / 255) == pytest.approx(0.25, abs=0.01)
     assert picture(torch.tensor([True, False]), 256).tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize(
+    ("logger", "package", "written"),
+    [
+        ("csv", "lightning", "csv/version_0/metrics.csv"),
+        ("tensorboard", "tensorboard", "events.out.tfevents.*"),
+        ("mlflow", "mlflow", "mlflow/*/*/metrics/val_loss"),
+        ("wandb", "wandb", "wandb/offline-run-*"),
+    ],
+)
+def test_a_logger_is_one_word_of_the_command_and_of_a_sweep(logger, package, written, tmp_path):
+    pytest.importorskip(package, reason="the extra loggers is not installed")
+    short = ["experiment=mnist1d", "rounds=0", "steps_per_round=8", "evaluate_every=4", "progress=false"]
+    log = tmp_path / "log"
+    for sweep in ([], ["--multirun", "seed=1,2"]):
+        runs = tmp_path / ("many" if sweep else "one")
+        process = start(log, *sweep, *short, f"runs={runs}", f"logger={logger}")
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()
+        found = {path.relative_to(runs).parts[1].split(",")[0] for path in runs.glob(f"mnist1d/*/{written}")}
+        assert found == ({"ticket-1", "ticket-2"} if sweep else {"ticket-1"})

@@ -224,7 +224,7 @@ def test_a_dense_round_is_shared_by_what_begins_with_the_same(overrides, same, t
 
     def path(*given):
         cfg = config(tmp_path, *given)
-        return dense_round(cfg, tmp_path / "a" / "b", instantiate(cfg.pruner)).path
+        return dense_round(cfg, tmp_path / "a" / "b", instantiate(cfg.pruner), "data").path
 
     assert (path() == path(*overrides)) == same
 

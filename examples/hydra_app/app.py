@@ -1,6 +1,6 @@
 """A Hydra app of one's own that takes schedules, criteria and so on from the installed package.
 
-`python app.py`, then `python app.py schedule=cubic criterion=random --multirun rounds=2,3`.
+`python app.py`, then `python app.py --multirun schedule=cubic criterion=random rounds=2,3`.
 """
 
 import hydra

@@ -103,6 +103,13 @@ def finite(node: Any) -> Any:
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
+def panels(runs: Runs) -> dict[str, str]:
+    """The metrics that a report shows first, {metric: label}: as the config says, or those that there are."""
+    there = dict.fromkeys(name for record in runs.records for name in record["metrics"])
+    own = {name: name for name in there if not name.endswith("_early_stop") and name != "censored"}
+    return dict(runs.config.get("tables") or {}) or {k: v for k, v in PANELS.items() if k in there} or own
+
+
 # ------------------------------------------------------------------------------------------------- lines
 
 
@@ -257,7 +264,7 @@ class WeightsLeft:
         """Draw it."""
         records, charts = runs.records, []
         kinds = kinds_of(records)
-        for metric, label in PANELS.items():
+        for metric, label in panels(runs).items():
             rows = points(records, kinds, _left, lambda r, metric=metric: r["metrics"].get(metric))
             dense = [r["y"] for r in rows if r["round"] == 0 and r["kind"] in labels(kinds[:1])]
             if rows:
@@ -378,7 +385,7 @@ class AgainstParameter:
         kinds, charts = kinds_of(records), list[Any]()
         last = max(r["round"] for r in records)
         wide = min(values) > 0 and max(values) >= 10 * min(values)
-        for metric, label in (runs.config.get("tables") or PANELS).items():
+        for metric, label in panels(runs).items():
             for round in dict.fromkeys((0, last)):
                 its = [r for r in records if r["round"] == round]
                 rows: list[dict[str, Any]] = []

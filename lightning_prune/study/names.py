@@ -16,7 +16,18 @@ from typing_extensions import final, override
 # What does not change the numbers of a run may differ when it is resumed, and is no part of its name.
 FREE = (
     *("after", "checkpoint_every_n_epochs", "claims", "controls_at", "figures", "fixed", "folder", "hydra"),
-    *("kinds", "logger", "objective", "progress", "runs", "tables", "ticket", "unnamed", "variant"),
+    *(
+        "kinds",
+        "logger",
+        "objective",
+        "objective_at",
+        "progress",
+        "runs",
+        "tables",
+        "ticket",
+        "unnamed",
+        "variant",
+    ),
 )
 _PLACED = ("runs", "name", "experiment", "kind", "seed")  # these have a place of their own in the path
 _LONGEST = 120  # characters; a file system allows 255 for kind, seed and this

@@ -15,6 +15,7 @@ from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked
 from lightning_prune.pruning import budget, scheduled
 from lightning_prune.study.configs import plain
+from lightning_prune.study.provenance import content
 from lightning_prune.study.records import read
 from lightning_prune.study.round_masks import file_size
 from lightning_prune.study.shared_rounds import LATER, dense_round
@@ -36,6 +37,7 @@ class Plan:
         self.rows: list[tuple[str, ...]] = []
         self.seconds, self.bytes = 0.0, 0
         self._trials: dict[str, Cost] = {}
+        self._data: dict[str, str] = {}
         self._dense: set[Path] = set()
 
     def add(self, cfg: DictConfig, folder: Path, state: str) -> None:
@@ -56,7 +58,7 @@ class Plan:
             return
         rounds = cfg.rounds + 1 if not control or cfg.controls_at is None else len(cfg.controls_at)
         trained = 0 if state == "failed" else len(read(folder / "records.jsonl")[0])
-        dense = None if control else dense_round(cfg, folder, pruner)
+        dense = None if control else dense_round(cfg, folder, pruner, self._content(cfg))
         if dense is not None and not trained:
             trained = int(dense.path in self._dense or dense.path.is_file())
             self._dense.add(dense.path)
@@ -69,6 +71,12 @@ class Plan:
         self.seconds, self.bytes = self.seconds + seconds, self.bytes + size
         of = f"{rounds - trained} of {rounds}"
         self.rows.append((name, state, of, shown, f"{size / 1e6:.1f} MB", duration(seconds)))
+
+    def _content(self, cfg: DictConfig) -> str:
+        key = json.dumps(plain(cfg.batches), sort_keys=True)
+        if key not in self._data:
+            self._data[key] = content(instantiate(cfg.batches), plain(cfg.batches))
+        return self._data[key]
 
     def _cost(self, cfg: DictConfig) -> Cost:
         key = json.dumps(plain(cfg, (*LATER, "seed")), sort_keys=True)

@@ -1,5 +1,6 @@
 """The callback that writes, while an experiment trains, a record and the masks of each round."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.study import round_masks
 from lightning_prune.study.records import curve, described, read, summary, write
 
+_OF_EVALUATION = re.compile(r"(val|valid|validation|test)[_/.-]")
 VERSION = 2  # of the state in checkpoints; 1 held how many prunings each weight survived
 
 
@@ -33,11 +35,14 @@ class Records(Callback):
         kind: ticket, reinit, random, ...
         seed: of the run.
         evaluate_every: steps.
+        monitor: a metric of the evaluations: a round is at its best where this is lowest.
     """
 
-    def __init__(self, folder: str | Path, kind: str, seed: int, evaluate_every: int) -> None:
+    def __init__(
+        self, folder: str | Path, kind: str, seed: int, evaluate_every: int, monitor: str = "val_loss"
+    ) -> None:
         self.path = Path(folder) / "records.jsonl"
-        self.kind, self.seed, self.evaluate_every = kind, seed, evaluate_every
+        self.kind, self.seed, self.evaluate_every, self.monitor = kind, seed, evaluate_every, monitor
         self._round: dict[str, Any] = {}
         self._evaluations: list[dict[str, float]] = []
         self._began = 0
@@ -67,12 +72,19 @@ class Records(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name == self.monitor or _OF_EVALUATION.match(name)
+        }
+        if self.monitor not in found:
+            raise ValueError(
+                f"monitor={self.monitor}: no evaluation logs it. Allowed is what one does: "
+                f"{', '.join(sorted(found)) or 'nothing yet; log a metric in validation_step'}."
+            )
         if trainer.sanity_checking:
             return
-        metrics = {
-            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val_", "test_"))
-        }
-        self._evaluations.append({"step": trainer.global_step - self._began, **metrics})
+        self._evaluations.append({"step": trainer.global_step - self._began, **found})
 
     def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Write the line of the round that is over, and the masks of the one that begins."""
@@ -99,7 +111,12 @@ class Records(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         seconds = self._seconds + time.monotonic() - self._since
-        record = {"kind": self.kind, "seed": self.seed, **self._round, "metrics": summary(self._evaluations)}
+        record = {
+            "kind": self.kind,
+            "seed": self.seed,
+            **self._round,
+            "metrics": summary(self._evaluations, self.monitor),
+        }
         record |= {"curve": curve(self._evaluations), "seconds": round(seconds, 3)}
         if trainer.is_global_zero:
             write(self.path, [*read(self.path)[0], record])

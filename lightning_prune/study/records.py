@@ -38,11 +38,11 @@ def described(round: int, masks: Masks) -> dict[str, Any]:
     }
 
 
-def summary(evaluations: list[dict[str, float]]) -> dict[str, Any]:
+def summary(evaluations: list[dict[str, float]], monitor: str = "val_loss") -> dict[str, Any]:
     """The metrics of a round from its evaluations, in order of their steps.
 
-    These are the metrics of the last evaluation; and, where some validation loss is finite, the step of the
-    lowest one (the first of equals), the metrics at that step, and `censored`: whether that is the last
+    These are the metrics of the last evaluation; and, where some value of `monitor` is finite, the step of
+    the lowest one (the first of equals), the metrics at that step, and `censored`: whether that is the last
     evaluation, so that the loss might have fallen further.
 
     >>> first = {"step": 100, "val_loss": 0.3, "test_acc": 0.9}
@@ -53,10 +53,10 @@ def summary(evaluations: list[dict[str, float]]) -> dict[str, Any]:
         return {}
     last = evaluations[-1]
     metrics: dict[str, Any] = {k: v for k, v in last.items() if k != "step"}
-    finite = [e for e in evaluations if math.isfinite(e.get("val_loss", math.nan))]
+    finite = [e for e in evaluations if math.isfinite(e.get(monitor, math.nan))]
     if not finite:
         return metrics
-    best = min(finite, key=lambda e: e["val_loss"])
+    best = min(finite, key=lambda e: e[monitor])
     metrics["early_stop_step"] = best["step"]
     metrics |= {f"{k}_at_early_stop": v for k, v in best.items() if k != "step"}
     return {**metrics, "censored": best is last}

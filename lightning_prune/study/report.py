@@ -26,12 +26,12 @@ from lightning_prune.study.configs import load as load_config
 from lightning_prune.study.costs import measure
 from lightning_prune.study.figures import (
     CONFIG,
-    PANELS,
     STANDARD,
     AgainstParameter,
     Figure,
     finite,
     label_of,
+    panels,
 )
 from lightning_prune.study.records import Record, by_round, kinds_of, plain_kind, write
 from lightning_prune.study.run_folders import Run, Runs, load
@@ -197,7 +197,7 @@ def page(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    metrics = runs.config.get("tables") or PANELS
+    metrics = panels(runs)
     same, details = made(runs.runs)
     states = {
         state: sum(run.state == state for run in runs.runs)
@@ -318,7 +318,7 @@ def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
 
 def tables(runs: Runs) -> dict[str, str]:
     """What is tabulated: {metric: its label}."""
-    return runs.config.get("tables") or dict(list(PANELS.items())[:2])
+    return runs.config.get("tables") or dict(list(panels(runs).items())[:2])
 
 
 def say(runs: Runs, verdicts: Sequence[Verdict], written: Sequence[Path]) -> None:

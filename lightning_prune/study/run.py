@@ -9,15 +9,11 @@ import gc
 import json
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +30,23 @@ from lightning_prune.study import controls
 from lightning_prune.study.configs import CONF, digest, load, plain
 from lightning_prune.study.locks import locked, sync
 from lightning_prune.study.names import FREE, variant
+from lightning_prune.study.objective import objective
 from lightning_prune.study.plan import Plan
+from lightning_prune.study.provenance import provenance
 
 log = logging.getLogger(__name__)
 
+_WITH_VALUE = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--package",
+    "-p",
+    "--info",
+)
 _KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
 
 
@@ -208,31 +217,10 @@ def _run_first(cfg: DictConfig) -> None:
         run(first)
 
 
-def provenance() -> dict[str, Any]:
-    """What a run was made with: command, date, commit, versions and machine."""
-    return {
-        "command": " ".join(["lightning-prune run", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {name: version(name) for name in ("lightning-prune", "torch", "lightning", "hydra-core")},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
-    """The entry that Hydra wraps."""
-    run(cfg)
+def main(cfg: DictConfig) -> float | None:
+    """The entry that Hydra wraps; what it returns is for sweepers that optimize."""
+    return objective(cfg, run(cfg))
 
 
 _PLANNED = Plan()
@@ -252,10 +240,10 @@ def plan(cfg: DictConfig) -> None:
 def dry_run(arguments: list[str]) -> None:
     """List what a command would run. Hydra expands the sweep; it leaves nothing behind."""
     with tempfile.TemporaryDirectory() as nowhere:
-        its = [a for a in arguments if not a.startswith("hydra")]
+        its = [a for a in arguments if not a.startswith("hydra") or a.startswith("hydra.searchpath")]
         its += [f"hydra.{key}={nowhere}" for key in ("run.dir", "sweep.dir")]
         its += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-        sys.argv[1:] = its
+        sys.argv[1:] = flags_first(its)
         plan()
     _PLANNED.show()
 
@@ -265,5 +253,19 @@ def command(arguments: list[str]) -> None:
     if "--dry-run" in arguments:
         dry_run([a for a in arguments if a != "--dry-run"])
     else:
-        sys.argv[1:] = arguments
+        sys.argv[1:] = flags_first(arguments)
         main()
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """Flags before overrides: between overrides argparse takes those after a flag for unknown.
+
+    >>> flags_first(["rate=0.1", "--multirun", "--config-dir", "conf", "seed=1,2"])
+    ['--multirun', '--config-dir', 'conf', 'rate=0.1', 'seed=1,2']
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, given in zip(["", *arguments], arguments, strict=False):
+        of_flag = before in _WITH_VALUE or given.startswith("-")
+        (flags if of_flag else overrides).append(given)
+    return flags + overrides

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from lightning_prune.masks import Masks
 from lightning_prune.study.configs import digest, plain
 from lightning_prune.study.locks import locked
 from lightning_prune.study.names import FREE
+from lightning_prune.study.provenance import sources
 from lightning_prune.study.recording import VERSION
 from lightning_prune.study.records import read
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
 LATER = [
-    *(*FREE, "kind", "name", "oneshot"),
+    *(*FREE, "kind", "monitor", "name", "oneshot"),
     *("rounds", "rate", "output_rate", "schedule", "criterion", "allocation", "granularity"),
     *(f"pruner.{key}" for key in ("rounds", "schedule", "criterion", "allocate", "granularity")),
 ]
@@ -82,11 +82,19 @@ class DenseRound(Callback):
         self.release()
 
 
-def dense_round(cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning) -> DenseRound | None:
+def dense_round(
+    cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning, data: str
+) -> DenseRound | None:
     """The dense round of a run, if others may share it.
 
     It is shared by what starts from the same weights, data, order and settings on one device, whatever it
     prunes later. The generators of other devices are in no checkpoint.
+
+    Args:
+        cfg: of the run.
+        folder: of the run.
+        pruner: what it prunes with.
+        data: a digest of the data.
     """
     schedules = pruner.schedule.values() if isinstance(pruner.schedule, dict) else [pruner.schedule]
     if any(asked(schedule) or schedule(0) > 0 for schedule in schedules):
@@ -97,7 +105,8 @@ def dense_round(cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning
     if cfg.rewind and cfg.rewind.get("until"):
         return None  # its end depends on what would be pruned
     depends: dict[str, Any] = plain(cfg, without=LATER)
-    depends["versions"] = [version(name) for name in ("lightning-prune", "torch", "lightning")]
+    depends["sources"] = sources(plain(cfg, without=LATER))
+    depends["data"] = data
     depends["version of the records"] = VERSION
     depends["keeps the initial weights"] = "initial" in asked(pruner.criterion)
     return DenseRound(folder.parents[1] / ".dense" / f"{digest(depends)}.ckpt", cfg.steps_per_round)

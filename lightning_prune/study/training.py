@@ -19,9 +19,11 @@ from torch.nn.functional import cross_entropy
 from tqdm.contrib.logging import logging_redirect_tqdm
 from typing_extensions import final, override
 
+from lightning_prune.study.configs import plain
 from lightning_prune.study.mask_images import MaskImages
 from lightning_prune.study.oneshot import sweep
 from lightning_prune.study.progress import ExperimentProgress
+from lightning_prune.study.provenance import content
 from lightning_prune.study.recording import Records
 from lightning_prune.study.records import read, write
 from lightning_prune.study.shared_rounds import dense_round
@@ -36,7 +38,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     batches, task = instantiate(cfg.batches), built(cfg)
     fits(cfg, task, batches)
     pruner, *others = _callbacks(cfg)
-    dense = dense_round(cfg, folder, pruner)
+    dense = dense_round(cfg, folder, pruner, content(batches, plain(cfg.batches)))
     callbacks: list[Callback] = [pruner, *others, *([dense] if dense else []), Final(folder / "final.ckpt")]
     with dense.shared(folder, folder / "resume.ckpt") if dense else nullcontext():
         fit(cfg, folder, task, batches, callbacks, (cfg.rounds + 1) * cfg.steps_per_round)
@@ -102,7 +104,7 @@ def fit(
     checkpoint = folder / "resume.ckpt"
     callbacks = [
         *callbacks,
-        Records(folder, cfg.kind, cfg.seed, cfg.evaluate_every),
+        Records(folder, cfg.kind, cfg.seed, cfg.evaluate_every, cfg.monitor),
         ModelCheckpoint(
             folder,
             checkpoint.stem,
@@ -116,7 +118,10 @@ def fit(
     logger: Any = False
     if cfg.logger:
         logger = instantiate(cfg.logger, save_dir=str(folder / cfg.logger.get("save_dir", ".")))
-    trainer = _trainer(cfg, callbacks, steps, logger=logger)
+    options: dict[str, Any] = {"logger": logger}
+    if not isinstance(task, Classification):
+        options["num_sanity_val_steps"] = 1  # whether it logs what is monitored is seen before training
+    trainer = _trainer(cfg, callbacks, steps, **options)
     seed_everything(cfg.order_seed if order is None else order, verbose=False)
     with logging_redirect_tqdm():  # lines of the log appear above the bar
         trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
