@@ -86,7 +86,7 @@ def test_hydra_builds_callbacks_in_a_users_own_app_with_the_groups_of_the_wheel(
     printed = app(run, "schedule=cubic", "criterion=random", "allocation=global_rank", "rewind=none")
     assert "sparsity 0.900 after 2 prunings, Cubic(sparsity=0.9, rounds=2" in printed
     assert "Random(seed=" in printed
-    for option in ("schedule=half_rate_output", "schedule=three_rates", "rewind=rewind_step"):
+    for option in ("schedule=half_rate_output", "rewind=weights"):
         assert "after 2 prunings" in app(run, option)
 
 

@@ -3,6 +3,8 @@
 `python app.py`, then `python app.py --multirun schedule=cubic criterion=random rounds=2,3`.
 """
 
+from collections import OrderedDict
+
 import hydra
 import torch
 from hydra.utils import instantiate
@@ -17,7 +19,8 @@ class Classifier(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
+        layers = {"hidden": nn.Linear(8, 64), "relu": nn.ReLU(), "out": nn.Linear(64, 2)}
+        self.net = nn.Sequential(OrderedDict(layers))
 
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])

@@ -12,6 +12,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
@@ -124,7 +125,11 @@ def fit(
     trainer = _trainer(cfg, callbacks, steps, **options)
     seed_everything(cfg.order_seed if order is None else order, verbose=False)
     with logging_redirect_tqdm():  # lines of the log appear above the bar
-        trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+        try:
+            trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+        finally:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # else the next run of a sweep would be logged in this one
     return trainer
 
 
