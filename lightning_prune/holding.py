@@ -70,7 +70,7 @@ class Hold:
         self._gradients = False
         check_fit(masks, self._params)
         self._handles.append(_after_every_step(self._stepped))
-        finalize(self, self._handles[0].remove)
+        finalize(self, _dead.append, self._handles[0])
         self.watch(optimizers, gradients=gradients)
         self.set(masks)
 
@@ -156,10 +156,22 @@ class Hold:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        _sweep()
+
+
+# Hooks of holds that nobody removed before they died. Python may collect one at any moment, also while torch
+# goes through its hooks, which must not become fewer then: so they go when the next hold comes or goes.
+_dead: list[Any] = []
+
+
+def _sweep() -> None:
+    while _dead:
+        _dead.pop().remove()
 
 
 def _after_every_step(method: Callable[..., None]) -> Any:
     """Call a method after each step of any optimizer, as long as its object lives."""
+    _sweep()
     reference = WeakMethod(method)
 
     def hook(*args: Any) -> None:

@@ -289,8 +289,13 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_is_changed():
         check_fit({}, {"a": torch.ones(1)})
 
 
+def nothing_held():
+    return hold(nn.Linear(4, 4), [], {"weight": torch.ones(4, 4, dtype=torch.bool)})
+
+
 def test_a_hold_that_is_dropped_with_its_model_leaves_nothing_behind():
     gc.collect()
+    nothing_held().remove()
     before = len(torch_optimizer._global_optimizer_post_hooks)
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -302,4 +307,23 @@ def test_a_hold_that_is_dropped_with_its_model_leaves_nothing_behind():
     assert len(torch_optimizer._global_optimizer_post_hooks) == before + 1
     del model, optimizer
     gc.collect()
+    nothing_held().remove()  # the hook of one that was collected goes when the next comes or goes
     assert len(torch_optimizer._global_optimizer_post_hooks) == before
+
+
+def test_a_hold_that_python_collects_while_another_optimizer_steps_does_not_disturb_that_step():
+    """Torch goes through its hooks then, and Python's collector may run at any moment."""
+    held = [nothing_held()]
+
+    def collect(*args):
+        held.clear()
+        gc.collect()
+
+    handle = torch_optimizer.register_optimizer_step_post_hook(collect)
+    later = torch_optimizer.register_optimizer_step_post_hook(lambda *args: None)
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    torch.optim.SGD([weight], 0.5).step()
+    assert weight.item() == 0.5
+    handle.remove()
+    later.remove()
