@@ -124,7 +124,6 @@ class Hold:
             self._steps[optimizer] = len(optimizer.param_groups)
         self.apply()
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set dead weights to +0.0."""
         if not self._views or any(p.data_ptr() != view.data_ptr() for p, view, _ in self._views):
