@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TESTS ?=
 RUN := $(VENV)/bin/python -m
-EXTRAS := experiments,vision,storage,channels,parquet,launchers,loggers
+EXTRAS := experiments,vision,storage,channels,parquet,launchers,sweepers,loggers
 # The extras and the dependency groups of pyproject.toml that a target needs; the file $(VENV)/<name> says that they are installed.
 $(VENV)/demo: NEEDS := --editable ".[experiments]"
 $(VENV)/test: NEEDS := --editable ".[$(EXTRAS)]" --group test

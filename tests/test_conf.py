@@ -1,7 +1,5 @@
 """Every config composes, and what it names comes out of the right type."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -11,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 
 import lightning_prune as lp
+from lightning_prune.study import run as entry  # noqa: F401  whose resolvers the configs use
+from lightning_prune.study.configs import CONF
 
-CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 OTHERS = [
     "channels_resnet20",

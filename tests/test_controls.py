@@ -64,18 +64,16 @@ def start(masks):
 
 
 def prune_to(start):
-    """As the experiments do: each layer keeps as many as the ticket has in it."""
+    """As the experiments do: each part, or each layer, keeps as many as the ticket has in it."""
 
-    def prune(criterion, weights):
+    def prune(criterion, weights, parts):
         scores = criterion({n: weights[n] for n in start.masks})
-        masks = {}
-        for n, mask in start.masks.items():
-            best = sorted(range(mask.numel()), key=lambda i: -float(scores[n].flatten()[i]))[
-                : int(mask.sum())
-            ]
-            masks[n] = torch.zeros(mask.numel(), dtype=torch.bool)
-            masks[n][best] = True
-            masks[n] = masks[n].view(mask.shape)
+        masks = {n: torch.zeros_like(mask) for n, mask in start.masks.items()}
+        for part in parts or [[n] for n in start.masks]:
+            every = [(n, i) for n in part for i in range(masks[n].numel())]
+            every.sort(key=lambda place: -float(scores[place[0]].flatten()[place[1]]))
+            for n, i in every[: sum(int(start.masks[n].sum()) for n in part)]:
+                masks[n].view(-1)[i] = True
         return masks
 
     return prune
@@ -163,7 +161,7 @@ def test_sign_only_has_the_tickets_signs_and_one_magnitude_a_tensor(start):
 
 
 def test_shuffled_masks_keep_every_layers_count_and_the_weights(start):
-    new = controls.shuffled(start, seeded())
+    new = controls.shuffled(start, prune_to(start), seeded())
     assert new.tensors is start.tensors
     assert counts(new.masks) == counts(start.masks)
     for name, mask in new.masks.items():
@@ -173,16 +171,17 @@ def test_shuffled_masks_keep_every_layers_count_and_the_weights(start):
         if n > 200:  # by chance, within five standard deviations
             expected = int(mask.sum()) ** 2 / n
             assert abs(agree - expected) < 5 * expected**0.5
-    assert same(controls.shuffled(start, seeded()).masks, new.masks)
+    assert same(controls.shuffled(start, prune_to(start), seeded()).masks, new.masks)
 
 
 def test_shuffles_of_the_same_seed_are_nested_as_the_tickets_masks_are(start, masks):
-    early, late = (controls.shuffled(Start(start.tensors, masks[r]), seeded()).masks for r in (1, 3))
+    starts = [Start(start.tensors, masks[r]) for r in (1, 3)]
+    early, late = (controls.shuffled(its, prune_to(its), seeded()).masks for its in starts)
     assert all(not (late[n] & ~early[n]).any() for n in early)
 
 
 def test_globally_shuffled_masks_keep_the_total_and_level_the_layers(start):
-    new = controls.shuffled_globally(start, seeded())
+    new = controls.shuffled_globally(start, prune_to(start), seeded())
     assert new.tensors is start.tensors
     assert alive(new.masks) == alive(start.masks)
     assert {n: m.shape for n, m in new.masks.items()} == {n: m.shape for n, m in start.masks.items()}
@@ -459,6 +458,9 @@ def test_masks_of_equal_size_have_the_weights_and_the_units_of_the_given_ones(na
     ticket = next_masks(weights, dense, sparsities, *axes, layouts=LAYOUTS)
     for seed in range(5):
         new = of_equal_size(ticket, weights, parts, Random(seed), allocate, granularity, LAYOUTS)
+        alone = [[n] for n in SHAPES]
+        shuffled = of_equal_size(ticket, weights, alone, Random(seed), allocate, granularity, LAYOUTS)
+        assert counts(shuffled) == counts(ticket)
         assert not same(new, ticket)
         for names in parts:
             assert alive({n: new[n] for n in names}) == alive({n: ticket[n] for n in names})
@@ -478,7 +480,7 @@ def test_masks_that_are_no_whole_units_have_no_equals():
 
 
 @pytest.mark.filterwarnings("ignore:.*prunes whole outputs")
-@pytest.mark.parametrize("kind", ["random", "inverted", "one_shot"])
+@pytest.mark.parametrize("kind", ["random", "shuffled", "shuffled_globally", "inverted", "one_shot"])
 @pytest.mark.parametrize("granularity", ["filter", "block", "nm"])
 def test_controls_have_the_tickets_size_under_every_granularity(kind, granularity, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / granularity

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -121,6 +122,19 @@ def test_the_command_takes_a_config_dir_wherever_it_stands(tmp_path):
     assert [r["round"] for r in read(records)[0]] == [0, 1]
 
 
+def test_a_plan_finds_the_configs_that_a_run_finds_and_does_not_guess_what_a_sweeper_will_choose(tmp_path):
+    searched = ["experiment=own", f"hydra.searchpath=[file://{EXAMPLE}/conf]", *SHORT]
+    found = command(tmp_path, "plan", "--multirun", *searched, "task.lr=0.01,0.1")
+    assert "2 runs: " in found.stdout, found.stderr
+    assert not list(tmp_path.iterdir())
+    if find_spec("hydra_plugins.hydra_optuna_sweeper"):
+        found = command(
+            tmp_path, "plan", "--multirun", *searched, "hydra/sweeper=optuna", "rate=interval(0.1,0.5)"
+        )
+        assert found.returncode == 1
+        assert "hydra/sweeper: this sweeper chooses each run by what those before it gave" in found.stderr
+
+
 def test_unknown_commands_are_refused_and_help_is_printed(tmp_path):
     assert "usage: lightning-prune" in command(tmp_path, "--help").stdout
     wrong = command(tmp_path, "train")
@@ -133,13 +147,25 @@ def test_unknown_commands_are_refused_and_help_is_printed(tmp_path):
     reason="hydra-optuna-sweeper is not installed",
 )
 def test_optuna_maximizes_accuracy_over_rate_and_learning_rate(tmp_path):
-    sweep = ["--multirun", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    sweep = ["--multirun", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1"]
     sweep += ["hydra.sweeper.direction=maximize", "objective=test_acc", "objective_at=0.5"]
     sweep += ["rate=interval(0.1,0.5)", "optimizer.lr=tag(log,interval(0.0005,0.05))"]
-    found = command(tmp_path, "run", "experiment=mnist1d", *SHORT, *sweep)
-    assert found.returncode == 0, found.stderr
-    assert len(list(tmp_path.glob("runs/mnist1d/ticket-1,*/DONE"))) == 3
-    assert "best_value" in (tmp_path / "runs" / "mnist1d" / "optimization_results.yaml").read_text()
+    done = {}
+    for trials in (2, 3):  # the same command again goes on: what is finished gives its number at once
+        again = ["hydra.sweeper.sampler.seed=1", f"hydra.sweeper.n_trials={trials}"]
+        found = command(tmp_path, "run", "experiment=mnist1d", *SHORT, *sweep, *again)
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.count("is finished already") == len(done)
+        before, done = (
+            done,
+            {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/mnist1d/ticket-1,*/DONE")},
+        )
+        assert len(done) == trials
+        assert before.items() <= done.items()
+    rows = [read(path.parent / "records.jsonl")[0] for path in done]
+    at = [min(its, key=lambda r: abs(r["alive"] / r["total"] - 0.5))["metrics"]["test_acc"] for its in rows]
+    best = yaml.safe_load((tmp_path / "runs" / "mnist1d" / "optimization_results.yaml").read_text())
+    assert best["best_value"] == pytest.approx(max(at))
 
 
 # ---------------------------------------------------------------------------------------- nothing stale

@@ -1,7 +1,10 @@
 """What is seen while an experiment runs."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from hydra.utils import get_class
@@ -59,3 +62,67 @@ def test_the_log_says_in_a_line_what_each_pruning_did(tmp_path, caplog):
         "round 1 of 2: pruned 14700, 35300 weights left (70.60 %)",
         "round 2 of 2: pruned 10335, 24965 weights left (49.93 %)",
     ]
+
+
+def shown(text, columns):
+    """The lines that a terminal of so many columns shows in the end."""
+    screen, row, at = {}, 0, 0
+    for _, keys, what, plain in re.findall(r"(\x1b\[([?\d;]*)([A-Za-z]))|([^\x1b])", text):
+        if what == "A":
+            row -= int(keys or 1)
+        elif what == "K":
+            screen = {place: c for place, c in screen.items() if place[0] != row}
+        elif plain == "\r":
+            at = 0
+        elif plain == "\n":
+            row += 1
+        elif plain:
+            if at == columns:
+                row, at = row + 1, 0
+            screen[row, at] = plain
+            at += 1
+    rows = [[screen.get((r, c), " ") for c in range(columns)] for r in range(row + 1)]
+    return [line for r in rows if (line := "".join(r).rstrip())]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize("bar", ["tqdm.tqdm", "tqdm.rich.tqdm"])
+def test_in_a_terminal_of_80_columns_one_bar_stays_and_every_line_of_the_log(bar, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    code = "from lightning_prune.study.command import main; main()"
+    short = ["rounds=2", "steps_per_round=60", "evaluate_every=20", f"progress={bar}"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", "experiment=mnist1d", *short],
+        cwd=tmp_path,
+        env=environment,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+    )
+    os.close(its)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # nobody writes any more
+            break
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    assert process.wait() == 0
+    lines = shown(written.decode(), 80)
+    assert lines[:2] == [
+        "round 1 of 2: pruned 14700, 35300 weights left (70.60 %)",
+        "round 2 of 2: pruned 10335, 24965 weights left (49.93 %)",
+    ]
+    assert re.match(r"ticket: round 2/2, 49\.9% of weights, best val_acc 0\.\d+:.*100%", lines[2])
+    assert lines[3].startswith("written: ")
+    assert len(lines) == 4

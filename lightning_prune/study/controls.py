@@ -8,11 +8,12 @@ following that its signature names:
 - `network`: a freshly built one that it may change;
 - `lifetimes`: in how many of the ticket's rounds each weight was alive;
 - `dense`: the weights of the dense network at the end of its training, which is then trained first;
-- `prune`: (criterion, weights) -> masks of the ticket's size in this round, by the experiment's allocation.
+- `prune`: (criterion, weights, parts) -> masks of the ticket's size in this round. Each part, a list of names
+  of weights, keeps its size; None: weights that share a budget, divided by the experiment's allocation.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -25,6 +26,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from lightning_prune.allocation import AtLeast, global_rank
 from lightning_prune.criteria import Random
 from lightning_prune.evidence import OF_A_RUN, asked
 from lightning_prune.files import replacing
@@ -47,7 +49,7 @@ from lightning_prune.study.tickets import (
 )
 from lightning_prune.study.training import built
 
-Prune = Callable[[Criterion, Mapping[str, Tensor]], Masks]
+Prune = Callable[[Criterion, Mapping[str, Tensor], Sequence[Sequence[str]] | None], Masks]
 Control = Callable[..., Start]
 
 
@@ -126,24 +128,18 @@ def initialize(
 # -------------------------------------------------------------------------------------------- other masks
 
 
-def shuffled(start: Start, generator: torch.Generator) -> Start:
-    """The ticket's masks, shuffled within each layer.
+def shuffled(start: Start, prune: Prune, generator: torch.Generator) -> Start:
+    """The ticket's masks, shuffled within each layer, in whole units of the granularity.
 
     Reference: Frankle et al. (2021), arXiv:2009.08576, Section 4.
     """
-    masks = {
-        name: _permuted(mask.flatten(), generator).view(mask.shape) for name, mask in start.masks.items()
-    }
-    return replace(start, masks=masks)
+    layers = [[name] for name in start.masks]
+    return replace(start, masks=prune(_drawn(generator), start.tensors, layers))
 
 
-def shuffled_globally(start: Start, generator: torch.Generator) -> Start:
-    """The ticket's masks, shuffled across all layers."""
-    flat = _permuted(torch.cat([mask.flatten() for mask in start.masks.values()]), generator)
-    parts = flat.split([mask.numel() for mask in start.masks.values()])
-    return replace(
-        start, masks={n: p.view(m.shape) for (n, m), p in zip(start.masks.items(), parts, strict=True)}
-    )
+def shuffled_globally(start: Start, prune: Prune, generator: torch.Generator) -> Start:
+    """The ticket's masks, shuffled across all layers, in whole units of the granularity."""
+    return replace(start, masks=prune(_drawn(generator), start.tensors, [list(start.masks)]))
 
 
 def random(start: Start, prune: Prune, generator: torch.Generator) -> Start:
@@ -154,8 +150,7 @@ def random(start: Start, prune: Prune, generator: torch.Generator) -> Start:
 
     Reference: Frankle & Carbin (2019), arXiv:1803.03635, Appendix E.
     """
-    criterion = Random(int(torch.randint(2**62, (), generator=generator)))
-    return replace(start, masks=prune(criterion, start.tensors))
+    return replace(start, masks=prune(_drawn(generator), start.tensors, None))
 
 
 def inverted(start: Start, prune: Prune, lifetimes: dict[str, Tensor], generator: torch.Generator) -> Start:
@@ -167,7 +162,7 @@ def inverted(start: Start, prune: Prune, lifetimes: dict[str, Tensor], generator
     def lost_first(params: dict[str, Tensor]) -> Scores:
         return {n: torch.rand(w.shape, generator=generator) - lifetimes[n].float() for n, w in params.items()}
 
-    return replace(start, masks=prune(lost_first, start.tensors))
+    return replace(start, masks=prune(lost_first, start.tensors, None))
 
 
 @dataclass(frozen=True)
@@ -183,11 +178,11 @@ class OneShot:
     criterion: Criterion
 
     def __call__(self, start: Start, prune: Prune, dense: dict[str, Tensor]) -> Start:
-        return replace(start, masks=prune(self.criterion, dense))
+        return replace(start, masks=prune(self.criterion, dense, None))
 
 
-def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
-    return flat[torch.randperm(len(flat), generator=generator)]
+def _drawn(generator: torch.Generator) -> Random:
+    return Random(int(torch.randint(2**62, (), generator=generator)))
 
 
 # ------------------------------------------------------------------------------------------- their training
@@ -264,11 +259,18 @@ def generator_of(cfg: DictConfig) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{cfg.kind}-{cfg.seed}".encode()))
 
 
-def _prune(cfg: DictConfig, start: Start, criterion: Criterion, weights: Mapping[str, Tensor]) -> Masks:
-    """Masks of the size of the start's, in each group of weights that has a schedule of its own."""
+def _prune(
+    cfg: DictConfig,
+    start: Start,
+    criterion: Criterion,
+    weights: Mapping[str, Tensor],
+    parts: Sequence[Sequence[str]] | None,
+) -> Masks:
+    """Masks of the size of the start's, in each part; None: each group of one schedule."""
     pruner = instantiate(cfg.pruner)
-    parts = [names for names, _ in scheduled(list(start.masks), pruner.schedule)]
-    axes = criterion, pruner.allocate, pruner.granularity, layouts(instantiate(cfg.task), start.masks)
+    allocate = pruner.allocate if parts is None else AtLeast(0, of=global_rank)
+    parts = parts or [names for names, _ in scheduled(list(start.masks), pruner.schedule)]
+    axes = criterion, allocate, pruner.granularity, layouts(instantiate(cfg.task), start.masks)
     return of_equal_size(start.masks, weights, parts, *axes, initial=start.tensors)
 
 

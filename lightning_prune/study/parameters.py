@@ -16,11 +16,15 @@ def varying(runs: Sequence[tuple[str, Any, Config]]) -> list[str]:
 
     Keys that always change together, as those do that a config fills from one another, are one: the shortest
     of them, and where one of two functions or classes was chosen, the key that names it. What equals the
-    seed is no parameter.
+    seed is no parameter, and neither is an argument that each choice has at one value.
 
     >>> make = lambda lr: {"optimizer": {"lr": lr}, "task": {"optimizer": {"lr": lr}}, "rate": 0.2}
     >>> varying([("ticket", 1, make(0.1)), ("ticket", 1, make(0.2)), ("reinit", 1, make(0.1))])
     ['optimizer.lr']
+    >>> get = lambda name: {"criterion": {"_target_": "hydra.utils.get_method", "path": f"criteria.{name}"}}
+    >>> drawn = {"criterion": {"_target_": "criteria.Random", "seed": 1}}
+    >>> varying([("ticket", 1, get("magnitude")), ("ticket", 1, get("wanda")), ("ticket", 1, drawn)])
+    ['criterion._target_']
 
     Args:
         runs: kind, seed and config of each.
@@ -37,7 +41,18 @@ def varying(runs: Sequence[tuple[str, Any, Config]]) -> list[str]:
         if not of_seed and any(len(found) > 1 for found in by_kind.values()):
             numbers = {value: n for n, value in enumerate(dict.fromkeys(values))}
             together.setdefault(tuple(numbers[value] for value in values), []).append(key)
-    return [min(keys, key=lambda key: (not _names(key), len(key))) for keys in together.values()]
+    configs = [config for _, _, config in flat]
+    chosen = [min(keys, key=lambda key: (not _names(key), len(key))) for keys in together.values()]
+    return [key for key in chosen if not _follows(key, chosen, configs)]
+
+
+def _follows(key: str, keys: Sequence[str], configs: Sequence[Config]) -> bool:
+    """Whether the choice of a function or class, among these keys, says what the value of its argument is."""
+    choice = f"{key.rpartition('.')[0]}._target_"
+    if key == choice or choice not in keys:
+        return False
+    values = {(config.get(choice), _hashable(config.get(key))) for config in configs}
+    return len(values) == len({config.get(choice) for config in configs})
 
 
 def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
@@ -48,7 +63,7 @@ def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
     """
     flat = _swept(config)
     return {
-        key.removesuffix("._target_").removesuffix(".path") if _names(key) else key: str(value).split(".")[-1]
+        key.removesuffix("._target_") if _names(key) else key: str(value).split(".")[-1]
         if _names(key)
         else value
         for key in keys
@@ -57,7 +72,16 @@ def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _swept(config: Config) -> dict[str, Any]:
-    return flattened({key: value for key, value in config.items() if key not in _NOT_SWEPT})
+    return flattened({key: _plain(value) for key, value in config.items() if key not in _NOT_SWEPT})
+
+
+def _plain(node: Any) -> Any:
+    """A node in which a function that is named, not called, is written as one that is."""
+    if not isinstance(node, Mapping):
+        return node
+    if str(node.get("_target_")).startswith("hydra.utils.get_"):
+        return {"_target_": node.get("path")}
+    return {key: _plain(value) for key, value in node.items()}
 
 
 def _names(key: str) -> bool:

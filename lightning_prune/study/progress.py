@@ -1,11 +1,18 @@
 """One progress bar for the whole experiment: rounds are many and epochs short."""
 
+import logging
 import sys
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from tqdm import TqdmExperimentalWarning, tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm.rich import tqdm_rich
 from typing_extensions import final, override
 
 from lightning_prune.study.recording import pruner_of
@@ -31,6 +38,12 @@ class ExperimentProgress(Callback):
         if not trainer.is_global_zero:
             return
         options: dict[str, Any] = {"unit": "step", "file": sys.stderr, "dynamic_ncols": True}
+        if issubclass(self.bar, tqdm_rich):  # in one line, however narrow the terminal is
+            what = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            text = TextColumn("{task.description}", table_column=what)
+            share = TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True))
+            options["progress"] = text, BarColumn(10), share, TimeRemainingColumn(compact=True)
+            options["options"] = {"expand": True}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TqdmExperimentalWarning)  # rich's
             self._bar = self.bar(total=trainer.max_steps, initial=trainer.global_step, **options)
@@ -78,3 +91,38 @@ class ExperimentProgress(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = dict(state_dict["best"])
+
+
+@contextmanager
+def lines_above(bar: Any) -> Generator[None, None, None]:
+    """While a bar of this class is shown, the log appears above it."""
+    if not (isinstance(bar, type) and issubclass(bar, tqdm_rich)):
+        with logging_redirect_tqdm():
+            yield
+        return
+    # rich puts streams of its own in the place of these while it shows a bar, and handlers hold the old ones
+    streams = {sys.stdout: "stdout", sys.stderr: "stderr"}
+    loggers = [logging.getLogger(name) for name in (None, "lightning_prune", "lightning_prune.callbacks")]
+    handlers = [h for logger in loggers for h in logger.handlers if isinstance(h, logging.StreamHandler)]
+    held = {h: stream for h in handlers if (stream := h.stream) in streams}
+    for handler, stream in held.items():
+        handler.setStream(_Now(streams[stream]))
+    try:
+        yield
+    finally:
+        for handler, stream in held.items():
+            handler.setStream(stream)
+
+
+@final
+class _Now:
+    """What `sys.stdout` or `sys.stderr` is when something is written."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, text: str) -> int:
+        return getattr(sys, self.name).write(text)
+
+    def flush(self) -> None:
+        getattr(sys, self.name).flush()

@@ -47,6 +47,7 @@ _WITH_VALUE = (
     "-p",
     "--info",
 )
+_FOR_PLANS = ("hydra.searchpath", "hydra/sweeper", "hydra.sweeper")  # of what is said of Hydra itself
 _KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
 
 
@@ -229,6 +230,11 @@ _PLANNED = Plan()
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def plan(cfg: DictConfig) -> None:
     """What `--dry-run` does in place of `main`."""
+    if not HydraConfig.get().sweeper._target_.endswith("BasicSweeper"):
+        raise SystemExit(
+            "hydra/sweeper: this sweeper chooses each run by what those before it gave, so no plan can list "
+            "them. Leave --multirun out to see what one of them costs."
+        )
     try:
         check(cfg)
         state = state_of(cfg)
@@ -240,7 +246,7 @@ def plan(cfg: DictConfig) -> None:
 def dry_run(arguments: list[str]) -> None:
     """List what a command would run. Hydra expands the sweep; it leaves nothing behind."""
     with tempfile.TemporaryDirectory() as nowhere:
-        its = [a for a in arguments if not a.startswith("hydra") or a.startswith("hydra.searchpath")]
+        its = [a for a in arguments if not a.startswith("hydra") or a.startswith(_FOR_PLANS)]
         its += [f"hydra.{key}={nowhere}" for key in ("run.dir", "sweep.dir")]
         its += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
         sys.argv[1:] = flags_first(its)

@@ -17,13 +17,12 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 from torch.nn.functional import cross_entropy
-from tqdm.contrib.logging import logging_redirect_tqdm
 from typing_extensions import final, override
 
 from lightning_prune.study.configs import plain
 from lightning_prune.study.mask_images import MaskImages
 from lightning_prune.study.oneshot import sweep
-from lightning_prune.study.progress import ExperimentProgress
+from lightning_prune.study.progress import ExperimentProgress, lines_above
 from lightning_prune.study.provenance import content
 from lightning_prune.study.recording import Records
 from lightning_prune.study.records import read, write
@@ -124,7 +123,7 @@ def fit(
         options["num_sanity_val_steps"] = 1  # whether it logs what is monitored is seen before training
     trainer = _trainer(cfg, callbacks, steps, **options)
     seed_everything(cfg.order_seed if order is None else order, verbose=False)
-    with logging_redirect_tqdm():  # lines of the log appear above the bar
+    with lines_above(get_class(cfg.progress) if cfg.progress else None):
         try:
             trainer.fit(task, batches, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
         finally:
