@@ -5,6 +5,7 @@ says from where to go on.*
 
 - `masks`: masks, as bool tensors, as bits of a weight, and packed
 - `selection`: the one function in which masks are born
+- `shards`: tensors of which each process holds a part
 - `checks`: arguments that are numbers
 - `copies`: values copied out and put back
 - `files`: files that are written whole or not at all

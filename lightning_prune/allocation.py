@@ -159,7 +159,9 @@ def class_distributed(scores: Scores, total: int, *, params: Mapping[str, Tensor
     return Keep(global_rank(scaled, total))
 
 
-def erk(scores: Scores, total: int, *, params: Mapping[str, Tensor]) -> Keep:
+def erk(
+    scores: Scores, total: int, *, params: Mapping[str, Tensor], together: Together | None = None
+) -> Keep:
     """Erdos-Renyi-Kernel: the density of a tensor is eps * (sum of its sizes) / (product of its sizes).
 
     One eps serves all, such that the total is exact. A tensor whose density would exceed 1 keeps all it has,
@@ -174,8 +176,9 @@ def erk(scores: Scores, total: int, *, params: Mapping[str, Tensor]) -> Keep:
 
     Reference: Evci et al. (2020), arXiv:1911.11134, Section 3; Mocanu et al. (2018), arXiv:1707.04780.
     """
-    shares = {n: Fraction(s.numel() * sum(params[n].shape), params[n].numel()) for n, s in scores.items()}
-    return apportion(total, shares, candidates_per_tensor(scores))
+    sizes = counted({name: s.numel() for name, s in scores.items()}, together)
+    shares = {n: Fraction(size * sum(params[n].shape), params[n].numel()) for n, size in sizes.items()}
+    return apportion(total, shares, candidates_per_tensor(scores, together))
 
 
 def lamp(scores: Scores, total: int) -> Keep:
@@ -225,15 +228,23 @@ class PerLayer:
             name = f"densities[{pattern!r}]"
             number(name, density, "are numbers above 0 up to 1, such as 0.5", lambda v: 0 < v <= 1)
 
-    def __call__(self, scores: Scores, total: int, *, params: Mapping[str, Tensor]) -> Keep:
+    def __call__(
+        self,
+        scores: Scores,
+        total: int,
+        *,
+        params: Mapping[str, Tensor],
+        together: Together | None = None,
+    ) -> Keep:
         for pattern in self.densities:
             if not any(fnmatchcase(name, pattern) for name in params):
                 raise ValueError(
                     f"densities: the pattern {pattern!r} matches no weight. They are: "
                     f"{', '.join(params)}. Name one of them."
                 )
-        shares = {name: s.numel() * Fraction(self._density(name)) for name, s in scores.items()}
-        return apportion(total, shares, candidates_per_tensor(scores))
+        sizes = counted({name: s.numel() for name, s in scores.items()}, together)
+        shares = {name: size * Fraction(self._density(name)) for name, size in sizes.items()}
+        return apportion(total, shares, candidates_per_tensor(scores, together))
 
     def _density(self, name: str) -> float:
         for pattern, density in self.densities.items():

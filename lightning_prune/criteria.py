@@ -29,6 +29,7 @@ from lightning_prune.evidence import Forward, Loss, differentiable, gradients, i
 from lightning_prune.layers import Layout, layouts
 from lightning_prune.masks import Masks
 from lightning_prune.selection import DEAD, Scores, keep_top
+from lightning_prune.shards import like
 from lightning_prune.updates import inverse_root, is_plain, obs
 
 Params = dict[str, Tensor]
@@ -94,7 +95,9 @@ class Random:
 
     def __call__(self, params: Params) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
-        return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in params.items()}
+        return {
+            name: like(torch.rand(w.shape, generator=generator).to(w.device), w) for name, w in params.items()
+        }
 
 
 # ------------------------------------------------------------ of the weights now and at the start: w and w0

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import final
 
 from lightning_prune.masks import Masks, bits, zero_dead_
+from lightning_prune.shards import is_sharded, like, local, settle
 
 # Optimizers that update each weight from its own gradient alone. Under any other, the gradient of a dead
 # weight reaches living ones (through a norm, a line search, a row's mean square, an orthogonalization), so
@@ -97,7 +98,9 @@ class Hold:
     def set(self, masks: Masks) -> None:
         """Hold these masks from now on: on the weights, their gradients, and what optimizers remember."""
         check_fit(masks, self._params)
-        pruned = {name: p for name, p in self._params.items() if not bool(masks[name].all())}
+        masks = {name: like(masks[name], p) for name, p in self._params.items()}
+        # of shards, the parts that this process has
+        pruned = {name: p for name, p in self._params.items() if not bool(local(masks[name]).all())}
         self._bits = {name: bits(masks[name], like=p) for name, p in pruned.items()}
         self._views = []
         self.apply()
@@ -126,10 +129,10 @@ class Hold:
 
     def apply(self) -> None:
         """Set dead weights to +0.0."""
-        if not self._views or any(p.data_ptr() != view.data_ptr() for p, view, _ in self._views):
+        if not self._views or any(_address(p) != view.data_ptr() for p, view, _ in self._views):
             # made once: on a small network making them costs as much as the masking itself
             self._views = [
-                (p, p.detach().view(alive_bits.dtype), alive_bits)
+                (p, local(p).view(alive_bits.dtype), alive_bits)
                 for p, alive_bits in ((self._params[name], b) for name, b in self._bits.items())
             ]
         for _, view, alive_bits in self._views:
@@ -142,6 +145,8 @@ class Hold:
             hold = reference()
             living = None if hold is None else hold.bits_of(name)
             if living is not None and p.grad is not None and p.grad.layout == torch.strided:
+                if is_sharded(p.grad):
+                    p.grad = like(p.grad, p)  # that of a tensor parallel layer may lie in another way
                 zero_dead_(p.grad, living)
 
         return hook
@@ -156,6 +161,10 @@ class Hold:
             handle.remove()
         self._handles.clear()
         _sweep()
+
+
+def _address(p: Tensor) -> int:
+    return local(p).data_ptr() if is_sharded(p) else p.data_ptr()
 
 
 # Hooks of holds that nobody removed before they died. Python may collect one at any moment, also while torch
@@ -224,8 +233,11 @@ def zero_dead_state(optimizer: optim.Optimizer, alive_bits: dict[Tensor, Tensor]
     for p, living in alive_bits.items():
         for value in state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:
-                value.masked_fill_(living.to(value.device) == 0, 0)
-    if isinstance(optimizer, optim.LBFGS):  # keeps vectors over all of its parameters, under the first
+                here = local(value)
+                here.masked_fill_(living.to(here.device) == 0, 0)
+    if isinstance(optimizer, optim.LBFGS) and not any(
+        map(is_sharded, alive_bits)
+    ):  # keeps vectors over all of its parameters, under the first
         params: list[Tensor] = optimizer.param_groups[0]["params"]
         all_alive = torch.zeros(1, dtype=torch.bool)
         parts = [
@@ -293,6 +305,7 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
     Raises:
         ValueError: when the masks do not fit the model.
     """
+    settle(model)
     parameters = dict(model.named_parameters())
     unknown = [name for name in masks if name not in parameters]
     if unknown:

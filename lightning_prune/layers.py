@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import final, override
 
+from lightning_prune.shards import settle
 from lightning_prune.tables import html_table, table
 
 LAYERS = (
@@ -104,6 +105,7 @@ def targets(
             left to prune, or when a weight is computed from others (weight norm), not there yet (a lazy
             layer), or not of a floating point type with which one can train (quantized).
     """
+    settle(model)
     _check_layers(model, layers)
     why_not: dict[int, list[str]] = {}  # a parameter's, from each of its owners
     unfit: dict[str, str] = {}  # weights that no mask can be put on, and what to do

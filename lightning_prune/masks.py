@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.shards import is_sharded, like, local, settle, sum_of, whole
+
 Masks = dict[str, Tensor]
 
 
 def count(found: Any) -> int:
-    """How many are True."""
+    """How many are True; of a sharded tensor on all processes, which must all call it."""
+    if is_sharded(found):
+        return sum_of(count(local(found)), found)
     if isinstance(found, Tensor) and found.device.type == "cpu":
         found = found.numpy()  # which counts five times as fast
     return int(found.count_nonzero() if isinstance(found, Tensor) else np.count_nonzero(found))
@@ -61,7 +65,12 @@ def integer(dtype: torch.dtype) -> torch.dtype:
 
 
 def bits(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask as integers as wide as the elements of `like`: all ones where alive, all zeros where dead."""
+    """The mask as integers as wide as the elements of `like`: all ones where alive, all zeros where dead.
+
+    Of shards it is the mask of the part that this process has.
+    """
+    if is_sharded(mask):
+        mask, like = local(mask), local(like)
     return mask.to(device=like.device, dtype=integer(like.dtype)).neg_()
 
 
@@ -76,11 +85,11 @@ def zero_dead_(tensor: Tensor, alive_bits: Tensor) -> None:
     >>> x
     tensor([0., 0., 2.])
     """
-    tensor.detach().view(alive_bits.dtype).bitwise_and_(alive_bits)
+    local(tensor).view(alive_bits.dtype).bitwise_and_(alive_bits)
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor | list[int]]]:
-    """Masks at one bit a weight, in plain containers and tensors.
+    """Masks at one bit a weight, in plain containers and tensors; all processes must call it for shards.
 
     >>> packed = pack({"w": torch.tensor([[True, False, True]])})
     >>> packed
@@ -91,7 +100,7 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor | list[int]]
     return {
         name: {
             "shape": list(mask.shape),
-            "bits": torch.from_numpy(np.packbits(mask.detach().cpu().reshape(-1).numpy())),
+            "bits": torch.from_numpy(np.packbits(whole(mask).detach().cpu().reshape(-1).numpy())),
         }
         for name, mask in masks.items()
     }
@@ -124,13 +133,14 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         ValueError: when a name is not that of a parameter, or a mask does not fit it. The model is then as it
             was.
     """
+    settle(model)
     parameters = dict(model.named_parameters())
     for name, mask in masks_of(parameters, masks, "model's").items():
         zero_dead_(parameters[name], bits(mask, like=parameters[name]))
 
 
 def masks_of(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], whose: str) -> Masks:
-    """The masks, each on the device of its parameter.
+    """The masks, each on the device of its parameter, and sharded as it is.
 
     Raises:
         ValueError: when a name is not among `params`, or a mask does not fit its parameter.
@@ -148,7 +158,7 @@ def masks_of(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], whose: s
             raise ValueError(
                 f"masks: {name} is {given}; allowed is torch.bool of shape {shape}. Use masks of this model."
             )
-    return {name: mask.to(params[name].device) for name, mask in masks.items()}
+    return {name: like(mask.to(params[name].device), params[name]) for name, mask in masks.items()}
 
 
 # What wrappers put before, or into, the names of parameters.

@@ -20,7 +20,8 @@ from lightning_prune.layers import LAYERS, Layout, layouts, matching, prunable
 from lightning_prune.layerwise import prune_in_order
 from lightning_prune.masks import Masks, alive, bits, count, masks_of, zero_dead_
 from lightning_prune.schedules import Schedule
-from lightning_prune.selection import DEAD, Scores, only, select
+from lightning_prune.selection import DEAD, Scores, Together, counted, only, select
+from lightning_prune.shards import is_sharded, like, local, placed, refuse, shards_of
 from lightning_prune.updates import Update
 
 Scheduled = list[tuple[list[str], Schedule]]  # names of weights, and the schedule that drives them
@@ -181,19 +182,98 @@ def next_masks(
         ValueError: when a weight or a score of a living weight is not finite.
     """
     weights = {name: p.detach() for name, p in params.items()}
+    if any(map(is_sharded, weights.values())):
+        return _next_shards(weights, masks, sparsities, criterion, allocate, granularity, evidence)
     for name, weight in weights.items():
         check_finite(name, weight)
     if not any(sparsity for _, sparsity in sparsities):
         return {name: masks[name].clone() for name in weights}
-    known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
-    if len(known) == len(sparsities):
-        evidence["sparsity"] = sum(s * n for s, n in known) / max(1, sum(n for _, n in known))
+    evidence |= _known(weights, sparsities)
     laid_out: Mapping[str, Layout] = evidence.get("layouts") or {}
     if not laid_out and (model := evidence.get("model")) is not None:
         laid_out = evidence["layouts"] = layouts(model, weights)
     scores = score(criterion, weights, {"masks": masks, **evidence})
     of_a_run = {name: evidence[name] for name in OF_A_RUN & evidence.keys()}
     return chosen(scores, weights, masks, sparsities, allocate, granularity, laid_out, **of_a_run)
+
+
+def _known(
+    weights: Mapping[str, Tensor], sparsities: Sequence[tuple[Sequence[str], Sparsity]]
+) -> dict[str, float]:
+    """The sparsity of all weights together, where it is known before the scores are."""
+    known = [(s, sum(weights[n].numel() for n in names)) for names, s in sparsities if not callable(s)]
+    if len(known) < len(sparsities):
+        return {}
+    return {"sparsity": sum(s * n for s, n in known) / max(1, sum(n for _, n in known))}
+
+
+def _next_shards(
+    weights: dict[str, Tensor],
+    masks: Masks,
+    sparsities: Sequence[tuple[Sequence[str], Sparsity]],
+    criterion: Criterion,
+    allocate: Allocation,
+    granularity: Granularity,
+    evidence: dict[str, Any],
+) -> Masks:
+    """`next_masks` of weights that are sharded over processes, which must all call it.
+
+    Scores are made of the sharded tensors, so that what a criterion sums up it sums over the whole. What is
+    selected of them each process selects in its own part.
+    """
+    scores: Scores = {}
+    failed: Exception | None = None
+    masks = {name: like(masks[name], w) for name, w in weights.items()}
+    try:
+        _check_shards(sparsities, criterion, granularity)
+        for name, weight in weights.items():
+            check_finite(name, local(weight))
+        if any(sparsity for _, sparsity in sparsities):
+            evidence |= _known(weights, sparsities)
+            if (initial := evidence.get("initial")) is not None:
+                evidence["initial"] = {
+                    n: like(initial[n].to(w.device), w) if initial[n].shape == w.shape else initial[n]
+                    for n, w in weights.items()
+                    if n in initial
+                }
+            scores = score(criterion, weights, {"masks": masks, **evidence})
+            scores = {name: local(like(s, weights[name])) for name, s in scores.items()}
+            for name, values in scores.items():
+                check_finite(name, values, local(masks[name]))
+    except Exception as error:  # told to the others, so that none of them waits for this process
+        failed = error
+    together = shards_of(weights, failed)
+    if not scores:
+        return {name: placed(local(masks[name]).clone(), w) for name, w in weights.items()}
+    here = {name: local(mask) for name, mask in masks.items()}
+    new = chosen(scores, weights, here, sparsities, allocate, granularity, together=together)
+    return {name: placed(mask, weights[name]) for name, mask in new.items()}
+
+
+def _check_shards(
+    sparsities: Sequence[tuple[Sequence[str], Sparsity]], criterion: Criterion, granularity: Granularity
+) -> None:
+    """Refuse what cannot be done on shards.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if any(callable(sparsity) for _, sparsity in sparsities):
+        raise ValueError(
+            "schedule: it reads the scores, and weights are sharded over processes, each of which has a part "
+            "of them. Allowed are schedules of the round alone. Use one of these."
+        )
+    if granularity is not single:
+        raise ValueError(
+            f"granularity: {granularity} puts weights together that may lie on several processes, over which "
+            "weights are sharded here. Allowed are single weights. Prune these, or before you shard it."
+        )
+    if wanted := OF_A_RUN & asked(criterion).keys():
+        raise ValueError(
+            f"criterion: {criterion} asks for {', '.join(sorted(wanted))}, a run of the model, and weights "
+            "are sharded over processes. Allowed are criteria of the weights alone, such as magnitude. Use "
+            "one, or prune before you shard the model."
+        )
 
 
 def chosen(
@@ -204,9 +284,12 @@ def chosen(
     allocate: Allocation,
     granularity: Granularity,
     laid_out: Mapping[str, Layout] | None = None,
+    together: Together | None = None,
     **evidence: Any,
 ) -> Masks:
     """The second half of `next_masks`: of scores that are known, who lives on. `scores` is emptied.
+
+    With `together`, scores and masks are those of the parts of tensors that this process has.
 
     Raises:
         ValueError: when a score of a living weight is not finite.
@@ -232,9 +315,13 @@ def chosen(
             new.update({name: masks[name].clone() for name in names})
             continue
         there = {name: candidates[name] for name in names}
-        total = min(budget(sparsity, sum(s.numel() for s in group.values())), alive(there))
+        size = sum(counted({name: s.numel() for name, s in group.items()}, together).values())
+        total = min(
+            budget(sparsity, size), sum(counted({n: count(c) for n, c in there.items()}, together).values())
+        )
         rows = laid_out if granularity is single else None  # units say by their shape what outputs are
-        best = select(group, there, total, allocate, layouts=rows, params=params, masks=masks, **evidence)
+        axes = total, allocate, together, rows
+        best = select(group, there, *axes, params=params, masks=masks, **evidence)
         new.update({n: expand[n](best.pop(n)).contiguous().logical_and_(masks[n]) for n in names})
     return {name: new[name] for name in params}
 
@@ -349,6 +436,8 @@ def prune(
             not given. The model is then as it was.
     """
     params = prunable(model, layers, include, exclude)
+    if layer_by_layer:
+        refuse(params.values(), "layer_by_layer=True", "Prune before you shard the model.")
     there = _dense(params) if masks is None else {**_dense(params), **masks_of(params, masks, "prunable")}
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):
@@ -409,4 +498,5 @@ def _nothing_left(schedule: Schedule, size: int) -> ValueError:
 
 def _dense(params: Mapping[str, Tensor]) -> Masks:
     one = torch.ones((), dtype=torch.bool)
-    return {name: one.to(p.device).expand(p.shape) for name, p in params.items()}  # without memory of theirs
+    # without memory of theirs
+    return {name: placed(one.to(p.device).expand(local(p).shape), p) for name, p in params.items()}

@@ -112,24 +112,27 @@ def select(
         )
     there = candidates_per_tensor(ranked, together)
     near, chosen = getattr(keep, "near", None), Masks()
+    if together is not None:
+        return _chosen_together(allocate, ranked, keep, there, near, together)
     for name in list(ranked):
         scores_here, its = ranked.pop(name), keep[name]
         layout = (layouts or {}).get(name, Layout())
         if isinstance(its, Tensor):
-            _check_per_output(allocate, name, layout.rows(scores_here), its, together)
+            _check_per_output(allocate, name, layout.rows(scores_here), its)
             rows = keep_top_of_rows(layout.rows(scores_here), its)
             chosen[name] = layout.from_rows(rows, scores_here.shape).contiguous()
             continue
-        if its > there[name]:
-            raise ValueError(
-                f"allocate: {allocate} gave {name} {its} survivors; allowed are {there[name]}, what it has "
-                "alive. Cap its counts."
-            )
-        if together is None:
-            chosen[name] = keep_top(scores_here, its, near=near)
-        else:
-            chosen[name] = _keep_top_together(name, scores_here, its, together)
+        _check_count(allocate, name, its, there[name])
+        chosen[name] = keep_top(scores_here, its, near=near)
     return chosen
+
+
+def _check_count(allocate: Allocation, name: str, keep: int, there: int) -> None:
+    if keep > there:
+        raise ValueError(
+            f"allocate: {allocate} gave {name} {keep} survivors; allowed are {there}, what it has "
+            "alive. Cap its counts."
+        )
 
 
 def survivors(counts: int | Tensor) -> int:
@@ -137,14 +140,7 @@ def survivors(counts: int | Tensor) -> int:
     return int(counts.sum()) if isinstance(counts, Tensor) else counts
 
 
-def _check_per_output(
-    allocate: Allocation, name: str, rows: Tensor, keep: Tensor, together: Together | None
-) -> None:
-    if together is not None:
-        raise ValueError(
-            f"allocate: {allocate} gave {name} a count for each output, which ranks that hold parts of the "
-            "tensors cannot select by. Allowed are counts per tensor, as those of `uniform`. Use that."
-        )
+def _check_per_output(allocate: Allocation, name: str, rows: Tensor, keep: Tensor) -> None:
     if keep.shape != (len(rows),) or keep.is_floating_point() or keep.is_complex():
         raise ValueError(
             f"allocate: {allocate} gave {name} counts of the shape {tuple(keep.shape)} and of {keep.dtype}; "
@@ -204,20 +200,65 @@ def counted(here: Mapping[str, int], together: Together | None) -> dict[str, int
     return dict(zip(here, together.add(torch.tensor(own, dtype=torch.int64)).tolist(), strict=True))
 
 
-def _keep_top_together(name: str, scores: Tensor, keep: int, together: Together) -> Tensor:
-    """What `keep_top` gives for the whole tensor, of this rank's part."""
-    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    flat, own = scores.reshape(-1), [scores] if together.counts(name) else []
-    if not keep:
+def _chosen_together(
+    allocate: Allocation,
+    ranked: Scores,
+    keep: Counts,
+    there: Mapping[str, int],
+    near: float | None,
+    together: Together,
+) -> Masks:
+    """This rank's parts of what `keep_top` gives for the whole tensors. `ranked` is emptied."""
+    counts: dict[str, int] = {}
+    for name, its in keep.items():
+        if isinstance(its, Tensor):
+            raise ValueError(
+                f"allocate: {allocate} gave {name} a count for each output, which ranks that hold parts of "
+                "the tensors cannot select by. Allowed are counts per tensor, such as those of `uniform`."
+            )
+        _check_count(allocate, name, its, there[name])
+        counts[name] = its
+    reached = above = dict.fromkeys(ranked, -1)
+    if near is not None:
+        reached, above = (
+            counted({n: count_above(s, near, or_equal=equal) for n, s in ranked.items()}, together)
+            for equal in (True, False)
+        )
+    chosen = Masks()
+    for name in list(ranked):
+        scores, its = ranked.pop(name), counts[name]
+        own = [scores] if together.counts(name) else []
+        if its in (0, there[name]):
+            chosen[name] = scores > DEAD if its else torch.zeros_like(scores, dtype=torch.bool)
+        elif near is not None and its == reached[name]:
+            chosen[name] = _mask(scores, near, operator.ge)
+        elif near is not None and above[name] <= its < reached[name]:
+            chosen[name] = _with_ties(name, scores, near, its - above[name], together)
+        else:
+            cut, ties = threshold(own, its, together.add)
+            chosen[name] = _with_ties(name, scores, cut, ties, together)
+    return chosen
+
+
+def _with_ties(name: str, scores: Tensor, cut: float, ties: int, together: Together) -> Tensor:
+    """This rank's part of the mask of what is above `cut`, and of the first `ties` that are equal to it."""
+    mask = _mask(scores, cut, operator.gt)
+    if not ties:
         return mask
-    cut, ties = threshold(own, keep, together.add)
-    mask.view(-1)[:] = flat > cut
-    tied = (flat == cut).nonzero().flatten()
+    tied = _mask(scores, cut, operator.eq).flatten().nonzero().flatten()
     places = together.places(name, tied).to("cpu", torch.float64)  # exact: below 2**53
-    last, _ = threshold(
-        [-places] if own else [], ties, together.add
-    )  # the place of the last one that is kept
+    own = [-places] if together.counts(name) else []
+    last, _ = threshold(own, ties, together.add)  # the place of the last one that is kept
     mask.view(-1)[tied[(-places >= last).to(tied.device)]] = True
+    return mask
+
+
+def _mask(scores: Tensor, score: float, compare: Callable[[Keys, int], Keys]) -> Tensor:
+    """Which scores compare so with `score`, which may be of another dtype."""
+    mask, start = torch.empty(scores.shape, dtype=torch.bool, device=scores.device), 0
+    for found in _compared(scores, score, compare):
+        mask.view(-1)[start : start + len(found)] = torch.as_tensor(found)
+        start += len(found)
     return mask
 
 

@@ -424,7 +424,7 @@ def work(rank, world, port, folder, names):
     torch.save(results, folder / f"{world}-{rank}.pt")
 
 
-def processes(world, folder, names=tuple(RUNS)):
+def processes(world, folder, names=tuple(RUNS), work=work):
     """Start them, wait, and bring what they saw: {name of a training: what each rank saw}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

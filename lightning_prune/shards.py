@@ -1,0 +1,275 @@
+"""Shards: tensors of which each process holds a part, as FSDP2 and tensor parallel hold parameters.
+
+Such a tensor is a DTensor. Here it says which part of the whole a process has (rows, columns, strided ones,
+uneven, empty, or all of it), and processes tell each other what it takes to select together. What a process
+tells does not grow with the number of weights.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypeIs, final
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: object) -> "TypeIs[DTensor]":
+    """Whether a tensor is a DTensor: one of which each process may hold a part.
+
+    >>> is_sharded(torch.ones(2))
+    False
+    """
+    room = sys.modules.get("torch.distributed.tensor")  # which takes long to import, where nobody has yet
+    return room is not None and isinstance(tensor, room.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this process has, in the same memory; of a whole tensor, all of it.
+
+    >>> local(torch.ones(2))
+    tensor([1., 1.])
+    """
+    if not is_sharded(tensor):
+        return tensor.detach()
+    with torch.no_grad():
+        return tensor.to_local().detach()
+
+
+def placed(part: Tensor, like: Tensor) -> Tensor:
+    """What this process has of a tensor as one that lies as `like` does: the inverse of `local`."""
+    if not is_sharded(like):
+        return part
+    # A part keeps its device: that of a snapshot is the CPU, wherever the parameter is.
+    mesh, places = like.device_mesh, like.placements
+    return type(like).from_local(
+        part, mesh, places, run_check=False, shape=like.shape, stride=_strides(like.shape)
+    )
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor of the shape of `other`, lying as that one does. A whole one is cut here, nothing is sent.
+
+    All processes must call it where `tensor` is sharded in another way.
+    """
+    if is_sharded(other):
+        if not is_sharded(tensor):
+            return placed(part_of(tensor, other), other)
+        if (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements):
+            return tensor
+        if tensor.device_mesh != other.device_mesh:
+            return placed(part_of(whole(tensor), other), other)
+        with torch.no_grad():
+            return tensor.redistribute(placements=other.placements)
+    return whole(tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. All processes must call it where it is sharded."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.full_tensor()
+
+
+def part_of(tensor: Tensor, other: Tensor) -> Tensor:
+    """What this process would have of a whole tensor that lay as `other` does: a copy."""
+    part = tensor.detach()
+    for dim, indices in enumerate(indices_of(other)):
+        if len(indices) != tensor.shape[dim]:
+            part = part.index_select(dim, indices.to(part.device))
+    return part.contiguous()
+
+
+def indices_of(tensor: Tensor) -> list[Tensor]:
+    """Of each dimension of a whole tensor the indices that this process has, in its order.
+
+    >>> indices_of(torch.ones(2, 1))
+    [tensor([0, 1]), tensor([0])]
+    """
+    indices = [torch.arange(size) for size in tensor.shape]
+    if not is_sharded(tensor):
+        return indices
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:  # the tensor is that of other processes
+        return [its[:0] for its in indices]
+    for mesh_dim, dim, stride in _cuts(tensor):
+        n, mine = tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim]
+        # a strided shard has a chunk of each of so many pieces, which a later dimension of the mesh divides
+        chunks = [_chunk(piece, n, mine) for piece in indices[dim].chunk(stride)]
+        indices[dim] = torch.cat(chunks)
+    return indices
+
+
+def _chunk(indices: Tensor, n: int, i: int) -> Tensor:
+    chunks = indices.chunk(n)
+    return chunks[i] if i < len(chunks) else indices[:0]
+
+
+def _cuts(tensor: "DTensor") -> list[tuple[int, int, int]]:
+    """(dimension of the mesh, dimension of the tensor that it divides, of how many pieces a chunk)."""
+    return [
+        (mesh_dim, getattr(placement, "dim", 0) % tensor.dim(), getattr(placement, "split_factor", 1))
+        for mesh_dim, placement in enumerate(tensor.placements)
+        if not placement.is_replicate()
+    ]
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def sum_of(number: int, tensor: Tensor) -> int:
+    """The sum of a number over the processes that hold a tensor, replicas once. All of them must call it."""
+    if not is_sharded(tensor):
+        return number
+    mesh = tensor.device_mesh
+    here = torch.tensor(number, device=_device(mesh.device_type))
+    for mesh_dim, _, _ in _cuts(tensor):
+        torch.distributed.all_reduce(here, group=mesh.get_group(mesh_dim))
+    return int(here)
+
+
+def _device(kind: str) -> torch.device:
+    if kind == "cpu":
+        return torch.device(kind)
+    return torch.device(kind, getattr(torch, kind).current_device())
+
+
+@final
+class Shards:
+    """What the processes that hold parts of the same tensors tell each other, to select as one does.
+
+    Args:
+        tensors: by name, in the same order on every process; sharded or whole.
+        failed: what went wrong on this process before it came here, or None.
+
+    Raises:
+        ValueError: on every process, when something went wrong on one, or a tensor is a sum yet to be made.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], failed: Exception | None = None) -> None:
+        self._indices = {name: indices_of(tensor) for name, tensor in tensors.items()}
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        meshes = [t.device_mesh for t in tensors.values() if is_sharded(t)]
+        self._device = _device(meshes[0].device_type)
+        said = failed or _unfit(tensors)
+        keys = {name: _key(tensor) for name, tensor in tensors.items()}
+        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, (f"{said}" if said else None, keys))
+        if failed is not None:
+            raise failed
+        for rank, (wrong, its) in enumerate(of_ranks):
+            if wrong:
+                raise ValueError(f"{wrong} (said by process {rank})")
+            if list(its) != list(keys):
+                raise ValueError(
+                    f"process {rank} has the weights {', '.join(its)}, and this one {', '.join(keys)}; "
+                    "allowed is the same model on all. Build it alike."
+                )
+        first = {name: [its for _, its in of_ranks] for name in keys}
+        me = torch.distributed.get_rank()
+        self._counts = {
+            name: next(rank for rank, its in enumerate(parts) if its[name] == keys[name]) == me
+            for name, parts in first.items()
+        }
+
+    def add(self, counts: Tensor) -> Tensor:
+        """The sum over all processes of whole numbers, equal on each."""
+        total = counts.to(self._device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.to(counts.device)
+
+    def counts(self, name: str) -> bool:
+        """Whether this process is the first that has its part of a tensor; of replicas only one counts."""
+        return self._counts[name]
+
+    def places(self, name: str, indices: Tensor) -> Tensor:
+        """Where elements of this process's part, by flat index, lie in the whole tensor, by flat index."""
+        place, rest = torch.zeros_like(indices), indices
+        stride = 1
+        for its, size in zip(reversed(self._indices[name]), reversed(self._shapes[name]), strict=True):
+            place += its.to(indices.device)[rest % max(1, len(its))] * stride
+            rest, stride = rest // max(1, len(its)), stride * size
+        return place
+
+    def agree(self, failed: Exception | None) -> None:
+        """Go on if nothing went wrong on any process.
+
+        Raises:
+            Exception: `failed`, where it is given; else a ValueError, when another process has one.
+        """
+        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, None if failed is None else f"{failed}")
+        if failed is not None:
+            raise failed
+        for rank, wrong in enumerate(of_ranks):
+            if wrong is not None:
+                raise ValueError(f"{wrong} (said by process {rank})")
+
+
+def _key(tensor: Tensor) -> tuple[int, ...]:
+    """What tells apart the parts of one tensor: the place of a process in the dimensions that divide it."""
+    if not is_sharded(tensor):
+        return ()
+    coordinate = tensor.device_mesh.get_coordinate() or [-1] * tensor.device_mesh.ndim
+    return tuple(coordinate[mesh_dim] for mesh_dim, _, _ in _cuts(tensor))
+
+
+def _unfit(tensors: Mapping[str, Tensor]) -> Exception | None:
+    for name, tensor in tensors.items():
+        if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
+            return ValueError(
+                f"{name} is placed as {tensor.placements}: a sum that is yet to be made. Allowed are shards "
+                "and replicas. Redistribute it."
+            )
+    return None
+
+
+def shards_of(tensors: Mapping[str, Tensor], failed: Exception | None = None) -> Shards | None:
+    """How the processes select together, or None where all tensors are whole.
+
+    All processes must call it where one is sharded.
+    """
+    return Shards(tensors, failed) if any(map(is_sharded, tensors.values())) else None
+
+
+# ------------------------------------------------------------------------------------------ models of shards
+
+
+def settle(model: nn.Module) -> None:
+    """Let a model show its shards, of which FSDP2 may have left some gathered after a forward.
+
+    Raises:
+        ValueError: when the model is sharded in a way in which its parameters are no longer there.
+    """
+    for module in model.modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if found := sorted(kinds & _FLAT):
+            raise ValueError(f"the model is wrapped in {found[0]}, {_INSTEAD}")
+        if "FSDPModule" in kinds:
+            module.reshard()  # type: ignore[operator]
+    for name, p in model.named_parameters():
+        if hasattr(p, "ds_id"):  # of DeepSpeed's ZeRO-3
+            raise ValueError(f"{name} is a parameter of DeepSpeed's ZeRO, {_INSTEAD}")
+
+
+_FLAT = {"FullyShardedDataParallel", "DeepSpeedEngine"}
+_INSTEAD = (
+    "which keeps parts of weights where no mask can be put on them. Allowed are whole weights and those that "
+    "torch.distributed.fsdp.fully_shard (FSDP2) or tensor parallel makes; with Lightning that is "
+    "ModelParallelStrategy. Use one of these."
+)
+
+
+def refuse(tensors: Iterable[Tensor], what: str, instead: str) -> None:
+    """Refuse what cannot be done on shards.
+
+    Raises:
+        ValueError: naming it, when one of the tensors is sharded.
+    """
+    if any(map(is_sharded, tensors)):
+        raise ValueError(f"{what} does not work on weights that are sharded over processes. {instead}")

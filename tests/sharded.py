@@ -1,0 +1,304 @@
+"""What processes that hold shards do: each process does all of it and leaves what it saw."""
+
+import itertools
+import os
+import traceback
+import warnings
+from copy import deepcopy
+from datetime import timedelta
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import lightning_prune as lp
+from lightning_prune.allocation import AtLeast, PerLayer, erk, global_rank, uniform
+from lightning_prune.shards import Shards, is_sharded, like, local, placed, whole
+from tests.networks import dead_are_zero, same
+
+RUNS = {}
+
+
+def run(scenario):
+    RUNS[scenario.__name__] = scenario
+    return scenario
+
+
+# ------------------------------------------------------------------------------------------ models of shards
+
+
+def linears(sizes=(6, 9, 5, 3), dtype=torch.float32):
+    layers = [nn.Linear(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*[each for layer in layers for each in (layer, nn.Tanh())][:-1])
+
+
+def fsdp(model, mesh=None):
+    """Each layer a group of its own, and the model one of what is left."""
+    for layer in model:
+        if next(layer.parameters(), None) is not None:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def tensor_parallel(model, mesh=None):
+    """Columns, rows, columns, ... of linear layers; others stay whole on every process."""
+    mesh = mesh or init_device_mesh("cpu", (distributed.get_world_size(),))
+    names = [name for name, layer in model.named_children() if isinstance(layer, nn.Linear)]
+    plan = {name: (ColwiseParallel, RowwiseParallel)[i % 2]() for i, name in enumerate(names[:2])}
+    return parallelize_module(model, mesh, plan)
+
+
+def both(model):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return fsdp(tensor_parallel(model, mesh["tensor"]), mesh["data"])
+
+
+def hybrid(model):
+    """Replicas of shards."""
+    return fsdp(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+
+
+WAYS = {2: (fsdp, tensor_parallel), 4: (fsdp, tensor_parallel, both, hybrid)}
+
+
+def wholes(tensors):
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def weights_of(model):
+    return {name: whole(p).clone() for name, p in model.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------------------ scenarios
+
+
+@run
+def parts(world, rank, folder):
+    """Weights that are the numbers of their places say where they are."""
+    wrong, seen = [], set()
+    for way in WAYS[world]:
+        model = linears((5, 8, 4, 1, 3)) if way in (tensor_parallel, both) else linears((5, 7, 1, 3))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.arange(p.numel()).view(p.shape))
+        way(model)
+        shards = Shards(dict(model.named_parameters()))
+        for name, p in model.named_parameters():
+            here = local(p)
+            places = shards.places(name, torch.arange(here.numel()))
+            counted = torch.tensor(here.numel() if shards.counts(name) else 0)
+            numbers = torch.arange(p.numel()).view(p.shape).to(p.dtype)
+            seen.add(str(p.placements) if is_sharded(p) else "whole")
+            if not (
+                torch.equal(places.view(here.shape), here.long())
+                and int(shards.add(counted)) == p.numel()
+                and same(local(like(numbers, p)), here)
+                and same(whole(placed(here, p)), numbers)
+            ):
+                wrong.append(f"{way.__name__} {name} {p.placements}")
+    return {"wrong": wrong, "placements": sorted(seen)}
+
+
+ALLOCATIONS = (
+    global_rank,
+    uniform,
+    erk,
+    PerLayer({"0.*": 0.3, "*": 0.6}),
+    AtLeast(0, of=global_rank),
+    AtLeast(3, of=uniform),
+)
+CRITERIA = (
+    lp.criteria.magnitude,
+    lp.criteria.small_final,
+    lp.criteria.Random(seed=3),
+    lp.criteria.Ln(2),
+    lp.criteria.movement,
+    lp.criteria.large_init,
+)
+
+
+def case(seed, way):
+    """Random shapes, dtypes, ties, criterion, allocation: masks on shards and those of one process."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n, start=0):
+        return start + int(torch.randint(n, (), generator=g))
+
+    even = way.__name__ in ("tensor_parallel", "both")  # which torch itself asks for
+    sizes = [4 * draw(4, 1) if even else draw(12, 1) for _ in range(draw(3, 3))]
+    model = linears(sizes)
+    # one dtype for each layer that is sharded
+    for layer in model:
+        layer.to((torch.float32, torch.float32, torch.bfloat16, torch.float64)[draw(4)])
+    values = draw(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            drawn = torch.randn(p.shape, generator=g)
+            p.copy_(drawn if not values else (drawn * values).round())  # many ties
+    initial = {n: torch.randint(-2, 3, p.shape, generator=g).to(p) for n, p in model.named_parameters()}
+    before = {n: torch.rand(p.shape, generator=g) < 0.8 for n, p in model.named_parameters() if p.dim() > 1}
+    options = {
+        "sparsity": draw(100) / 100,
+        "allocate": ALLOCATIONS[draw(len(ALLOCATIONS))],
+        "criterion": CRITERIA[draw(len(CRITERIA))],
+        "initial": initial,
+        "masks": before if draw(2) else None,
+    }
+    sharded = way(deepcopy(model))
+    expected = lp.prune(model, **options)
+    found = lp.prune(sharded, **options)
+    for name, p in sharded.named_parameters():
+        if name in found and is_sharded(p):
+            assert (found[name].placements, found[name].device_mesh) == (p.placements, p.device_mesh)
+    masks = wholes(found)
+    bits = sum(int((masks[n] ^ m).sum()) for n, m in expected.items())
+    equal = same(masks, expected) and same(weights_of(sharded), weights_of(model))
+    size, left = (sum(f(m) for m in expected.values()) for f in (torch.Tensor.numel, torch.Tensor.sum))
+    shown = {k: str(v) for k, v in options.items() if k not in ("initial", "masks")}
+    return {"bits": bits, "equal": equal, "size": size, "left": int(left), "options": str((sizes, shown))}
+
+
+@run
+def cases(world, rank, folder, n=8):
+    return [case(seed, way) for way in WAYS[world] for seed in range(n)]
+
+
+@run
+def many_cases(world, rank, folder):
+    """With those of two and of four processes, 200 in all and more."""
+    return cases(world, rank, folder, {2: 40, 4: 40}[world])
+
+
+def loop(model, masks, optimizers, way, steps=4):
+    """Train, with clipping and accumulation; the dead are looked at after every step."""
+    wrong, handle = [], lp.hold(model, optimizers, masks)
+    g = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for _ in range(2):
+            x = torch.randn(8, next(model.parameters()).shape[1], generator=g)
+            model(x).square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if n in masks}
+        wrong += [] if dead_are_zero(wholes(grads), wholes(masks)) else [f"gradient of step {step}"]
+        # of shards alone: torch takes no norm of them and of whole tensors together
+        nn.utils.clip_grad_norm_(filter(is_sharded, model.parameters()), 0.1)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for n, p in model.named_parameters():
+            if n in masks and not dead_are_zero({n: local(p)}, {n: local(masks[n])}):
+                wrong.append(f"{n} after step {step}")
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            mask = next((masks[n] for n, q in model.named_parameters() if q is p and n in masks), None)
+            for what, value in state.items():
+                if mask is not None and value.shape == p.shape and bool(local(value)[~local(mask)].any()):
+                    wrong.append(f"{what} of the dead")
+    handle.remove()
+    return wrong
+
+
+@run
+def held(world, rank, folder):
+    wrong = {}
+    for way in WAYS[world]:
+        for make in (
+            lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.01),
+            lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.1),
+        ):
+            torch.manual_seed(1)
+            model = way(linears((8, 12, 4, 4)))
+            masks = lp.prune(model, sparsity=0.6)
+            optimizer = make(model.parameters())
+            wrong[f"{way.__name__} {type(optimizer).__name__}"] = loop(model, masks, [optimizer], way)
+    return wrong
+
+
+@run
+def put_on(world, rank, folder):
+    """`apply_masks` takes masks that are whole, and such that are sharded; `targets` sees whole shapes."""
+    torch.manual_seed(2)
+    plain = linears()
+    model = fsdp(deepcopy(plain))
+    rows = list(lp.targets(model)) == list(lp.targets(plain))
+    masks = lp.prune(deepcopy(plain), sparsity=0.5)
+    lp.apply_masks(plain, masks)
+    lp.apply_masks(model, masks)
+    again = fsdp(linears())
+    shards = {n: like(masks[n], p) for n, p in again.named_parameters() if n in masks}
+    lp.apply_masks(again, shards)
+    # after a forward without a backward, FSDP2 leaves some gathered
+    with torch.no_grad():
+        again(torch.ones(1, 6))
+    lp.apply_masks(again, masks)
+    zero = dead_are_zero(weights_of(again), masks)
+    return {"rows": rows, "same": same(weights_of(model), weights_of(plain)), "zero": zero}
+
+
+def said(act):
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@run
+def refused(world, rank, folder):
+    model = fsdp(linears())
+
+    def spoilt():
+        other = fsdp(linears())
+        if rank == world - 1:
+            with torch.no_grad():
+                local(other[0].weight).fill_(torch.nan)
+        return said(lambda: lp.prune(other))
+
+    def breaks(params):
+        if rank == world - 1:
+            raise OSError("no space left")
+        return lp.criteria.magnitude(params)
+
+    before = weights_of(model)
+    prune = {
+        "granularity": {"granularity": lp.granularity.Filter()},
+        "run": {"criterion": lp.criteria.wanda, "data": [torch.ones(1, 6)]},
+        "schedule": {"sparsity": lp.schedules.Threshold(0.1)},
+        "allocation": {"allocate": lp.allocation.per_output},
+        "layer_by_layer": {"layer_by_layer": True, "data": [torch.ones(1, 6)]},
+        "one_fails": {"criterion": breaks},
+    }
+    words = {name: said(lambda o=options: lp.prune(model, **o)) for name, options in prune.items()}
+    words["nan"] = spoilt()
+    flat = torch.distributed.fsdp.FullyShardedDataParallel(linears(), device_id=torch.device("cpu"))
+    for what in (lambda: lp.prune(flat), lambda: lp.targets(flat), lambda: lp.apply_masks(flat, {})):
+        words[f"fsdp1 {len(words)}"] = said(what)
+    words["unchanged"] = same(weights_of(model), before)
+    return words
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def work(rank, world, port, folder, names):
+    """All scenarios, in a process of its own."""
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"},
+        **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for name in names:
+        torch.manual_seed(0)
+        try:
+            results[name] = RUNS[name](world, rank, folder)
+        except Exception:
+            results[name] = {"failed": traceback.format_exc()}
+    distributed.barrier()
+    distributed.destroy_process_group()
+    torch.save(results, folder / f"{world}-{rank}.pt")

@@ -1,0 +1,109 @@
+"""Shards: masks on them are those of one process, bit for bit, and the laws hold on each."""
+
+import pytest
+
+from tests.ranks import processes
+from tests.sharded import RUNS, work
+
+FAST = ["parts", "cases", "held", "put_on", "refused"]
+SLOW = [name for name in RUNS if name != "cases"]
+
+
+def ran(world, folder, names):
+    results = processes(world, folder, names, work)
+    failed = [
+        f"{name} of {world}: {rank['failed']}"
+        for name, ranks in results.items()
+        for rank in ranks
+        if isinstance(rank, dict) and "failed" in rank
+    ]
+    assert not failed, "\n".join(failed)
+    return results
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return ran(2, tmp_path_factory.mktemp("two"), FAST)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def many(request, tmp_path_factory):
+    return ran(request.param, tmp_path_factory.mktemp("many"), SLOW)
+
+
+def check_parts(seen):
+    for rank in seen["parts"]:
+        assert not rank["wrong"]
+    return seen["parts"][0]["placements"]
+
+
+def check_cases(of_ranks, n):
+    for rank in of_ranks:
+        assert len(rank) >= n
+        assert sum(its["bits"] for its in rank) == 0
+        assert not [its["options"] for its in rank if not its["equal"]]
+        assert any(0 < its["left"] < its["size"] for its in rank)
+
+
+def check_held(seen):
+    for rank in seen["held"]:
+        assert not any(rank.values()), rank
+        assert len(rank) >= 4
+
+
+def test_each_process_knows_its_part(two):
+    assert len(check_parts(two)) >= 3  # rows, columns, whole
+
+
+def test_masks_on_shards_are_those_of_one_process(two):
+    check_cases(two["cases"], 16)
+
+
+def test_dead_weights_stay_dead_on_shards(two):
+    check_held(two)
+
+
+def test_masks_are_put_on_shards(two):
+    for rank in two["put_on"]:
+        assert rank == {"rows": True, "same": True, "zero": True}
+
+
+REFUSED = {
+    "granularity": "ValueError: granularity: Filter(dim=0, n=1) puts weights together",
+    "run": "ValueError: criterion: <function wanda",
+    "schedule": "ValueError: schedule: it reads the scores",
+    "allocation": "ValueError: allocate: <function per_output",
+    "layer_by_layer": "ValueError: layer_by_layer=True does not work on weights that are sharded",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_shards_cannot_do_is_refused_by_name(what, two):
+    for rank in two["refused"]:
+        assert rank[what].startswith(REFUSED[what])
+        assert rank["unchanged"] is True
+
+
+def test_no_process_waits_for_one_that_failed(two):
+    first, last = two["refused"]
+    assert last["one_fails"] == "OSError: no space left"
+    assert first["one_fails"] == "ValueError: no space left (said by process 1)"
+    assert "the weight 0.weight holds NaN" in first["nan"]
+    assert "the weight 0.weight holds NaN" in last["nan"]
+
+
+def test_older_ways_to_shard_are_refused_in_plain_calls(two):
+    for rank in two["refused"]:
+        words = [text for name, text in rank.items() if name.startswith("fsdp1")]
+        assert len(words) == 3
+        for text in words:
+            assert "FullyShardedDataParallel, which keeps parts of weights" in text
+            assert "ModelParallelStrategy" in text
+
+
+@pytest.mark.slow
+def test_shards_of_two_and_of_four_processes(many):
+    """With the ways to cut that need four: both at once, and replicas of shards."""
+    check_parts(many)
+    check_cases(many["many_cases"], 80)
+    check_held(many)
