@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prune.shards import is_sharded, like, local, placed, whole
+
 
 def copied(value: Any) -> Any:
-    """A deep copy of nested dicts, lists and tuples that shares no storage; tensors go to the CPU."""
+    """A deep copy of nested dicts, lists and tuples that shares no storage; tensors go to the CPU.
+
+    A sharded tensor stays so: each process copies its part.
+    """
+    if is_sharded(value):
+        return placed(local(value).to("cpu", copy=True), value)
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if type(value) in (list, tuple):
@@ -21,6 +28,22 @@ def copied(value: Any) -> Any:
     if type(value) is dict:
         return {k: copied(v) for k, v in value.items()}
     return deepcopy(value)
+
+
+def gathered(value: Any) -> Any:
+    """The same with whole tensors on the CPU, for a checkpoint; all processes must call it for shards.
+
+    One process after the other would keep everything: only process 0 keeps what was sharded, and the others
+    have empty tensors in its place.
+    """
+    if is_sharded(value):
+        tensor = whole(value)
+        return tensor.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0, dtype=tensor.dtype)
+    if type(value) in (list, tuple):
+        return type(value)(gathered(v) for v in value)
+    if type(value) is dict:
+        return {k: gathered(v) for k, v in value.items()}
+    return value
 
 
 @torch.no_grad()
@@ -32,6 +55,8 @@ def put_back(tensor: Tensor, content: Tensor) -> None:
     >>> buffer, buffer.stride()
     (tensor([1., 1., 1.]), (0,))
     """
+    if is_sharded(tensor):
+        tensor, content = local(tensor), local(like(content, tensor))
     if tensor.layout == torch.strided:
         if not tensor.is_nested and 0 in tensor.stride():  # elements of one memory are written once
             once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())

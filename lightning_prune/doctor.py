@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from lightning_prune.masks import Masks, alive, bits, pack
+from lightning_prune.masks import Masks, alive, bits, count, pack
 from lightning_prune.pruning import budget
+from lightning_prune.shards import like, local
 
 _CHUNK = 1 << 18  # elements that are looked at together, so that memory stays small
 
@@ -21,12 +22,14 @@ def awake(tensors: Mapping[str, Tensor], masks: Masks, advice: str) -> list[str]
     found: list[str] = []
     for name, mask in masks.items():
         wrong = 0
-        pieces = (t.reshape(-1).split(_CHUNK) for t in (tensors[name].detach(), mask))
+        here = local(like(tensors[name], mask)), local(mask)  # of shards, each process looks at its own
+        pieces = (t.reshape(-1).split(_CHUNK) for t in here)
         for weights, living in zip(*pieces, strict=True):
             alive_bits = bits(living, like=weights)
             wrong += int((weights.view(alive_bits.dtype) & ~alive_bits).count_nonzero())
         if wrong:
-            found.append(f"{name}: {wrong} of {mask.numel() - _left(mask)} dead weights are not 0. {advice}")
+            dead = here[1].numel() - count(here[1])
+            found.append(f"{name}: {wrong} of {dead} dead weights are not 0. {advice}")
     return found
 
 
@@ -36,7 +39,7 @@ def emptied(masks: Masks, before: Masks) -> list[str]:
         f"{name}: no weight is left, and nothing passes through its layer. Ask for a lower sparsity, exclude "
         "it, or allow it with allocate=AtLeast(0, of=...)."
         for name, mask in masks.items()
-        if not _left(mask) and _left(before[name])
+        if not count(mask) and count(before[name])
     ]
 
 
@@ -80,7 +83,7 @@ def missed(
     found = [
         f"{name}: weights are alive again that were dead. {advice}"
         for name, mask in masks.items()
-        if _left(mask & ~before[name])
+        if count(local(mask) & ~local(before[name]))
     ]
     for names, sparsity in sparsities:
         if callable(sparsity):
@@ -129,7 +132,3 @@ def report(found: Sequence[str]) -> None:
                 [*found, "(verify=True found this. Mend what must be mended; verify=False does not look.)"]
             )
         )
-
-
-def _left(mask: Tensor) -> int:
-    return int(mask.count_nonzero())

@@ -225,7 +225,7 @@ def _next_shards(
     failed: Exception | None = None
     masks = {name: like(masks[name], w) for name, w in weights.items()}
     try:
-        _check_shards(sparsities, criterion, granularity)
+        check_shards(sparsities, criterion, granularity)
         for name, weight in weights.items():
             check_finite(name, local(weight))
         if any(sparsity for _, sparsity in sparsities):
@@ -250,7 +250,7 @@ def _next_shards(
     return {name: placed(mask, weights[name]) for name, mask in new.items()}
 
 
-def _check_shards(
+def check_shards(
     sparsities: Sequence[tuple[Sequence[str], Sparsity]], criterion: Criterion, granularity: Granularity
 ) -> None:
     """Refuse what cannot be done on shards.

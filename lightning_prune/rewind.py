@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_prune.checks import number, whole
-from lightning_prune.copies import copied, put_back
-from lightning_prune.masks import Masks
+from lightning_prune.copies import copied, gathered, put_back
+from lightning_prune.masks import Masks, count
+from lightning_prune.shards import is_sharded, like
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,18 @@ class Snapshot:
                 scheduler.load_state_dict(copied(state))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors, for a checkpoint."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Plain containers and whole tensors, for a checkpoint. All processes must call it for shards."""
+        return {f.name: gathered(getattr(self, f.name)) for f in fields(self)}
+
+    def cut(self, model: nn.Module, optimizers: Sequence[optim.Optimizer] = ()) -> "Snapshot":
+        """The snapshot with each tensor sharded as what it is to be restored into, if that is sharded."""
+        here = _tensors(model)
+        tensors = {name: _lying(t, here[name]) if name in here else t for name, t in self.tensors.items()}
+        return replace(
+            self,
+            tensors=tensors,
+            optimizers=[_cut(state, o) for state, o in zip(self.optimizers, optimizers, strict=True)],
+        )
 
 
 # (the early snapshot, and by keyword the final state) -> what a round begins with
@@ -198,7 +209,7 @@ def hamming(a: Masks, b: Masks) -> float:
     >>> hamming({"w": torch.tensor([True, False])}, {"w": torch.tensor([True, True])})
     0.5
     """
-    differ = sum(int((a[name] ^ b[name]).sum()) for name in a)
+    differ = sum(count(a[name] ^ b[name]) for name in a)
     return differ / max(1, sum(mask.numel() for mask in a.values()))
 
 
@@ -206,6 +217,25 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     # a sparse tensor and its `detach()` do not see what is written into the other
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     return {name: p.detach() if p.layout == torch.strided else p for name, p in tensors.items()}
+
+
+def _lying(tensor: Tensor, like_this: Tensor) -> Tensor:
+    fits = is_sharded(like_this) and tensor.shape == like_this.shape
+    return copied(like(tensor, like_this)) if fits else tensor
+
+
+def _cut(state: dict[str, Any], optimizer: optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state with what it knows of each parameter sharded as that is."""
+    keys = [key for group in state.get("param_groups", ()) for key in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    known = dict(zip(keys, params, strict=False))
+    if not any(map(is_sharded, params)):
+        return state
+    cut = {
+        key: {w: _lying(v, known[key]) if isinstance(v, Tensor) else v for w, v in its.items()}
+        for key, its in state["state"].items()
+    }
+    return {**state, "state": cut}
 
 
 def _groups(

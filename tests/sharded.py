@@ -8,15 +8,20 @@ from copy import deepcopy
 from datetime import timedelta
 
 import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune.allocation import AtLeast, PerLayer, erk, global_rank, uniform
 from lightning_prune.shards import Shards, is_sharded, like, local, placed, whole
-from tests.networks import dead_are_zero, same
+from tests.networks import dead_are_zero, fitter, same
 
 RUNS = {}
 
@@ -276,6 +281,137 @@ def refused(world, rank, folder):
         words[f"fsdp1 {len(words)}"] = said(what)
     words["unchanged"] = same(weights_of(model), before)
     return words
+
+
+# ------------------------------------------------------------------------------------------------ Lightning
+
+
+class Sides(nn.Sequential):
+    """Layers side by side."""
+
+    def forward(self, x):
+        return sum(layer(x).sum() for layer in self)
+
+
+class Whole(LightningModule):
+    """Sums are exact: they are of small whole numbers, and no gradient depends on a weight."""
+
+    def __init__(self, way=None, fail_at=None):
+        super().__init__()
+        torch.manual_seed(5)
+        self.net = Sides(nn.Linear(8, 12), nn.Linear(8, 4))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randint(-8, 9, p.shape))
+        self.way, self.fail_at = way, fail_at
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def configure_model(self):
+        if self.way is not None and not any(map(is_sharded, self.parameters())):
+            mesh = self._device_mesh
+            if self.way != "fsdp":
+                columns = ColwiseParallel(output_layouts=Replicate())
+                plan = {"0": columns, "1": RowwiseParallel(input_layouts=Replicate())}
+                parallelize_module(self.net, mesh["tensor_parallel"], plan)
+            if self.way != "tensor":
+                fsdp(self.net, mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        if self.fail_at is not None and self.trainer.global_step == self.fail_at:
+            raise RuntimeError("killed")
+        self.seen += 1
+        return self.net(batch[0]) / 64 * self.share
+
+    @property
+    def share(self):
+        """Shards of the data are averaged, and each has so much less of them."""
+        return {"fsdp": self.trainer.world_size, "both": 2}.get(self.way, 1)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]), sync_dist=True)
+
+    def configure_optimizers(self):
+        o = torch.optim.SGD(self.parameters(), lr=2.0**-3, momentum=0.5)
+        return [o], [torch.optim.lr_scheduler.StepLR(o, 1, 0.5)]
+
+    def train_dataloader(self):
+        g = torch.Generator().manual_seed(7)
+        data = torch.randint(-1, 2, (32, 8), generator=g).float()
+        if self.share > 1:  # a part of each batch
+            data = data[self._device_mesh["data_parallel"].get_local_rank() :: self.share]
+        return DataLoader(TensorDataset(data), batch_size=8 // self.share)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(8, 8)), batch_size=2)
+
+
+class Looks(Callback):
+    """Dead weights on this process after every step, and the masks of each pruning."""
+
+    def __init__(self, pruner):
+        self.pruner, self.wrong, self.prunings = pruner, [], []
+
+    def on_train_batch_end(self, trainer, model, *_):
+        masks = self.pruner.masks
+        for name, p in model.named_parameters():
+            if name in masks and not dead_are_zero({name: local(p)}, {name: local(masks[name])}):
+                self.wrong.append(f"{name} after step {trainer.global_step}")
+
+    def on_prune(self, trainer, model, masks):
+        self.prunings.append({name: whole(mask).clone() for name, mask in masks.items()})
+
+
+def fit(way, world, folder=None, ckpt_path=None, fail_at=None, save=False, pruning=None, **options):
+    """A lottery ticket in three rounds of two epochs, rewound to step 2."""
+    pruner = lp.IterativeMagnitudePruning(
+        lp.schedules.Geometric(0.4), **{"rounds": 2, "every_n_epochs": 2, **(pruning or {})}
+    )
+    looks = Looks(pruner)
+    callbacks = [pruner, lp.LotteryTicketRewind(2), looks]
+    if folder is not None:
+        callbacks.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1))
+        options["enable_checkpointing"] = True
+    if way is not None:
+        sizes = {"fsdp": (world, 1), "tensor": (1, world), "both": (2, world // 2)}[way]
+        options |= {"devices": world, "use_distributed_sampler": False}
+        options["strategy"] = ModelParallelStrategy(
+            *sizes, save_distributed_checkpoint=save, process_group_backend="gloo"
+        )
+    model = Whole(way, fail_at)
+    trainer = fitter(*callbacks, epochs=6, **options)
+    died = False
+    try:
+        trainer.fit(model, ckpt_path=ckpt_path)
+    except RuntimeError as error:
+        if "killed" not in str(error):
+            raise
+        died = True
+    return {
+        "died": died,
+        "masks": wholes(pruner.masks),
+        "weights": weights_of(model),
+        "seen": int(model.seen),
+        "optimizers": wholes(
+            {i: s["momentum_buffer"] for i, s in enumerate(trainer.optimizers[0].state.values())}
+        )
+        if trainer.optimizers
+        else {},
+        "prunings": looks.prunings,
+        "wrong": looks.wrong,
+        "round": pruner.round,
+        "sparsity": pruner.sparsity,
+        "history": [(row.round, row.alive, row.steps) for row in pruner.history],
+    }
+
+
+LIGHTNING = {2: ("fsdp", "tensor"), 4: ("fsdp", "both")}
+ENDS = ("masks", "weights", "optimizers", "seen", "round", "sparsity", "history")
+
+
+@run
+def tickets(world, rank, folder):
+    """Weights and masks of one process, and of shards of the same training."""
+    return {"alone": fit(None, 1), **{way: fit(way, world) for way in LIGHTNING[world]}}
 
 
 # ------------------------------------------------------------------------------------------------ processes

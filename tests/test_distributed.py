@@ -267,15 +267,32 @@ def test_a_checkpoint_goes_on_with_one_process(seen):
 # --------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
-@pytest.mark.parametrize("kind", [lp.IterativeMagnitudePruning, lp.StructuredChannelPruning])
-def test_strategies_that_shard_parameters_are_refused(kind, strategy):
+KINDS = [lp.IterativeMagnitudePruning, lp.StructuredChannelPruning, lp.DynamicSparseTraining]
+
+
+def said_of(kind, strategy):
     pruner, trainer = kind(), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.__class__ = strategy  # an instance takes devices, or a package, that are not here
-    with pytest.raises(
-        ValueError, match=f"strategy: {strategy.__name__} may shard .* a single device and DDP"
-    ):
+    with pytest.raises(ValueError, match=f"strategy: {strategy.__name__} ") as error:
         pruner.setup(trainer, Net(), "fit")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("kind", KINDS)
+def test_strategies_that_shard_parameters_where_no_mask_can_be_put_are_refused(kind, strategy):
+    instead = ", DDP and ModelParallelStrategy" if kind is KINDS[0] else " and DDP"
+    assert (
+        f"may shard parameters over devices, and masks need whole ones, or such as FSDP2 and tensor parallel \
+make. Allowed are a single device{instead}"
+        in said_of(kind, strategy)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_what_needs_whole_weights_is_refused_on_shards(kind):
+    said = said_of(kind, ModelParallelStrategy)
+    assert "Allowed are a single device and DDP. Use one of them, or IterativeMagnitudePruning." in said
 
 
 def test_bits_are_compared(seen):

@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests.networks import same
 from tests.ranks import processes
-from tests.sharded import RUNS, work
+from tests.sharded import ENDS, RUNS, work
 
-FAST = ["parts", "cases", "held", "put_on", "refused"]
+FAST = ["parts", "cases", "held", "put_on", "refused", "tickets"]
 SLOW = [name for name in RUNS if name != "cases"]
 
 
@@ -101,9 +102,25 @@ def test_older_ways_to_shard_are_refused_in_plain_calls(two):
             assert "ModelParallelStrategy" in text
 
 
+def check_tickets(of_ranks):
+    for rank in of_ranks:
+        alone = rank["alone"]
+        assert len(alone["prunings"]) == 2
+        for way in sorted(rank.keys() - {"alone"}):
+            its = rank[way]
+            assert not its["wrong"]
+            assert same(its["prunings"], alone["prunings"]), way
+            assert [what for what in ENDS if not same(its[what], alone[what])] == [], way
+
+
+def test_a_lottery_ticket_on_shards_is_that_of_one_process(two):
+    check_tickets(two["tickets"])
+
+
 @pytest.mark.slow
 def test_shards_of_two_and_of_four_processes(many):
     """With the ways to cut that need four: both at once, and replicas of shards."""
     check_parts(many)
     check_cases(many["many_cases"], 80)
     check_held(many)
+    check_tickets(many["tickets"])

@@ -160,7 +160,7 @@ class StructuredChannelPruning(MaskedTraining):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer)
+        check_strategy(trainer, whole="a channel is cut out of whole weights")
         allowed = (
             (SingleDeviceStrategy,) if self.remove == "each_round" else (SingleDeviceStrategy, DDPStrategy)
         )

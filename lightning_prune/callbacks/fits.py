@@ -14,6 +14,7 @@ from lightning_prune.callbacks.beside import mask_averages
 from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
 from lightning_prune.holding import Hold, check_fit, mixes_weights
 from lightning_prune.masks import Masks
+from lightning_prune.shards import is_sharded
 
 
 @final
@@ -33,6 +34,7 @@ class Fit:
         epoch: what it takes to draw the batches of the epoch under way again.
         announce: whether the round is to be logged with the next batch.
         looked: whether the dead weights were looked at after the first step of the round.
+        late: whether the state of a checkpoint came after the fit had started.
         explained: whether it was said why there are fewer prunings than were asked for.
     """
 
@@ -46,6 +48,7 @@ class Fit:
         self.announce = True
         self.looked = False
         self.explained = False
+        self.late = False
         self._hold: Hold | None = None
         self._optimizers: list[optim.Optimizer] = []  # that the hold watches
         self._ours: WholeCheckpointIO | None = None
@@ -53,6 +56,11 @@ class Fit:
         self._theirs = strategy.checkpoint_io
         if type(self._theirs) is TorchCheckpointIO:
             strategy.checkpoint_io = self._ours = WholeCheckpointIO()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a masked weight is sharded over processes."""
+        return any(map(is_sharded, self.params.values()))
 
     def hold(self, pl_module: LightningModule, masks: Masks, gradients: bool) -> None:
         """Hold these masks on the weights and on what follows them, under the trainer's optimizers."""

@@ -174,7 +174,7 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer)
+        check_strategy(trainer, whole="what grows is drawn from the gradients of whole weights")
         super().setup(trainer, pl_module, stage)
 
     @override

@@ -31,6 +31,7 @@ from lightning_prune.callbacks.state import VERSION, check_settings, check_versi
 from lightning_prune.checks import whole
 from lightning_prune.deploy import storage
 from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
+from lightning_prune.shards import is_sharded, like, settle
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class MaskedTraining(Callback, ABC):
         self._network: weakref.ref[nn.Module] | None = None  # that the last fit trained
         self._home = home.settle(self)
         self._fit: Fit | None = None
+        self._counted: tuple[Masks, int] | None = None  # masks, and how many units they leave alive
 
     # ----------------------------------------------------------------------------------------- what is public
 
@@ -110,8 +112,11 @@ class MaskedTraining(Callback, ABC):
     def sparsity(self) -> float:
         """Fraction of what may be pruned that is dead, 0 before the first fit."""
         units = self._units
+        if self._counted is None or self._counted[0] is not units:
+            # once: of shards all processes must count together, and one of them may ask alone
+            self._counted = units, alive(units)
         total = sum(mask.numel() for mask in units.values())
-        return (total - alive(units)) / total if total else 0.0
+        return (total - self._counted[1]) / total if total else 0.0
 
     @property
     def steps_per_round(self) -> int | float:
@@ -233,14 +238,17 @@ class MaskedTraining(Callback, ABC):
         fit = self._running
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
+        settle(pl_module)
         self._check_network(pl_module)
         fit.params = together(trainer, lambda: self._prepare(trainer, pl_module))
         if self.verify:
-            check_ranks(trainer, self.masks)
+            if not fit.sharded:  # else each process has a part
+                check_ranks(trainer, self.masks)
             advice = "Masks and weights of this checkpoint are not of one training; resume from another."
             found = doctor.awake(fit.params, self.masks, advice) if self.resumption else []
             together(trainer, lambda: doctor.report(found))
-        self.masks = {name: self.masks[name].to(p.device) for name, p in fit.params.items()}
+        self.masks = {name: like(self.masks[name].to(p.device), p) for name, p in fit.params.items()}
+        log.debug("sparsity %s", self.sparsity)  # counted now, by all processes
         fit.hold(pl_module, self.masks, self._reads_gradients(trainer, pl_module))
         self._network = weakref.ref(pl_module)
 
@@ -268,6 +276,9 @@ class MaskedTraining(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._running.late:
+            self._running.late = False
+            self.on_fit_start(trainer, pl_module)
         self._running.begun = True
         if self.resumption is None:  # Lightning restores its counters just before this hook.
             self._at = self._at.on(self.clock(trainer), trainer.global_step)
@@ -345,6 +356,7 @@ class MaskedTraining(Callback, ABC):
             return
         if any(trainer.current_epoch > averaging.swa_end for averaging in averaging_of(trainer)):
             return  # an epoch that trains nothing: the statistics of the averaged network
+        settle(pl_module)
         if reason := decided(trainer, lambda: self._before_pruning(trainer)):
             self.stop(trainer, reason)
         units = self._decided(trainer, pl_module, self.round + 1)
@@ -361,6 +373,8 @@ class MaskedTraining(Callback, ABC):
 
     def _decided(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
         self._running.apply()
+        if self._running.sharded:
+            return together(trainer, lambda: self._next(trainer, pl_module, round))
         units = decided(trainer, lambda: pack(self._next(trainer, pl_module, round)))
         there = self._units
         return {name: mask.to(there[name].device) for name, mask in unpack(units).items()}
@@ -387,7 +401,8 @@ class MaskedTraining(Callback, ABC):
         fit.announce, fit.looked = True, False
         if self.verify:
             together(trainer, partial(self._verify, trainer, pl_module, before[0]))
-            check_ranks(trainer, self.masks)
+            if not fit.sharded:
+                check_ranks(trainer, self.masks)
         self._begun(trainer)
 
     def _begun(self, trainer: Trainer) -> None:
@@ -481,13 +496,16 @@ class MaskedTraining(Callback, ABC):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say_if_fewer(trainer)
         self._leave()
+        settle(pl_module)
         for name, mask in self.masks.items():  # whatever other callbacks did when training ended
             p = pl_module.get_parameter(name)
             zero_dead_(p, bits(mask, like=p))
-        if self.save_sparse is not None and trainer.is_global_zero and not _lightning.is_a_trial(trainer):
+        writes = trainer.is_global_zero or any(map(is_sharded, self.masks.values()))
+        if self.save_sparse is not None and writes and not _lightning.is_a_trial(trainer):
             folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
             path = Path(folder, self.save_sparse)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
             storage.save_sparse(pl_module.state_dict(), path)
         home.write_home(trainer, self, self._home)
 
@@ -583,3 +601,5 @@ class MaskedTraining(Callback, ABC):
         self.removed = state_dict["removed"]
         self.history = [RoundRecord(**record) for record in state_dict["history"]]
         self.resumption = Resumption(state_dict["resumption"])
+        if self._fit is not None:  # Some strategies restore after `on_fit_start`: what it made is old.
+            self._fit.late = bool(self._fit.params)

@@ -21,15 +21,24 @@ from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
+from lightning_prune.copies import copied, gathered
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import check_fit
 from lightning_prune.layers import LAYERS, layouts, prunable
 from lightning_prune.masks import Masks, alive
-from lightning_prune.pruning import Sparsity, budget, check_schedule, next_masks, scheduled, sparsities_of
-from lightning_prune.rewind import copied
+from lightning_prune.pruning import (
+    Sparsity,
+    budget,
+    check_schedule,
+    check_shards,
+    next_masks,
+    scheduled,
+    sparsities_of,
+)
 from lightning_prune.schedules import Geometric, Schedule
+from lightning_prune.shards import is_sharded, like
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +197,8 @@ class IterativeMagnitudePruning(MaskedTraining):
         check_fit(first, params)
         scheduled(list(params), self.schedule, self.rounds)
         check_run(pl_module, self.criterion)
+        if any(map(is_sharded, params.values())):
+            check_shards(self._sparsities(list(params), self.rounds), self.criterion, self.granularity)
         self._check_others(trainer, pl_module, params)
         names = [name for name, _ in pl_module.named_parameters()]
         self._running.followed = following(self.follow, list(params), names)
@@ -262,7 +273,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         """
         criterion = criteria.magnitude if self._runs() else self.criterion
         weights = {name: p.detach() for name, p in params.items()}
-        masks = {name: first[name].to(p.device) for name, p in weights.items()}
+        masks = {name: like(first[name].to(p.device), p) for name, p in weights.items()}
         for round in dict.fromkeys((self.round + 1, self.rounds)):
             if round > self.rounds:
                 continue
@@ -331,7 +342,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         """The masks of a round. A criterion that reads data gets so many training batches from each rank."""
         assert self._seed is not None
         params = self._running.params
-        initial = {name: w.to(params[name].device) for name, w in self._initial.items()}
+        initial = {name: like(w.to(params[name].device), params[name]) for name, w in self._initial.items()}
         with evidence_of(trainer, pl_module, self.criterion, batches, self._seed + round) as evidence:
             return next_masks(
                 params,
@@ -390,7 +401,7 @@ class IterativeMagnitudePruning(MaskedTraining):
     @override
     def state_dict(self) -> dict[str, Any]:
         logged = self._logged(self._fit.trainer) if self._fit else {}
-        return {**super().state_dict(), "initial": self._initial, "metrics": self._metrics | logged}
+        return {**super().state_dict(), "initial": gathered(self._initial), "metrics": self._metrics | logged}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

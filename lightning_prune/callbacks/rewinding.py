@@ -149,6 +149,10 @@ class LotteryTicketRewind(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed and self.snapshot is not None:
+            # Where a strategy restores after `on_fit_start`; of shards, each process keeps its part.
+            self._network = weakref.ref(pl_module)
+            self.snapshot = self.snapshot.cut(pl_module, trainer.optimizers)
         pruner = _pruner(trainer)
         if pl_module.automatic_optimization:  # else nobody knows how many steps an epoch makes
             self._check_step(pruner.steps_per_round)

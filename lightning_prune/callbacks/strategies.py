@@ -1,22 +1,40 @@
 """Strategies: on which of Lightning's ways to spread a training masks hold."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
-def check_strategy(trainer: Trainer) -> None:
-    """Refuse a strategy that may shard parameters.
+def check_strategy(trainer: Trainer, *, whole: str | None = None) -> None:
+    """Refuse a strategy that shards parameters such that no mask can be put on them.
+
+    Args:
+        trainer: with the strategy.
+        whole: why weights are needed whole, so that ModelParallelStrategy is refused, too.
 
     Raises:
         ValueError: then.
     """
     strategy = trainer.strategy
-    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not whole or isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, ModelParallelStrategy):
+        if whole is None:
+            return
+        raise ValueError(
+            f"strategy: ModelParallelStrategy shards parameters over processes, and {whole}. Allowed are a "
+            "single device and DDP. Use one of them, or IterativeMagnitudePruning."
+        )
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(
+        strategy, DeepSpeedStrategy
+    ):
+        instead = "a single device and DDP" if whole else "a single device, DDP and ModelParallelStrategy"
         raise ValueError(
             f"strategy: {type(strategy).__name__} may shard parameters over devices, and masks need "
-            "whole ones. Allowed are a single device and DDP. Use one of them."
+            f"whole ones, or such as FSDP2 and tensor parallel make. Allowed are {instead}. Use one of them."
         )
 
 
@@ -30,6 +48,6 @@ def check_optimizers(trainer: Trainer) -> None:
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             raise ValueError(
                 "optimizer: ZeroRedundancyOptimizer keeps a part of its state on each rank, so no rank can "
-                "take a snapshot of it. Allowed are optimizers that every rank has whole. Use the one that "
-                "it wraps."
+                "take a snapshot of it. Allowed are optimizers that every rank has whole, and those of "
+                "ModelParallelStrategy. Use the one that it wraps."
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.deploy.timing import hardware
+from lightning_prune.shards import local, sum_of
 
 Example: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]  # what a model is called with
 
@@ -49,7 +50,7 @@ def where(model: nn.Module, example: Example) -> str:
 
 def density(weight: Tensor) -> float:
     """The fraction of a weight that is not 0."""
-    return int(weight.count_nonzero()) / max(1, weight.numel())
+    return sum_of(int(local(weight).count_nonzero()), weight) / max(1, weight.numel())
 
 
 def refuse_training(model: nn.Module, function: str) -> None:

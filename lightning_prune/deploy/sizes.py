@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.deploy import storage
+from lightning_prune.shards import local, sum_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def size(tensors: Mapping[str, Tensor]) -> Size:
     parameters = [tensor for tensor in once if isinstance(tensor, nn.Parameter)]
     return Size(
         parameters=sum(p.numel() for p in parameters),
-        alive=sum(int(p.count_nonzero()) for p in parameters),
+        alive=sum(sum_of(int(local(p).count_nonzero()), p) for p in parameters),
         raw=sum(tensor.nbytes for tensor in once),
         gzip=gzipped(once),
         sparse=sparse,

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_prune.deploy import pieces
 from lightning_prune.deploy.pieces import Piece, UnreadableFile, grown, is_count, is_list, need
 from lightning_prune.files import replacing
+from lightning_prune.shards import is_sharded, whole
 
 _FORMAT, _VERSION = "lightning_prune.sparse", "1"
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex128", "complex64")
@@ -44,7 +45,8 @@ def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     stored once. Each piece of a tensor has the smallest of three forms: a bit an element, a byte a gap
     between survivors, or dense. Extra memory is a few MB, and a copy of a tensor that is not contiguous or
     not on the CPU. The file appears at once and whole, see
-    `lightning_prune.files`.
+    `lightning_prune.files`. Of sharded tensors all processes must call it, and the first one writes; there
+    tied ones are stored each.
 
     >>> import tempfile
     >>> weight = torch.zeros(300, 784)
@@ -67,6 +69,10 @@ def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     """
     tensors = _checked(state_dict)
     libraries()
+    if any(map(is_sharded, tensors.values())) and torch.distributed.get_rank():
+        for tensor in tensors.values():  # this process gives its parts to the first, which writes
+            whole(tensor)
+        return
     with replacing(path) as file:
         write(tensors, file)
 
@@ -154,12 +160,14 @@ def _header(data: int, index: int, crc: int, size: int = 0) -> bytes:
 def memory(tensor: Tensor) -> object:
     """The memory that a tensor shows, and how: tensors of which this is equal are stored once."""
     lazy = tensor.is_conj(), tensor.is_neg()  # what is done to the elements only as they are read
+    if is_sharded(tensor):  # the whole is nowhere, and empty parts may be at one address
+        return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), lazy
 
 
 def plain(tensor: Tensor) -> Tensor:
     """The same elements, contiguous and on the CPU."""
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return whole(tensor).detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def write(state_dict: Mapping[str, Tensor], file: BinaryIO) -> None:
