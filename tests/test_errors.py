@@ -67,8 +67,8 @@ def raised(path):
             yield node.lineno, name, text(node.args[0], known) if node.args else ""
 
 
-# The messages of `study` are held to it later; `files` passes on those of the operating system.
-FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if "study" not in p.parts and p.name != "files.py"]
+# `files` passes on those of the operating system.
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "files.py"]
 
 
 def every():

@@ -433,6 +433,61 @@ def test_a_claim_is_undecided_without_a_finite_value_of_every_seed_and_without_a
     assert ratio.numbers == "no finite acc at 50.0% left"  # nothing is a multiple of nothing
 
 
+def test_claims_of_families_say_how_they_are_combined_and_allow_for_the_number_of_tries():
+    rows = [
+        record("ticket", s, r, 0.8**r, acc=v + 0.01 * s) for s in range(3) for r, v in enumerate((0.5, 0.7))
+    ]
+    rows += [record("ticket", s, 2, 0.64, acc=0.569 + 0.01 * s) for s in range(3)]
+
+    def checked(bound, left, **given):
+        return claims.Difference("c", "s", "acc", "ticket", left, bound, **given).check(rows)
+
+    every, one = (checked(0.6, [1.0, 0.8], at_one=at_one) for at_one in (False, True))
+    assert (every.verdict, one.verdict) == ("not held", "held")
+    assert "(at 100.0% left, the worst of 2: held at 1, not held at 1)" in every.numbers
+    assert "(at 80.0% left, the best of 2: held at 1, not held at 1)" in one.numbers
+    # 0.579 in [0.5542, 0.6038]: at 95 % below 0.605; among ten tries, at 99.5 %, it is not known
+    assert checked(0.605, [0.64]).verdict == "not held"
+    assert checked(0.605, [0.64, *[0.8] * 9]).verdict == "undecided"
+    assert checked(0.553, [0.64]).verdict == "held"
+    assert checked(0.553, [0.64, *[1.0] * 9], at_one=True).verdict == "undecided"
+    assert checked(0.553, [0.64, 0.8]).verdict == "held"  # all have to: no correction
+
+
+def test_numbers_of_a_claim_are_in_the_unit_of_the_claim():
+    rows = [
+        record("ticket", s, r, 0.5**r, test_acc=0.9 + 0.01 * r * s, early_stop_step=2000 - 500 * r + s)
+        for r in (0, 1)
+        for s in range(3)
+    ]
+    against = {"against": "ticket", "against_left": 1.0}
+
+    def numbers(cls, metric, bound, **given):
+        return cls("c", "s", metric, "ticket", [0.5], bound, **given).check(rows).numbers
+
+    assert numbers(claims.Difference, "test_acc", 0.003, **against).startswith("1 points [-1.484, 3.484]")
+    assert "claimed >= 0.3" in numbers(claims.Difference, "test_acc", 0.003, **against)
+    assert numbers(claims.Difference, "test_acc", 0.9).startswith("91 % [88.52, 93.48]")
+    assert numbers(claims.Difference, "early_stop_step", 0).startswith("1,501 steps [1,499, 1,503]")
+    assert numbers(claims.Ratio, "early_stop_step", 0.5, **against).startswith("0.7501 times [")
+
+
+def test_what_an_interval_covers_follows_from_the_seeds():
+    assert "initialization and the order of the data together" in claims.covered([(1, 1), (2, 2)])
+    assert "differ in the order of the data alone" in claims.covered([(1, 1), (1, 2)])
+    assert "differ in their initialization alone" in claims.covered([(1, 1), (2, 1)])
+    assert "intervals are too narrow" in claims.covered([(1, 1), (1, 2), (2, 1), (2, 2)])
+
+
+@pytest.mark.parametrize("experiment", ["lenet_mnist", "lenet_mnist_short", "lenet_mnist_controls"])
+def test_the_claims_of_frankle_and_carbin_at_21_percent_are_posed(experiment):
+    posed = instantiate(config(Path(), f"experiment={experiment}").claims, _convert_="all")
+    at = {type(claim).__name__: claim for claim in posed if getattr(claim, "left", None) == [0.2107]}
+    assert (at["Ratio"].at_least, at["Ratio"].of, at["Ratio"].against) == (2.51, "reinit", "ticket")
+    assert (at["Difference"].at_least, at["Difference"].against) == (0.005, "reinit")
+    assert all(claim.margin_from for claim in at.values())
+
+
 def test_a_margin_that_nobody_published_is_marked_as_our_own():
     def source(cls=claims.Difference, **given):
         return cls("c", "Someone 2020", "acc", "ticket", [0.2], **given).check([]).source

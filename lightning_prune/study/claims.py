@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
+from typing import Any
 
 from typing_extensions import override
 
@@ -21,12 +22,43 @@ class Verdict:
     numbers: str
 
 
-# What the interval of a mean over seeds says, and what it does not.
-COVERED = (
-    "Intervals are those of a mean over n seeds (95 %, Student's t). A seed sets the initialization and the "
-    "order of the data together; all seeds share the data and their split, so an interval says nothing of "
-    "other data."
+FAMILIES = (
+    "A claim at several densities is held where it is held at each of them, and not held where it is not at "
+    "one; a claim at one of several the other way round. What one of n would be enough for is judged at "
+    "1 - 0.05 / n (Bonferroni), so that n tries do not make it likelier. The claims are judged one by one, "
+    "without a correction for their number."
 )
+
+
+def covered(seeds: Iterable[tuple[Any, Any]]) -> str:
+    """What the interval of a mean over runs says of these, and what it does not.
+
+    >>> covered([(1, 1), (1, 2)])[63:140]
+    'The runs share their initialization and differ in the order of the data alone'
+
+    Args:
+        seeds: of each run that of its initialization and that of its data order.
+    """
+    pairs = list(seeds)
+    initializations, orders = {a for a, _ in pairs}, {b for _, b in pairs}
+    if all(a == b for a, b in pairs):
+        varies = "A seed sets the initialization and the order of the data together"
+    elif len(initializations) == 1:
+        varies = "The runs share their initialization and differ in the order of the data alone"
+    elif len(orders) == 1:
+        varies = "The runs share the order of the data and differ in their initialization alone"
+    else:
+        varies = (
+            "The runs cross initializations with orders of the data and are counted as if they were "
+            "independent, so that the intervals are too narrow"
+        )
+    return (
+        f"Intervals are those of a mean over n runs (95 %, Student's t). {varies}; all share the data and "
+        "their split, so an interval says nothing of other data."
+    )
+
+
+VERDICTS = ("not held", "undecided", "held")
 STEP = "early_stop_step"  # the one metric that a censored minimum leaves unknown
 
 
@@ -66,6 +98,7 @@ class Comparison(ABC):
         at_most: the bound, if it is an upper one.
         tolerance: how far beyond the bound is as good as at the bound, 0 or more.
         margin_from: where bound and tolerance are published. None: they are our own, and the verdict says so.
+        at_one: the claim is that there is such a fraction among those `left`, not that all are such.
     """
 
     name: str
@@ -79,16 +112,18 @@ class Comparison(ABC):
     at_most: float | None = None
     tolerance: float = 0.0
     margin_from: str | None = None
+    at_one: bool = False
 
     def __post_init__(self) -> None:
         if not self.left or self.tolerance < 0:
             raise ValueError(
                 f"left={self.left}, tolerance={self.tolerance}: a claim needs one fraction or more, and a "
-                "tolerance of 0 or more."
+                "tolerance of 0 or more. Give it both, such as left=[0.2] and tolerance=0."
             )
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(
-                f"at_least={self.at_least}, at_most={self.at_most}: a claim needs one of them, and not both."
+                f"at_least={self.at_least}, at_most={self.at_most}: a claim needs one of them, and not both. "
+                "Leave the other out."
             )
 
     @abstractmethod
@@ -117,40 +152,58 @@ class Comparison(ABC):
         bound = self.at_least if self.at_most is None else self.at_most
         assert bound is not None
         source = cited(self.source, self.margin_from, bound != self._equal() or self.tolerance > 0)
-        verdicts = ("not held", "undecided", "held")
-        found_at: list[tuple[int, float, str]] = []
-        for left in self.left:
-            values, late = self._values(records, left)
-            known = [v for v in values if isfinite(v)]
-            if not known:
-                why = f"no finite {self.metric}" if values else "no records"
-                return Verdict(self.name, source, "undecided", f"{why} at {left:.1%} left")
-            verdict, off, numbers = self._judged(known, bound)
-            if len(known) < len(values):
-                verdict, numbers = 1, f"{numbers}; {len(values) - len(known)} more without a finite value"
-            if late and self.metric == STEP:
-                verdict = 1
-            if late and (self.metric == STEP or self.metric.endswith("_at_early_stop")):
-                numbers += f"; the minimum of {late} is at the last evaluation (censored)"
-            numbers += f" (at {left:.1%} left, the worst of {len(self.left)})" if len(self.left) > 1 else ""
-            found_at.append((verdict, off, numbers))
-        verdict, _, numbers = min(found_at)
-        return Verdict(self.name, source, verdicts[verdict], numbers)
+        found = [(*self._judged(*self._values(records, left), bound), left) for left in self.left]
+        verdict, _, numbers, left = max(found) if self.at_one else min(found)
+        if len(found) > 1:
+            which = "best" if self.at_one else "worst"
+            n = {word: sum(v == i for v, *_ in found) for i, word in enumerate(VERDICTS)}
+            counted = ", ".join(f"{word} at {n[word]}" for word in reversed(VERDICTS) if n[word])
+            numbers += f" (at {left:.1%} left, the {which} of {len(found)}: {counted})"
+        elif numbers.startswith("no "):
+            numbers += f" at {left:.1%} left"
+        return Verdict(self.name, source, VERDICTS[verdict], numbers)
 
-    def _judged(self, values: list[float], bound: float) -> tuple[int, float, str]:
-        """0 for not held, 1 undecided, 2 held; how far the mean is on the right side; and the numbers."""
+    def _judged(self, values: list[float], late: int, bound: float) -> tuple[int, float, str]:
+        """Which of the verdicts; how far the mean is on the right side; and the numbers."""
+        known = [v for v in values if isfinite(v)]
+        if not known:
+            return 1, 0.0, f"no finite {self.metric}" if values else "no records"
         sign = 1 if self.at_most is None else -1
-        found = spread(values)
+        alone, family = 0.95, 1 - 0.05 / len(self.left)
+        to_hold, to_fail = (family, alone) if self.at_one else (alone, family)
+        found = spread(known)
         low, high = found.interval
-        least, most = sorted(sign * (end - bound) + self.tolerance for end in (low, high))
-        verdict = 2 if least >= 0 else 0 if most < 0 else 1
-        between = f"[{low:.4g}, {high:.4g}]" if isfinite(low) else "without an interval"
+
+        def sides(level: float) -> list[float]:
+            return sorted(sign * (end - bound) + self.tolerance for end in spread(known, level).interval)
+
+        verdict = 2 if sides(to_hold)[0] >= 0 else 0 if sides(to_fail)[1] < 0 else 1
+        between = f"[{self._number(low)}, {self._number(high)}]" if isfinite(low) else "without an interval"
         of = "1 seed" if found.n == 1 else f"{found.n} seeds"
-        of += f" from {found.lowest:.4g} to {found.highest:.4g}" if isfinite(low) else ""
+        of += f" from {self._number(found.lowest)} to {self._number(found.highest)}" if isfinite(low) else ""
         of += ", all equal" if found.n > 1 and not isfinite(low) else ""
-        claimed = f"claimed {'>=' if sign > 0 else '<='} {bound:g}"
-        claimed += f" within {self.tolerance:g}" if self.tolerance else ""
-        return verdict, sign * (found.mean - bound), f"{found.mean:.4g} {between}, {of}; {claimed}"
+        claimed = f"claimed {'>=' if sign > 0 else '<='} {self._number(bound)}"
+        claimed += f" within {self._number(self.tolerance)}" if self.tolerance else ""
+        numbers = f"{self._number(found.mean)}{self._unit()} {between}, {of}; {claimed}"
+        if len(known) < len(values):
+            verdict, numbers = 1, f"{numbers}; {len(values) - len(known)} more without a finite value"
+        if late and self.metric == STEP:
+            verdict = 1
+        if late and (self.metric == STEP or self.metric.endswith("_at_early_stop")):
+            numbers += f"; the minimum of {late} is at the last evaluation (censored)"
+        return verdict, sign * (found.mean - bound), numbers
+
+    def _number(self, value: float) -> str:
+        """A number in the unit of the claim."""
+        if self._unit() == " steps":
+            return f"{value:,.0f}"
+        return f"{value * (100 if self._unit() in (' points', ' %') else 1):.4g}"
+
+    def _unit(self) -> str:
+        """What the numbers of the claim count."""
+        if "_acc" in self.metric:
+            return " %" if self.against is None else " points"
+        return " steps" if self.metric.endswith("_step") else ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +230,10 @@ class Ratio(Comparison):
     @override
     def _equal(self) -> float:
         return 1.0
+
+    @override
+    def _unit(self) -> str:
+        return super()._unit() if self.against is None else " times"
 
 
 @dataclass(frozen=True)
@@ -210,5 +267,8 @@ class Ladder:
         if not off:
             return Verdict(self.name, source, "undecided", "no records")
         verdict = "held" if max(off) <= self.within else "not held"
-        numbers = f"largest deviation {max(off):.5f} over {len(off)} rounds; claimed <= {self.within:g}"
+        numbers = (
+            f"largest deviation {max(off):.3%} over {len(off)} rounds (all of them count); claimed <= "
+            f"{self.within:.3%}"
+        )
         return Verdict(self.name, source, verdict, numbers)

@@ -66,7 +66,7 @@ def path(
     Reference: Frankle et al. (2020), arXiv:1912.05671, Section 2.
     """
     if points < 2:
-        raise ValueError(f"points={points}: allowed are whole numbers from 2 on.")
+        raise ValueError(f"points={points}: allowed are whole numbers from 2 on, such as 11.")
     alphas = [i / (points - 1) for i in range(points)]
     errors: dict[str, list[float]] = {f"{name}_error": [] for name in splits}
     for alpha in alphas:

@@ -112,7 +112,7 @@ def initialize(
         types = ", ".join(f"{name} ({type(owners[name]).__name__})" for name in lacking)
         raise ValueError(
             f"these modules have parameters and no reset_parameters: {types}. Give them one, or set "
-            "run.control.init to a function that initializes a module."
+            "run.control.init to a function that initializes a module: each module needs one of the two."
         )
     seed = int(torch.randint(2**62, (), generator=generator))
     with isolate_rng(), torch.no_grad():
@@ -318,7 +318,8 @@ def narrowed(model: DictConfig, weights: int, count: Callable[[nn.Module], int])
     }
     if not widths:
         raise ValueError(
-            f"model: none of {', '.join(WIDTHS)} is in {model}; a small network needs a width to change."
+            f"model: none of {', '.join(WIDTHS)} is in {model}; a small network needs a width to change. "
+            "Choose a model= that has one, or leave kind=small_dense out."
         )
 
     def scaled(by: float) -> dict[str, Any]:

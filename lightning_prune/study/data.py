@@ -101,7 +101,8 @@ def _downloaded(dataset: Any, root: str, folder: str, download: bool) -> list[An
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
             f"data.root={root}: {dataset.__name__} is not in {Path(root).resolve() / folder} and could not "
-            f"be downloaded ({error}). Set data.root to a folder that holds it, or connect to the internet."
+            f"be downloaded ({error}). It must be in one of them. Set data.root to a folder that holds "
+            "it, or connect to the internet."
         ) from error
 
 
@@ -124,10 +125,15 @@ def npz(
         examples: use only so many of the training and of the test examples; None: all.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"data.path={path}: there is no such file. Set data.path to an .npz file.")
+        raise FileNotFoundError(
+            f"data.path={path}: there is no such file. It must be an .npz file: set data.path to one."
+        )
     arrays = np.load(path)
     if missing := [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in arrays]:
-        raise ValueError(f"data.path={path}: lacks the arrays {missing}; it has {sorted(arrays)}.")
+        raise ValueError(
+            f"data.path={path}: lacks the arrays {missing}; it has {sorted(arrays)}. It needs x_train, "
+            "y_train, x_test and y_test. Save them under these names."
+        )
     order = np.random.default_rng(seed).permutation(len(arrays["x_train"]))[:examples]
     x, y = arrays["x_train"][order], arrays["y_train"][order]
     splits = Splits(

@@ -373,13 +373,13 @@ class AgainstParameter:
         if self.key not in keys:
             raise ValueError(
                 f"x={self.key}: it does not vary between these runs. Allowed is what does: "
-                f"{', '.join(keys) or 'nothing'}."
+                f"{', '.join(keys) or 'nothing'}. Give one of these, or leave it out."
             )
         values: set[Any] = {run.parameters.get(self.key) for run in runs.runs}
         if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float))]:
             raise ValueError(
-                f"x={self.key}: {wrong[0]} is no number, and has no place on an axis. Leave --x out: "
-                "the runs are told apart by it in any case."
+                f"x={self.key}: {wrong[0]} is no number; an axis needs numbers. Leave --x out: the runs "
+                "are told apart by it in any case."
             )
         records = [self._without(record) for record in runs.records]
         kinds, charts = kinds_of(records), list[Any]()

@@ -24,6 +24,6 @@ def objective(cfg: DictConfig, folder: Path) -> float | None:
     if cfg.objective not in its["metrics"]:
         raise ValueError(
             f"objective={cfg.objective}: the records of {folder} have no such metric. Allowed is one of "
-            f"{', '.join(sorted(its['metrics']))}."
+            f"{', '.join(sorted(its['metrics']))}. Give one of these."
         )
     return float(its["metrics"][cfg.objective])

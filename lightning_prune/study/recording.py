@@ -80,7 +80,8 @@ class Records(Callback):
         if self.monitor not in found:
             raise ValueError(
                 f"monitor={self.monitor}: no evaluation logs it. Allowed is what one does: "
-                f"{', '.join(sorted(found)) or 'nothing yet; log a metric in validation_step'}."
+                f"{', '.join(sorted(found)) or 'nothing yet'}. Give one of these, or "
+                "log it in validation_step."
             )
         if trainer.sanity_checking:
             return

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from math import isfinite, nan
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import vl_convert
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lightning_prune import files
-from lightning_prune.study.claims import COVERED, Verdict
+from lightning_prune.study.claims import FAMILIES, Verdict, covered
 from lightning_prune.study.configs import flattened
 from lightning_prune.study.configs import load as load_config
 from lightning_prune.study.costs import measure
@@ -211,7 +211,8 @@ def page(
         kinds=[label_of(k) for k in kinds_of(runs.records)],
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         verdicts=[asdict(v) for v in verdicts],
-        covered=COVERED,
+        covered=covered(seeds(runs)),
+        families=FAMILIES,
         figures=figures,
         rounds=rounds(runs, metrics),
         listed=listed(runs),
@@ -288,12 +289,44 @@ def judged(runs: Runs) -> list[Verdict]:
     return verdicts
 
 
+def seeds(runs: Runs) -> list[tuple[Any, Any]]:
+    """Of each run the seed of its initialization and that of its data order."""
+    return [
+        (its.get("seed", run.seed), its.get("order_seed", its.get("seed", run.seed)))
+        for run in runs.runs
+        for its in (run.config,)
+    ]
+
+
+def sources_of_variation(runs: Runs, metric: str) -> list[list[str]]:
+    """Rows of text: of each kind how a metric of the last round spreads over initializations and orders.
+
+    The standard deviation over the seeds of one, of the means over those of the other. There is a row where
+    there are several of both.
+    """
+    found: dict[str, dict[tuple[Any, Any], float]] = {}
+    for run, key in zip(runs.runs, seeds(runs), strict=True):
+        if run.records and isfinite(value := run.records[-1]["metrics"].get(metric, nan)):
+            found.setdefault(run.kind, {})[key] = value
+    rows = [["kind", "over initializations", "over orders of the data"]]
+    for kind, values in found.items():
+        groups: list[list[float]] = []
+        for i in (0, 1):
+            by: dict[Any, list[float]] = {}
+            for key, value in values.items():
+                by.setdefault(key[i], []).append(value)
+            groups.append([fmean(its) for its in by.values()])
+        if all(len(means) > 1 for means in groups) and len(values) > max(map(len, groups)):
+            rows.append([label_of(kind), *(shown(metric, stdev(means)) for means in groups)])
+    return rows
+
+
 def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
     """The report in Markdown: tables and claims."""
-    seeds = len({r["seed"] for r in runs.records})
+    n = len({r["seed"] for r in runs.records})
     parts = [f"# {runs.name}\n"]
     for metric, label in tables(runs).items():
-        spread = f", mean over {seeds} seeds (lowest to highest)" if seeds > 1 else ""
+        spread = f", mean over {n} seeds (lowest to highest)" if n > 1 else ""
         parts += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(runs.records, metric))]
     metric, label = next(iter(tables(runs).items()))
     if len(rows := differences(runs.records, metric)) > 1:
@@ -301,6 +334,8 @@ def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
             f"Less the ticket's of the same seed, {label} (mean and its 95 % interval):\n",
             markdown(rows),
         ]
+    if len(rows := sources_of_variation(runs, metric)) > 1:
+        parts += [f"Standard deviation of {label} in the last round:\n", markdown(rows)]
     if timed := [r for r in runs.records if "censored" in r["metrics"]]:
         censored = sum(r["metrics"]["censored"] for r in timed)
         parts += [
@@ -310,7 +345,7 @@ def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
         rows = [["claim", "source", "verdict", "mean [95 % interval]"]]
         parts += [
             "## Claims\n",
-            f"{COVERED}\n",
+            f"{covered(seeds(runs))} {FAMILIES}\n",
             markdown(rows + [[v.claim, v.source, v.verdict, v.numbers] for v in verdicts]),
         ]
     return "\n".join(parts)

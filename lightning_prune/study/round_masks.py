@@ -118,8 +118,8 @@ def _unpacked(path: Path, packed: Any) -> Masks:
 
 def _damaged(path: Path) -> ValueError:
     return ValueError(
-        f"{path}: it is damaged, or does not hold the masks of a round. Delete the folder of the run and "
-        "start it again."
+        f"{path}: it is damaged, or does not hold the masks of a round, which are needed. Delete the "
+        "folder of the run and start it again."
     )
 
 

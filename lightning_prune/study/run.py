@@ -97,14 +97,15 @@ def state_of(cfg: DictConfig) -> str:
         shown = "; ".join(f"{k}: {there.get(k)} there, {config.get(k)} now" for k in changed[:5])
         raise ValueError(
             f"{os.path.relpath(folder)} holds a run of another config ({shown}). "
-            "Set runs=<another folder> or name=<another name>, or delete that folder."
+            "A folder is allowed one run. Set runs=<another folder> or name=<another name>, or delete "
+            "that folder."
         )
     if not (folder / "DONE").is_file():
         return "interrupted"
     if (folder / "DONE").read_text().strip() not in ("", digest(config)):
         raise ValueError(
-            f"{os.path.relpath(folder)}/DONE is that of another config. Delete it to go on with the run "
-            "from its last checkpoint, or delete the folder."
+            f"{os.path.relpath(folder)}/DONE is that of another config; it must be that of this one. "
+            "Delete it to go on with the run from its last checkpoint, or delete the folder."
         )
     return "finished"
 
@@ -117,7 +118,8 @@ def check(cfg: DictConfig) -> None:
     """
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(
-            f"{', '.join(missing)}: the options that were chosen leave this open. Give it a value: "
+            f"{', '.join(missing)}: the options that were chosen leave this open, and it is needed. Give "
+            "it a value: "
             f"{' '.join(f'{key}=...' for key in missing)}."
         )
     if cfg.kinds is not None and cfg.kind not in cfg.kinds:
@@ -132,7 +134,8 @@ def check(cfg: DictConfig) -> None:
         if (given := named(OmegaConf.select(cfg, key))) != made_by:
             raise ValueError(
                 f"{key}={given}: kind={cfg.kind} is made by {made_by}, and its runs are recorded under that "
-                "name. Leave that option out, or give kind=ticket with it, and name=<another name>."
+                "name: no other is allowed. Leave that option out, or give kind=ticket with it, and "
+                "name=<another name>."
             )
     if cfg.after:
         controls.check(cfg)
@@ -151,7 +154,10 @@ def _build(cfg: DictConfig, key: str) -> None:
     except InstantiationException as error:
         where = str(error).rpartition("full_key: ")[2] or key
         why = error.__cause__ or error
-        raise ValueError(f"{where.removeprefix('pruner.')} of {cfg.name}, kind={cfg.kind}: {why}") from error
+        raise ValueError(
+            f"{where.removeprefix('pruner.')} of {cfg.name}, kind={cfg.kind}: {why} It must be built "
+            "before the training. Change this option, or choose another."
+        ) from error
 
 
 def named(node: Any) -> str | None:

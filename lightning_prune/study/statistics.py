@@ -33,7 +33,7 @@ def spread(values: Sequence[float], level: float = 0.95) -> Spread:
         ValueError: when there is no value.
     """
     if not values:
-        raise ValueError("values: there are none; at least one is needed.")
+        raise ValueError("values: there are none; at least one is needed. Give one a seed.")
     low, mean, high = interval(values, level)
     return Spread(len(values), mean, min(values), max(values), (low, high))
 

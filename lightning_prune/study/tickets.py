@@ -119,7 +119,7 @@ def finished_masks(cfg: DictConfig) -> Mapping[int, Masks]:
     folder = _folder(cfg)
     if not (folder / "final.ckpt").is_file():
         raise FileNotFoundError(
-            f"ticket={cfg.ticket}: there is no finished run. A control starts from the ticket's: start the "
+            f"ticket={cfg.ticket}: there is no finished run. A control needs the ticket's: start the "
             "same command with kind=ticket first."
         )
     masks = masks_of(folder)
@@ -140,7 +140,7 @@ def _check_config(cfg: DictConfig) -> None:
     if changed := sorted(k for k in {**there, **here} if there.get(k) != here.get(k)):
         shown = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in changed[:5])
         raise ValueError(
-            f"ticket={cfg.ticket}: it was trained in another way ({shown}). A control differs from its "
+            f"ticket={cfg.ticket}: it was trained in another way ({shown}). A control must differ from its "
             "ticket in one thing alone. Give the same options, or ticket=<a run that has them>."
         )
 
@@ -185,7 +185,8 @@ def chosen(cfg: DictConfig, there: Sequence[int], dense: bool = False) -> list[i
     rounds = there if cfg.controls_at is None else list(cfg.controls_at)
     if missing := sorted(set(rounds) - set(there)):
         raise ValueError(
-            f"controls_at: the ticket's run has no rounds {missing}; it has {list(there)}. Name these."
+            f"controls_at: the ticket's run has no rounds {missing}; it has {list(there)}. Allowed "
+            "are these. Name some of them."
         )
     return sorted({*rounds, 0} if dense else set(rounds))
 

@@ -72,7 +72,7 @@ def fits(cfg: DictConfig, task: Any, batches: Any) -> None:
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"model={cfg.model.get('_target_')}, data={cfg.data.get('_target_')}: the network and batches of "
-            f"these data do not go together ({str(error).splitlines()[0]}). Choose those that do: "
+            f"these data do not go together ({str(error).splitlines()[0]}). They must. Choose those that do: "
             "data=mnist1d for model=residual_mlp, data=mnist for model=lenet and deep_ffn, data=cifar10 for "
             "the convolutional ones; batches.augment=null for what is no image."
         ) from error
@@ -180,7 +180,8 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: 
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ValueError(
             f"trainer.strategy={cfg.trainer.get('strategy')}: it would start this command anew for every "
-            "device. Allowed are strategies whose processes end with the run: ddp_fork (trainer=ddp)."
+            "device. Allowed are strategies whose processes end with the run. Give trainer=ddp, which is "
+            "ddp_fork."
         )
     return trainer
 
