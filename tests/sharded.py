@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import traceback
 import warnings
 from copy import deepcopy
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -412,6 +414,40 @@ ENDS = ("masks", "weights", "optimizers", "seen", "round", "sparsity", "history"
 def tickets(world, rank, folder):
     """Weights and masks of one process, and of shards of the same training."""
     return {"alone": fit(None, 1), **{way: fit(way, world) for way in LIGHTNING[world]}}
+
+
+@run
+def resumed(world, rank, folder):
+    """Killed in the middle of a round, and in its first step after a rewind."""
+    folder = folder / "checkpoints"
+    straight = fit("fsdp", world, folder)
+    found = [fit("fsdp", world, ckpt_path=folder / f"step={step}.ckpt") for step in (5, 8, 9, 17)]
+    distributed.barrier()
+    return {"straight": straight, "resumed": found}
+
+
+@run
+def documented(world, rank, folder):
+    """The examples of docs/distributed.md, one after the other."""
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    names, blocks = {"__name__": "documented"}, re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    pruner = names["ticket"][0]
+    return {"blocks": len(blocks), "round": pruner.round, "sparsity": round(pruner.sparsity, 2)}
+
+
+@run
+def stored(world, rank, folder):
+    """`save_sparse` writes of shards what one process would."""
+    model = linears()
+    lp.prune(model, sparsity=0.7)
+    lp.save_sparse(dict(model.state_dict()), folder / f"whole-{world}-{rank}.safetensors")
+    lp.save_sparse(dict(fsdp(model).state_dict()), folder / f"shards-{world}.safetensors")
+    distributed.barrier()
+    names = (f"whole-{world}-{rank}", f"shards-{world}")
+    one, other = ((folder / f"{name}.safetensors").read_bytes() for name in names)
+    return one == other
 
 
 # ------------------------------------------------------------------------------------------------ processes

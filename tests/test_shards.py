@@ -1,13 +1,16 @@
 """Shards: masks on them are those of one process, bit for bit, and the laws hold on each."""
 
+import warnings
+
 import pytest
+import torch
 
 from tests.networks import same
 from tests.ranks import processes
-from tests.sharded import ENDS, RUNS, work
+from tests.sharded import ENDS, RUNS, Whole, fit, work
 
-FAST = ["parts", "cases", "held", "put_on", "refused", "tickets"]
-SLOW = [name for name in RUNS if name != "cases"]
+FAST = ["parts", "cases", "held", "put_on", "refused", "tickets", "resumed", "stored", "documented"]
+SLOW = [name for name in RUNS if name not in ("cases", "documented")]
 
 
 def ran(world, folder, names):
@@ -24,7 +27,8 @@ def ran(world, folder, names):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return ran(2, tmp_path_factory.mktemp("two"), FAST)
+    folder = tmp_path_factory.mktemp("two")
+    return {**ran(2, folder, FAST), "folder": folder}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -117,6 +121,35 @@ def test_a_lottery_ticket_on_shards_is_that_of_one_process(two):
     check_tickets(two["tickets"])
 
 
+def check_resumed(of_ranks):
+    for rank in of_ranks:
+        for its in rank["resumed"]:
+            assert [what for what in ENDS if not same(its[what], rank["straight"][what])] == []
+            assert not its["wrong"]
+
+
+def test_a_resumed_run_on_shards_ends_with_the_same_bits(two):
+    check_resumed(two["resumed"])
+
+
+def test_a_checkpoint_of_shards_goes_on_with_one_process_and_in_the_bare_model(two):
+    path = two["folder"] / "checkpoints" / "step=8.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # generators of two processes, and here is one
+        alone = fit(None, 1, ckpt_path=path)
+    assert [what for what in ENDS if not same(alone[what], two["resumed"][0]["straight"][what])] == []
+    state = torch.load(path, weights_only=True)["state_dict"]
+    Whole().load_state_dict(state, strict=True)
+
+
+def test_a_sparse_file_of_shards_is_that_of_one_process(two):
+    assert two["stored"] == [True, True]
+
+
+def test_the_documented_examples_run(two):
+    assert two["documented"] == [{"blocks": 3, "round": 2, "sparsity": 0.36}] * 2
+
+
 @pytest.mark.slow
 def test_shards_of_two_and_of_four_processes(many):
     """With the ways to cut that need four: both at once, and replicas of shards."""
@@ -124,3 +157,4 @@ def test_shards_of_two_and_of_four_processes(many):
     check_cases(many["many_cases"], 80)
     check_held(many)
     check_tickets(many["tickets"])
+    check_resumed(many["resumed"])
