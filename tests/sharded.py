@@ -393,11 +393,7 @@ def fit(way, world, folder=None, ckpt_path=None, fail_at=None, save=False, pruni
         "masks": wholes(pruner.masks),
         "weights": weights_of(model),
         "seen": int(model.seen),
-        "optimizers": wholes(
-            {i: s["momentum_buffer"] for i, s in enumerate(trainer.optimizers[0].state.values())}
-        )
-        if trainer.optimizers
-        else {},
+        "optimizers": [whole(trainer.optimizers[0].state[p]["momentum_buffer"]) for p in model.parameters()],
         "prunings": looks.prunings,
         "wrong": looks.wrong,
         "round": pruner.round,
