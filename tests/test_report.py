@@ -120,7 +120,7 @@ def values_of(spec):
 
 def test_it_writes_a_page_figures_and_tables(reported):
     folder, out, html = reported
-    names = {"figure", "relative_loss", "sizes", "pareto", "density", "overlap", "curves"}
+    names = {"figure", "from_dense", "relative_loss", "sizes", "pareto", "density", "overlap", "curves"}
     assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == names
     for path in out.glob("*.png"):
         assert path.read_bytes()[:4] == b"\x89PNG"
@@ -335,6 +335,126 @@ def test_the_page_works_in_a_browser_without_a_network(reported, browser):
     assert [url for url in asked if not url.startswith("blob:")] == [f"file://{out / 'report.html'}"]
 
 
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a, b):
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def hexed(rgb):
+    return "#" + "".join(f"{int(n):02x}" for n in re.findall(r"\d+", rgb)[:3])
+
+
+PAPER = {"light": "#ffffff", "dark": "#14171b"}
+
+
+def test_lines_have_a_contrast_of_three_to_one_on_either_paper():
+    for theme, palette in (("light", figures.PALETTE), ("dark", figures.DARK)):
+        assert len(set(palette)) == 10
+        for colour in (*palette, "#888888"):
+            assert contrast(colour, PAPER[theme]) >= 3, (theme, colour)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_can_be_read_in_either_theme_on_a_phone_and_on_a_desk(theme, width, reported, browser):
+    _, out, _ = reported
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+    page = context.new_page()
+    page.set_default_timeout(180_000)
+    page.goto(f"file://{out / 'report.html'}")
+    n = page.locator("[data-chart]").count()
+    page.wait_for_function(
+        f"document.querySelectorAll('svg.marks').length === {n}"
+    )  # also those out of sight
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    heads = page.locator("main h2").all_inner_texts()
+    assert heads[0] == "Claims"
+    for cell in page.locator(".claims tbody td").all():  # nothing to scroll for, whatever the width
+        box = cell.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    found = page.evaluate("""() => [...document.querySelectorAll(
+        "h1,h2,p,td,th button,a:not(.skip),summary,small,header span,label,button,.notice"
+        )].filter(e => e.offsetParent).map(e => {
+          let on = e;
+          while (getComputedStyle(on).backgroundColor === "rgba(0, 0, 0, 0)") on = on.parentElement;
+          const paper = getComputedStyle(on).backgroundColor;
+          return [getComputedStyle(e).color, paper, e.textContent.slice(0, 40)]; })""")
+    for ink, paper, what in {tuple(its) for its in found}:
+        assert contrast(hexed(ink), hexed(paper)) >= 4.5, what
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert hexed(page.evaluate("getComputedStyle(document.body).backgroundColor")) == PAPER[theme]
+    texts = page.evaluate(
+        "[...document.querySelectorAll('svg.marks text')].map(e => getComputedStyle(e).fill)"
+    )
+    assert all(contrast(hexed(ink), PAPER[theme]) >= 4.5 for ink in set(texts))
+    lines = page.evaluate(
+        "[...document.querySelectorAll('svg.marks .mark-line path')].map(e => getComputedStyle(e).stroke)"
+    )
+    palette = {"light": figures.PALETTE, "dark": figures.DARK}[theme]
+    assert {hexed(stroke) for stroke in lines} & {*palette}
+    first = page.locator("[data-chart=figure-0]")
+    names = first.locator(".role-legend-label text").all_text_contents()
+    assert names == ["ticket", "re-initialised"]
+    for label in first.locator(".role-legend-label text").all():  # not cut off
+        box, place = label.bounding_box(), first.bounding_box()
+        assert box["x"] + box["width"] <= place["x"] + place["width"] + 1
+    first.locator(".role-legend-label text").first.click()  # the other line steps back
+    page.wait_for_function(
+        "[...document.querySelectorAll('[data-chart=figure-0] .mark-line path')].some("
+        "e => (e.getAttribute('opacity') ?? getComputedStyle(e).opacity) < 0.2)"
+    )
+    page.emulate_media(media="print")
+    assert hexed(page.evaluate("getComputedStyle(document.body).backgroundColor")) == "#ffffff"
+    assert not page.locator("nav").is_visible()
+    assert not page.locator("#theme").is_visible()
+    page.emulate_media(media="screen")
+    page.screenshot(path=out / f"{theme}-{width}.png", full_page=True)
+    context.close()
+
+
+def test_what_leaves_a_figure_is_marked_at_the_edge_with_the_value(tmp_path):
+    folder = written(tmp_path / "runs", kinds=["ticket"], seeds=[1, 2], rounds=2)
+    for path in folder.glob("*/records.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["metrics"]["relative_loss"] = {0: 1.0, 1: 3.0, 2: 1e7}[row["round"]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limits = {"relative_loss": (0.8, 20.0)}
+    make = figures.BySparsity("figure", {"relative_loss": "loss"}, log=["relative_loss"], limits=limits)
+    (spec,) = make(load(folder)).specs()
+    assert "triangles lie beyond the axis, up to 1e+07 (ticket)" in spec["title"]["subtitle"]
+    marks = [its for its in spec["layer"] if "triangle-up" in str(its["mark"])]
+    assert [(row["edge"], row["y"]) for row in marks[0]["data"]["values"]] == [(20.0, 1e7)]
+    assert "clamp" not in json.dumps(spec)
+    round_points = [its for its in spec["layer"] if its["mark"]["type"] == "point" and its not in marks]
+    assert {row["y"] for its in round_points for row in its["data"]["values"]} == {1.0, 3.0}
+
+
+def test_the_difference_from_dense_is_paired_by_seed_and_has_a_scale_of_its_own(reported):
+    folder, _, html = reported
+    rows = {(p["kind"], p["round"]): p["y"] for p in values_of(specs(html)["from_dense-0"]) if "kind" in p}
+    accs = {(r["kind"], r["seed"], r["round"]): r["metrics"]["test_acc"] for r in load(folder).records}
+    for kind, label in (("ticket", "ticket"), ("reinit", "re-initialised")):
+        less = [100 * (accs[kind, s, 2] - accs["ticket", s, 0]) for s in (1, 2, 3)]
+        assert rows[label, 2] == pytest.approx(statistics.fmean(less))
+    assert '"type":"symlog"' in json.dumps(specs(html)["from_dense-0"], separators=(",", ":"))
+
+
+def test_a_picture_says_of_which_runs_it_is_how_many_and_what_the_band_means(reported):
+    folder, out, _ = reported
+    text = re.sub(r"<[^>]*>", " ", (out / "figure.svg").read_text())
+    assert "lenet_mnist, n = 3 seeds." in text
+    assert "95 % interval" in re.sub(r"\s+", " ", text)
+    assert report.about(load(folder)) == "lenet_mnist, n = 3 seeds"
+
+
 # ------------------------------------------------------------------------------------- sweeps of anything
 
 
@@ -375,8 +495,11 @@ def test_several_folders_patterns_and_single_runs_are_read_together(swept):
 
 def test_a_sweep_is_reported_with_its_parameter_on_the_axis_and_claims_for_each_value(swept, capsys):
     out = swept.parent / "out"
-    report.main([f"{swept}/*", "--out", str(out), "--x", "optimizer.lr"])
+    report.main([f"{swept}/*", "--out", str(out), "--x", "optimizer.lr", "--by", "optimizer.lr"])
     assert (out / "parameter.png").read_bytes()[:4] == b"\x89PNG"
+    multiples = [spec for key, spec in specs((out / "report.html").read_text()).items() if "multiples" in key]
+    assert [spec["title"] for spec in multiples] == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
+    assert len({json.dumps(spec["layer"][-1]["encoding"]["y"]["scale"]) for spec in multiples}) == 1
     text = (out / "report.md").read_text()
     assert "ticket · optimizer.lr=0.001" in text
     claims = [

@@ -5,11 +5,13 @@ experiment's config lists its own; `STANDARD` are the others that a report has.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from textwrap import wrap
 from typing import Any
 
 import altair as alt
@@ -34,25 +36,38 @@ LABELS = {
     "signed_reinit": "re-initialised, same signs",
     "small_dense": "small dense",
 }
-# Okabe & Ito's palette, safe for colour-blind readers, without its yellow, which white paper swallows, and
-# three darker colours for those who compare ten kinds
+# Okabe & Ito's hues, safe for colour-blind readers, and three more for those who compare ten kinds; on white
+# paper and on dark, each line has a contrast of 3:1 or more
 PALETTE = (
     "#0072b2",
     "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#7f7f7f",
+    "#008060",
+    "#b0518d",
+    "#9a6700",
+    "#3a8fc7",
+    "#6e6e6e",
     "#882255",
-    "#999933",
+    "#7a7a1f",
     "#6a51a3",
+)
+DARK = (
+    "#4aa8e0",
+    "#ff8c42",
+    "#2ec99b",
+    "#e39ac4",
+    "#f0b429",
+    "#8fd0f5",
+    "#a8a8a8",
+    "#e0709c",
+    "#c9c95a",
+    "#ab98e0",
 )
 PANELS = {
     "test_acc": "test accuracy at the end of the round",
     "test_acc_at_early_stop": "test accuracy at minimum validation loss",
     "early_stop_step": "step of minimum validation loss",
 }
+DIFFERENCES = (-80, -40, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 40)  # ticks, in points
 HEIGHT, WIDTH = 240, 320
 SEEDS = 5  # as many of a kind are compared with each other
 KINDS = 6  # as many have charts of their own
@@ -73,11 +88,14 @@ class Figure:
         """The charts for a page, as Vega-Lite."""
         return [finite(chart.properties(width=self.width).to_dict()) for chart in self.charts]
 
-    def write(self, out: Path) -> list[Path]:
-        """Write the figure as PNG and SVG."""
-        width = WIDTH if self.width == "container" else self.width
+    def write(self, out: Path, of: str = "") -> list[Path]:
+        """Write the figure as PNG and SVG, which say of what runs it is and what is drawn."""
+        width = WIDTH if isinstance(self.width, str) else self.width
         charts = [chart.properties(width=width) for chart in self.charts]
-        whole = alt.concat(*charts, columns=self.columns, title=self.title).resolve_scale(color="independent")
+        across = min(self.columns, len(charts)) * width
+        said = wrap(" ".join(filter(None, (f"{of}." if of else "", self.caption))), max(40, across // 6))
+        title = alt.TitleParams(text=self.title, subtitle=said, anchor="start")
+        whole = alt.concat(*charts, columns=self.columns, title=title).resolve_scale(color="independent")
         spec = finite(whole.configure(**CONFIG).to_dict())
         png, svg = out / f"{self.name}.png", out / f"{self.name}.svg"
         files.write(png, vl_convert.vegalite_to_png(spec, scale=2))
@@ -87,8 +105,8 @@ class Figure:
 
 CONFIG: dict[str, Any] = {
     "axis": {"gridOpacity": 0.4, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"},
-    "legend": {"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 260},
-    "title": {"fontSize": 12, "fontWeight": "normal"},
+    "legend": {"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 260, "columns": 2},
+    "title": {"fontSize": 12, "fontWeight": "normal", "subtitleFontSize": 10},
     "view": {"stroke": None},
     "background": "white",
 }
@@ -123,14 +141,17 @@ class Axis:
     reverse: bool = False
     values: Sequence[float] | None = None
     limits: Sequence[float] | None = None
+    linear_within: float | None = None  # of a symmetric logarithm
 
     def options(self) -> dict[str, Any]:
         """For `alt.X` and `alt.Y`."""
         scale: dict[str, Any] = {"zero": False, "reverse": self.reverse, "nice": self.limits is None}
         if self.log:
             scale = {"type": "log", "reverse": self.reverse, "nice": False}
+        if self.linear_within is not None:
+            scale = {"type": "symlog", "constant": self.linear_within, "nice": False}
         if self.limits is not None:
-            scale |= {"domain": list(self.limits), "clamp": True}
+            scale |= {"domain": list(self.limits)}
         axis: dict[str, Any] = {"values": list(self.values)} if self.values else {}
         axis |= {"format": self.format or "~g"} if self.format or self.log else {}
         return {"title": self.title, "scale": alt.Scale(**scale), "axis": alt.Axis(**axis)}
@@ -168,7 +189,7 @@ def colour(kinds: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> alt.Color
     names, drawn = labels(kinds), {row["kind"] for row in rows}
     scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
     there = [name for name in names if name in drawn]
-    where = alt.Legend(title=None, orient="bottom", columns=3, symbolOpacity=1, values=there)
+    where = alt.Legend(title=None, orient="bottom", symbolOpacity=1, values=there)
     return alt.Color("kind:N", scale=scale, legend=where)
 
 
@@ -211,6 +232,7 @@ def lines(
     dense: float | None = None,
 ) -> Any:
     """One line a kind in the band of its interval; hollow points: censored in some seed."""
+    inside, beyond = _split(rows, y.limits)
     base = alt.Chart(alt.Data(values=rows))
     where = {"x": alt.X("x:Q", **x.options())}
     untitled: dict[str, Any] = {**y.options(), "title": None}
@@ -233,25 +255,62 @@ def lines(
         ]
     tips += [alt.Tooltip("seeds:Q")] + ([alt.Tooltip("censored:Q")] if hollow else [])
     tone, layers = colour(kinds, rows), list[Any]()
+    pick = picked(title)
+
+    def unless_others_are_picked(opacity: float) -> Any:
+        return alt.condition(pick, alt.value(opacity), alt.value(opacity / 8))
+
     if any("low" in row for row in rows):
-        band = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.15)
+        band = base.transform_filter("isValid(datum.low)").mark_area(clip=True)
         low = alt.Y("low:Q", **untitled)
-        layers.append(band.encode(**where, y=low, y2="high:Q", color=tone))
-    layers.append(base.mark_line(strokeWidth=1.8, clip=True).encode(**where, y=shown, color=tone))
-    for open_ in {hollow and row["censored"] > 0 for row in rows}:
-        its = base.transform_filter(
+        layers.append(
+            band.encode(**where, y=low, y2="high:Q", color=tone, opacity=unless_others_are_picked(0.15))
+        )
+    line = base.mark_line(strokeWidth=1.8, clip=True).add_params(pick)
+    layers.append(line.encode(**where, y=shown, color=tone, opacity=unless_others_are_picked(1)))
+    near = alt.Chart(alt.Data(values=inside))
+    for open_ in {hollow and row["censored"] > 0 for row in inside}:
+        its = near.transform_filter(
             f"{str(not hollow).lower()} || (datum.censored > 0) == {str(open_).lower()}"
         )
         layers.append(
-            its.mark_point(filled=not open_, size=32, opacity=1).encode(
-                **where, y=shown, color=tone, tooltip=tips
+            its.mark_point(filled=not open_, size=32).encode(
+                **where, y=shown, color=tone, tooltip=tips, opacity=unless_others_are_picked(1)
             )
+        )
+    for up in {row["up"] for row in beyond}:
+        at = alt.Chart(alt.Data(values=[row for row in beyond if row["up"] == up]))
+        mark = at.mark_point(shape=f"triangle-{'up' if up else 'down'}", filled=True, size=70)
+        edge = alt.Y("edge:Q", **untitled)
+        layers.append(
+            mark.encode(**where, y=edge, color=tone, tooltip=tips, opacity=unless_others_are_picked(1))
         )
     if dense is not None:
         rule = alt.Chart(alt.Data(values=[{"y": dense, "what": "dense"}]))
         mark = rule.mark_rule(strokeDash=[5, 4], color="#888", strokeWidth=1.5)
         layers.insert(0, mark.encode(y="y:Q", tooltip=[alt.Tooltip("what:N", title="line"), tips[3]]))
+    if beyond:
+        furthest = max(beyond, key=lambda row: abs(row["y"] - row["edge"]))
+        said = f"triangles lie beyond the axis, up to {furthest['y']:.3g} ({furthest['kind']})"
+        return alt.layer(*layers, title=alt.TitleParams(text=title, subtitle=said), height=HEIGHT)
     return alt.layer(*layers, title=title, height=HEIGHT)
+
+
+def picked(chart: str) -> Any:
+    """What is pressed in the legend of a chart; each chart needs one of a name of its own."""
+    name = "pick_" + re.sub(r"\W", "_", chart)
+    return alt.selection_point(name=name, fields=["kind"], bind="legend")
+
+
+def _split(
+    rows: list[dict[str, Any]], limits: Sequence[float] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows within the limits of an axis, and those beyond, with the edge at which they are marked."""
+    if limits is None:
+        return rows, []
+    low, high = limits
+    beyond = [{**r, "edge": high if r["y"] > high else low, "up": r["y"] > high} for r in rows]
+    return [r for r in rows if low <= r["y"] <= high], [r for r in beyond if not low <= r["y"] <= high]
 
 
 @dataclass(frozen=True)
@@ -293,7 +352,7 @@ class BySparsity:
         panels: {metric: its label}.
         kinds: which runs; None: all.
         log: metrics drawn on a logarithmic axis.
-        limits: {metric: (lowest, highest) shown}; what lies outside is cut off.
+        limits: {metric: (lowest, highest) shown}; what lies outside is marked at the edge.
     """
 
     name: str
@@ -381,7 +440,7 @@ class AgainstParameter:
                 f"x={self.key}: {wrong[0]} is no number; an axis needs numbers. Leave --x out: the runs "
                 "are told apart by it in any case."
             )
-        records = [self._without(record) for record in runs.records]
+        records = [_without(record, self.key) for record in runs.records]
         kinds, charts = kinds_of(records), list[Any]()
         last = max(r["round"] for r in records)
         wide = min(values) > 0 and max(values) >= 10 * min(values)
@@ -398,10 +457,52 @@ class AgainstParameter:
         caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
         return Figure(self.name, f"Against {self.key}", caption, charts, 2)
 
-    def _without(self, record: Record) -> Record:
-        """The record, of a kind that does not say the parameter: it is on the axis."""
-        others = {k: v for k, v in record["parameters"].items() if k != self.key}
-        return {**record, "kind": labelled(plain_kind(record["kind"]), others)}
+
+@dataclass(frozen=True)
+class ByParameter:
+    """The first metric against weights left, a chart for each value of a parameter that varies between runs.
+
+    Args:
+        key: of the parameter, such as `optimizer.lr`.
+        name: of the file.
+    """
+
+    key: str
+    name: str = "multiples"
+
+    def __call__(self, runs: Runs) -> Figure:
+        """Draw it.
+
+        Raises:
+            ValueError: when the parameter does not vary.
+        """
+        keys = list(dict.fromkeys(key for run in runs.runs for key in run.parameters))
+        if self.key not in keys:
+            raise ValueError(
+                f"by={self.key}: it does not vary between these runs. Allowed is what does: "
+                f"{', '.join(keys) or 'nothing'}. Give one of these, or leave it out."
+            )
+        records = [_without(record, self.key) for record in runs.records]
+        kinds = kinds_of(records)
+        metric, label = next(iter(panels(runs).items()))
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for value in dict.fromkeys(record["parameters"].get(self.key) for record in records):
+            here = [r for r in records if r["parameters"].get(self.key) == value]
+            found[value] = points(here, kinds, _left, _metric(metric))
+        ends = [row.get(key, row["y"]) for rows in found.values() for row in rows for key in ("low", "high")]
+        y = axis_of(metric, label, limits=(min(ends), max(ends)) if ends and min(ends) < max(ends) else None)
+        x = left(runs.records)
+        charts = [lines(rows, kinds, x, y, f"{self.key}={value}") for value, rows in found.items() if rows]
+        caption = (
+            f"{label[0].upper()}{label[1:]}: mean over seeds in the band of its 95 % interval (Student's t)."
+        )
+        return Figure(self.name, f"By {self.key}", caption, charts, 3)
+
+
+def _without(record: Record, key: str) -> Record:
+    """The record, of a kind that does not say the parameter."""
+    others = {k: v for k, v in record["parameters"].items() if k != key}
+    return {**record, "kind": labelled(plain_kind(record["kind"]), others)}
 
 
 def _metric(name: str) -> Callable[[Record], float | None]:
@@ -414,6 +515,39 @@ def _left(record: Record) -> float:
 
 def _sparsity(record: Record) -> float:
     return 100 * record["sparsity"]
+
+
+def from_dense(runs: Runs) -> Figure | None:
+    """How far accuracies are from those of the dense network of the same seed, in points."""
+    kinds, charts = kinds_of(runs.records), list[Any]()
+    accuracies = {metric: label for metric, label in panels(runs).items() if "_acc" in metric}
+    for metric, label in accuracies.items():
+        dense = {
+            (r["kind"], r["seed"]): r["metrics"][metric]
+            for r in runs.records
+            if r["round"] == 0 and metric in r["metrics"]
+        }
+
+        def less(record: Record, metric: str = metric, dense: Mapping[Any, float] = dense) -> float | None:
+            kind, seed = record["kind"], record["seed"]
+            ticket = "ticket" + kind.removeprefix(plain_kind(kind))  # of the same parameters
+            reference = dense.get((ticket, seed), dense.get((kind, seed)))
+            value = record["metrics"].get(metric)
+            return None if reference is None or value is None else 100 * (value - reference)
+
+        rows = points([r for r in runs.records if r["round"]], kinds, _left, less)
+        if rows:
+            ends = [row.get(key, row["y"]) for row in rows for key in ("low", "high")]
+            ticks = [t for t in DIFFERENCES if min(ends) - 1 <= t <= max(ends) + 1]
+            y = Axis(f"{label}, points above dense", linear_within=0.5, values=ticks)
+            charts.append(lines(rows, kinds, left(runs.records), y, label, dense=0.0))
+    caption = (
+        "Accuracy less that of the dense network of the same seed, in percentage points, on a symmetric "
+        "logarithmic axis that is linear within half a point: mean over seeds in the band of its 95 % "
+        "interval (Student's t). "
+        "Dashed: as the dense network."
+    )
+    return Figure("from_dense", "Difference from dense", caption, charts) if charts else None
 
 
 def relative_loss(runs: Runs) -> Figure | None:
@@ -531,9 +665,10 @@ def _front(rows: list[dict[str, Any]], kinds: Sequence[str], label: str, form: s
     line = base.transform_filter("datum.front").mark_line(
         color="#888", strokeWidth=1.5, interpolate="step-after"
     )
-    spots = base.mark_point(filled=True, size=40, opacity=0.9).encode(
-        x=x, y=y, color=colour(kinds, rows), tooltip=tips
-    )
+    pick = picked(label)
+    seen = alt.condition(pick, alt.value(0.9), alt.value(0.1))
+    spots = base.mark_point(filled=True, size=40).add_params(pick)
+    spots = spots.encode(x=x, y=y, color=colour(kinds, rows), tooltip=tips, opacity=seen)
     return alt.layer(line.encode(x=x, y=y), spots, title=f"accuracy against {label}", height=HEIGHT)
 
 
@@ -765,6 +900,7 @@ def _curves(rows: list[dict[str, Any]], label: str, title: str, form: str) -> al
 
 
 STANDARD: tuple[Callable[[Runs], Figure | None], ...] = (
+    from_dense,
     relative_loss,
     sizes,
     pareto,

@@ -26,8 +26,11 @@ from lightning_prune.study.configs import load as load_config
 from lightning_prune.study.costs import measure
 from lightning_prune.study.figures import (
     CONFIG,
+    DARK,
+    PALETTE,
     STANDARD,
     AgainstParameter,
+    ByParameter,
     Figure,
     finite,
     label_of,
@@ -221,6 +224,7 @@ def page(
         csv=_script(as_csv(rows)),
         specs=_script(specs),
         config=_script({k: v for k, v in CONFIG.items() if k != "background"}),
+        dark=_script(dict(zip(PALETTE, DARK, strict=True))),
         library=_library(),
     )
 
@@ -235,7 +239,9 @@ def _script(content: Any) -> str:
     return json.dumps(finite(content), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
 
 
-def report(*places: Path | str, out: Path, measured: bool = False, x: str | None = None) -> None:
+def report(
+    *places: Path | str, out: Path, measured: bool = False, x: str | None = None, by: str | None = None
+) -> None:
     """Write the page, the figures and the tables of runs to `out`, and print the main one.
 
     Args:
@@ -244,12 +250,14 @@ def report(*places: Path | str, out: Path, measured: bool = False, x: str | None
             the merged `records.jsonl` and the config.
         measured: measure, on this machine, size and latency of networks with the masks of the rounds first.
         x: a parameter that varies between the runs, to be drawn on the horizontal axis.
+        by: one of which each value gets a chart of its own.
 
     Raises:
-        ValueError: when `x` does not vary, or its values are no numbers.
+        ValueError: when `x` or `by` does not vary, or the values of `x` are no numbers.
     """
     runs = load(*places)
     against = [AgainstParameter(x)(runs)] if x is not None else []
+    against += [ByParameter(by)(runs)] if by is not None else []
     out.mkdir(parents=True, exist_ok=True)
     if measured:
         runs.measured = measure(runs)
@@ -261,7 +269,7 @@ def report(*places: Path | str, out: Path, measured: bool = False, x: str | None
     verdicts = judged(runs)
     rows = flat(records)
 
-    written = [path for figure in drawn for path in figure.write(out)]
+    written = [path for figure in drawn for path in figure.write(out, about(runs))]
     files.write(out / "report.html", page(runs, drawn, verdicts, rows))
     files.write(out / "report.md", text(runs, verdicts))
     files.write(out / "records.csv", as_csv(rows))
@@ -287,6 +295,12 @@ def judged(runs: Runs) -> list[Verdict]:
             verdict = claim.check(records)
             verdicts.append(replace(verdict, claim=f"{verdict.claim} ({words})") if words else verdict)
     return verdicts
+
+
+def about(runs: Runs) -> str:
+    """Of what a figure is: the experiment, and how many seeds each kind has."""
+    n = sorted({len({run.seed for run in runs.of(kind)}) for kind in kinds_of(runs.records)} - {0})
+    return f"{runs.name}, n = {n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} seed{'s' if n[-1] > 1 else ''}"
 
 
 def seeds(runs: Runs) -> list[tuple[Any, Any]]:
@@ -387,6 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", nargs="+", help="of runs, such as runs/mnist1d; or a pattern of folders")
     parser.add_argument("--out", type=Path, help="where to write; where there is one folder, that by default")
     parser.add_argument("--x", metavar="KEY", help="a parameter that varies, for the horizontal axis")
+    parser.add_argument("--by", metavar="KEY", help="a parameter that varies, for a chart of each value")
     parser.add_argument(
         "--measure",
         action="store_true",
@@ -397,6 +412,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out is None and (len(args.folder) > 1 or not one.is_dir()):
         parser.error("--out: several folders have no place in common. Give a folder to write to.")
     try:
-        report(*args.folder, out=args.out or one, measured=args.measure, x=args.x)
+        report(*args.folder, out=args.out or one, measured=args.measure, x=args.x, by=args.by)
     except ValueError as error:
         parser.error(str(error))
