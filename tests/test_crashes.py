@@ -30,7 +30,7 @@ from tests.networks import Net, fitter, same
 from tests.test_resume import in_another_process
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* is made for .* and a round has"),
+    pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL"),
 ]

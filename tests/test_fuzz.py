@@ -12,7 +12,7 @@ from lightning_prune.study.run import run
 from lightning_prune.study.tasks import Classification
 from tests.test_experiments import config, lines
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
+pytestmark = pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
 
 # what is wrong: values that it may not have, and other settings that bring it into play
 BAD = {

@@ -19,7 +19,7 @@ from tests.networks import Gan, Manual, Net, Watch, dead_are_zero, fitter, loade
 from tests.reference import global_selection, lottery_ticket, uniform_selection
 from tests.test_holding import OPTIMIZERS, OPTIONS, REFUSED, RUNNING
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
+pytestmark = pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
 
 
 def pruning(rate=0.3, **options):
@@ -489,7 +489,7 @@ def test_checkpoints_are_truthful(clock, first, at_epoch_end, tmp_path):
     checkpoint = ModelCheckpoint(
         tmp_path, "{epoch}", monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=at_epoch_end
     )
-    ours = [pruner, lp.LotteryTicketRewind(2)]
+    ours = [pruner, lp.LotteryTicketRewind(2, shorten=False)]
     callbacks = [checkpoint, *ours, Log()] if first else [Log(), *ours, checkpoint]
     trainer, model = fitter(*callbacks, epochs=6, enable_checkpointing=True), Net()
     trainer.fit(model)
@@ -546,7 +546,7 @@ def results_in_order(clock, order, folder):
             prunings.append((trainer.global_step, masks))
 
     pruner, checkpoint = pruning(**clock), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    callbacks = [pruner, lp.LotteryTicketRewind(3), checkpoint, Listener()]
+    callbacks = [pruner, lp.LotteryTicketRewind(3, shorten=False), checkpoint, Listener()]
     model = Net()
     fitter(*(callbacks[place] for place in order), epochs=6, enable_checkpointing=True).fit(model)
     assert len(prunings) == 2

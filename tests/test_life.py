@@ -67,6 +67,7 @@ def traces(trainer, model):
         found += ["step"] * ("step" in vars(o))
     found += list(torch_optimizer._global_optimizer_post_hooks.values())
     found += list(torch_optimizer._global_optimizer_pre_hooks.values())
+    found += ["setup_optimizers"] * ("setup_optimizers" in vars(trainer.strategy))
     attributes = {name: sorted(vars(m)) for name, m in model.named_modules()}
     return found, type(trainer.strategy.checkpoint_io), attributes
 
@@ -519,7 +520,7 @@ REWIND = {"to_step": 1}
         ),
         ({}, {"policy": lp.rewind.weights}, "policy='everything' there, policy='weights' here"),
         ({}, {"until": EarlyBird()}, "until='None' there, until='EarlyBird"),
-        ({}, {"to_step": 0, "to_epoch": 1, "shorten": True}, "shorten=False there, shorten=True here"),
+        ({}, {"to_step": 0, "to_epoch": 1, "shorten": True}, "shorten=None there, shorten=True here"),
         ({}, {"same_batches": True, "to_step": 0}, "same_batches=False there, same_batches=True here"),
     ],
     ids=str,

@@ -72,6 +72,35 @@ def test_the_log_interval_and_whether_it_is_a_trial():
     ]
 
 
+def test_the_trainer_says_other_limits_until_the_strategy_has_made_optimizers_and_whenever_it_does():
+    class Shows(Callback):
+        def setup(self, trainer, model, stage):
+            self.shown = _lightning.ShownLimits(trainer, lambda true: (true[0] - 1, 7), lambda true: (2, 8))
+            says(trainer, model)
+
+        def on_fit_start(self, trainer, model):
+            says(trainer, model)
+            trainer.strategy.setup_optimizers(trainer)
+            says(trainer, model)
+            self.shown.leave()
+            trainer.strategy.setup_optimizers(trainer)
+
+    class Listens(Net):
+        def setup(self, stage):
+            says(self.trainer, self)
+
+        def configure_optimizers(self):
+            says(self.trainer, self)
+            return super().configure_optimizers()
+
+    said = []
+    says = lambda trainer, _: said.append((trainer.max_epochs, trainer.max_steps))  # noqa: E731
+    trainer = fitter(Shows(), epochs=4)
+    trainer.fit(Listens())
+    assert said == [(3, 7), (3, 7), (2, 8), (4, -1), (2, 8), (4, -1), (4, -1)]
+    assert "setup_optimizers" not in vars(trainer.strategy)
+
+
 def test_averages_are_copies_with_the_modules_names_once_they_are_there():
     assert _lightning.averages_of(fitter(WeightAveraging())) == []
 

@@ -128,7 +128,7 @@ def put_on(its, masks, trainer):
     return its
 
 
-@pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
+@pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", FROM)
@@ -198,6 +198,7 @@ def test_fine_tuning_without_a_schedule_goes_on_at_its_rate():
     assert set(steps.rates) == {0.1}
 
 
+@pytest.mark.filterwarnings("ignore:LambdaLR. a round ends at")
 def test_schedules_go_on_from_the_step_that_is_gone_back_to():
     model = Net(schedule=lambda o: sched.LambdaLR(o, lambda step: 0.9**step), interval="step")
     rates = [0.1 * 0.9**step for step in range(8)]
@@ -210,7 +211,7 @@ def test_schedules_go_on_from_the_step_that_is_gone_back_to():
 
 def test_an_epoch_is_gone_back_to_as_its_first_step_is():
     torch.manual_seed(0)
-    _, by_epoch, model = trained(to_epoch=1)
+    _, by_epoch, model = trained(to_epoch=1, shorten=False)
     torch.manual_seed(0)
     _, by_step, other = trained(to_step=3)
     assert same(by_epoch.snapshot.state_dict(), by_step.snapshot.state_dict())
@@ -236,16 +237,20 @@ def test_ones_own_policy_is_a_function_of_snapshots():
 @pytest.mark.parametrize(
     ("options", "lengths"),
     [
-        ({"to_epoch": 1}, [6, 6, 24]),  # the fit goes on to its end
+        ({"to_epoch": 1, "shorten": False}, [6, 6, 24]),  # the fit goes on to its end
         ({"to_epoch": 1, "shorten": True}, [6, 3, 3]),
+        ({"to_epoch": 1}, [6, 3, 3]),
+        ({"to_step": 2}, [6, 6, 24]),  # which epochs cannot count
+        ({"to_step": 0}, [6, 6, 24]),
         ({"to_step": 0, "shorten": True}, [6, 6, 6]),
         ({"to_step": 2, "shorten": True, "every": 7}, [7, 5, 5]),
         ({"to_epoch": 1, "shorten": True, "every": 7}, [7, 4, 4]),
-        ({"to_step": 2, "every": 7}, [7, 7, 22]),
+        ({"to_step": 2, "every": 7}, [7, 5, 5]),
+        ({"to_step": 2, "shorten": False, "every": 7}, [7, 7, 22]),
     ],
     ids=str,
 )
-def test_a_round_after_a_rewind_ends_as_much_sooner_if_asked(options, lengths):
+def test_a_round_after_a_rewind_ends_as_much_sooner_unless_told_otherwise(options, lengths):
     steps, _, _ = trained(**options)
     assert [steps.rounds.count(r) for r in range(3)] == lengths
 
@@ -256,12 +261,12 @@ def test_a_schedule_made_for_a_round_is_not_overrun_by_shortened_rounds():
 
 
 def test_a_schedule_that_would_be_overrun_gets_a_warning_that_names_the_way_out():
-    message = "OneCycleLR is made for 6 steps and a round has 6 from 3 on, .* Set shorten=True"
+    message = "OneCycleLR: a round takes it to 9 steps, and it ends after 6. Make it for 9 steps"
     with (
         pytest.warns(UserWarning, match=message),
         pytest.raises(ValueError, match="Tried to step 7 times"),
     ):
-        trained(one_cycle(6), to_epoch=1)
+        trained(one_cycle(6), to_epoch=1, shorten=False)
 
 
 @pytest.mark.parametrize("every", [1, 3, 5])
@@ -361,6 +366,7 @@ def test_with_the_same_batches_a_round_repeats_the_training_from_the_snapshot_on
     model = kind()
     model.spare = nn.Linear(4, 4)
     options = {"epochs": 6, "callbacks": [End()], "include": ["spare*"], "same_batches": True}
+    options["shorten"] = False
     steps, _, _ = trained(model, **options, **k)
     behind = k.get("to_epoch", k.get("to_step", 0) // 3)
     first = slice(3 * behind, 6)
@@ -447,6 +453,7 @@ def masks_in(file):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.filterwarnings("ignore:StepLR. a round ends at")
 def test_stochastic_weight_averaging_works_in_the_last_round(norm, order):
     swa = StochasticWeightAveraging(0.01, swa_epoch_start=6, annealing_epochs=1)
     pruner = lp.IterativeMagnitudePruning(Geometric(0.3), rounds=2, every_n_epochs=2)
@@ -526,6 +533,7 @@ def test_the_best_of_a_round_is_remembered_across_a_resume(tmp_path):
     assert stems == ["last", "round=0-epoch=0", "round=1-epoch=2", "round=2-epoch=5"]
 
 
+@pytest.mark.filterwarnings("ignore:StepLR. a round ends at")
 def test_the_learning_rate_monitor_shows_the_rewound_rate(tmp_path):
     logger = CSVLogger(tmp_path)
     monitor = LearningRateMonitor(logging_interval="epoch")
@@ -547,6 +555,8 @@ def test_the_learning_rate_monitor_shows_the_rewound_rate(tmp_path):
         ({"to_step": 1, "to_epoch": 1}, "to_step=1, to_epoch=1: only one of them"),
         ({"to_epoch": 2}, "to_epoch=2: allowed is 0 to 1, within a round"),
         ({"to_epoch": 3, "every": 9}, "to_epoch=3: it begins after the first round, of 9 steps"),
+        ({"shorten": "no"}, "shorten='no': allowed are True, False and None"),
+        ({"shorten": 1}, "shorten=1: allowed are True, False and None"),
         ({"to_step": 2, "shorten": True}, "shorten=True with to_step=2: allowed is to_epoch"),
         ({"same_batches": True, "to_step": 2}, r"same_batches=True: .* begin with an epoch \(of 3 steps\)"),
         ({"same_batches": True, "every": 7}, r"same_batches=True: .* begin with an epoch \(of 3 steps\)"),

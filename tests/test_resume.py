@@ -16,7 +16,7 @@ from tests.interrupted import CLOCKS, EPOCHS, REWINDS, Stopped, run, run_to_file
 from tests.modes import a_mode, train
 from tests.networks import Net, fitter, same, samples
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is made for .* and a round has")
+pytestmark = pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
 
 SAVED = ["epoch end", "validation end"]
 

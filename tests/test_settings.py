@@ -17,7 +17,7 @@ from lightning_prune.schedules import Geometric
 from tests.networks import Gan, Manual, Net, Watch, dead_are_zero, fitter, loader, same, samples, sgd
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.* is made for .* and a round has",
+    "ignore:.* a round (ends at|takes it to)",
     "ignore:.*dropout option adds dropout after all but last recurrent layer",
 )
 

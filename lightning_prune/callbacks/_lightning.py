@@ -3,7 +3,9 @@
 Each was checked with Lightning 2.6.6; tests/test_lightning.py fails where a later version moves.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from lightning.fabric.utilities.types import _Stateful
@@ -15,6 +17,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import final
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -227,3 +230,59 @@ def batch_before_transfer(trainer: Trainer, pl_module: LightningModule, batch: A
 def leaves_its_processes(trainer: Trainer) -> bool:
     """Whether the fit runs in forked or spawned processes, which end with it."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+Limits = tuple[int, int]  # max_epochs and max_steps; -1: unlimited
+
+
+@final
+class ShownLimits:
+    """Let the trainer say other limits of a fit while optimizers and learning rate schedules are made.
+
+    From `setup` of a callback, and so in `setup` of the module, until the strategy has made them; and again
+    whenever it makes them anew. At all other times the trainer says the true limits.
+
+    Args:
+        trainer: in `setup` of a callback.
+        early: true limits -> what the trainer says at once.
+        exact: true limits -> what it says while the strategy makes optimizers. The loaders may be asked then.
+    """
+
+    def __init__(
+        self, trainer: Trainer, early: Callable[[Limits], Limits], exact: Callable[[Limits], Limits]
+    ) -> None:
+        self._trainer, self._exact = trainer, exact
+        self._true: Limits | None = self._now()
+        self._say(early(self._true))
+        self._theirs = trainer.strategy.setup_optimizers
+        self._ours = trainer.strategy.setup_optimizers = partial(self._make, self._theirs)
+
+    def _now(self) -> Limits:
+        epochs = self._trainer.max_epochs
+        return -1 if epochs is None else epochs, self._trainer.max_steps
+
+    def _say(self, limits: Limits) -> None:
+        loop = self._trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = limits
+
+    def _make(self, make: Callable[[Trainer], None], trainer: Trainer) -> None:
+        self._true = self._true or self._now()
+        try:
+            self._say(self._exact(self._true))
+            make(trainer)
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        if self._true is not None:
+            self._say(self._true)
+        self._true = None
+
+    def leave(self) -> None:
+        """Take everything away again."""
+        self._put_back()
+        own = vars(self._trainer.strategy)
+        if own.get("setup_optimizers") is self._ours:
+            del own["setup_optimizers"]
+            if self._trainer.strategy.setup_optimizers != self._theirs:
+                own["setup_optimizers"] = self._theirs

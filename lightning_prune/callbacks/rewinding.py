@@ -1,6 +1,7 @@
 """LotteryTicketRewind: when to take the snapshot, when to go back to it."""
 
 import weakref
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +13,8 @@ from lightning_prune.callbacks import _lightning, generators, home, learning_rat
 from lightning_prune.callbacks.beside import averaging_of
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.one_round import OneRound
+from lightning_prune.callbacks.rounds import Clock, end_of_fit
 from lightning_prune.callbacks.state import VERSION, check_settings, check_version
 from lightning_prune.callbacks.strategies import check_optimizers
 from lightning_prune.checks import whole
@@ -30,14 +33,20 @@ class LotteryTicketRewind(Callback):
     of `WeightAveraging`. It is part of the checkpoint. After each pruning the policy says what of it is
     restored, bit for bit, and the masks are put on. The gradient scaler of mixed precision is not rewound.
 
+    While `setup` and `configure_optimizers` of the module run, the trainer says how long a round is, and not
+    the whole fit (`max_epochs`, `max_steps`, `estimated_stepping_batches`), unless the policy lets schedules
+    run on. So a module that is made for plain training makes learning rate schedules of one round.
+
     Args:
         to_step: the optimizer step to rewind to; 0 is initialization. Less than the length of the first
             round.
         to_epoch: the epoch to rewind to, instead of a step.
         policy: what a round begins with. `lightning_prune.rewind.everything`, `weights`, `learning_rate`,
             `fine_tune`, `nothing`, or your own function of snapshots.
-        shorten: a round that begins at step or epoch k ends as much sooner, as in the papers, and the fit
-            ends with the last round. Else every round has the same length, and schedules run on from k.
+        shorten: whether a round that begins at step or epoch k ends as much sooner, as in the papers, and the
+            fit with the last round; if not, every round has the same length, and schedules run on from k.
+            None: wherever k is above 0 and can be counted as the rounds are, which leaves out `to_step` where
+            they are counted in epochs.
         until: end a round, but not the last one, as soon as an early-bird ticket has emerged. Then too the
             fit ends with the last round.
         same_batches: the random number generators are part of the snapshot, so that every round sees the same
@@ -57,7 +66,7 @@ class LotteryTicketRewind(Callback):
         to_step: int = 0,
         to_epoch: int | None = None,
         policy: Policy = rewind.everything,
-        shorten: bool = False,
+        shorten: bool | None = None,
         until: EarlyBird | None = None,
         same_batches: bool = False,
     ) -> None:
@@ -68,6 +77,8 @@ class LotteryTicketRewind(Callback):
             raise ValueError(
                 f"to_step={to_step}, to_epoch={to_epoch}: only one of them is allowed. Leave one out."
             )
+        if shorten is not None and not isinstance(shorten, bool):
+            raise ValueError(f"shorten={shorten!r}: allowed are True, False and None. Give one of them.")
         self.to_step = to_step
         self.to_epoch = to_epoch
         self.policy = policy
@@ -84,14 +95,16 @@ class LotteryTicketRewind(Callback):
         self._random: dict[str, Any] | None = None  # as the epoch of the snapshot began
         self._network: weakref.ref[nn.Module] | None = None  # that the snapshot was taken of
         self._resumed = False  # whether this fit goes on from a checkpoint
+        self._shortens = bool(shorten)  # whether rounds do, under the clock of the fit
         self._before: dict[str, Any] = {}  # the attributes before a fit, until it has begun
+        self._limits: _lightning.ShownLimits | None = None  # what the trainer says while schedules are made
         self._trainer: Trainer | None = None  # of the fit under way
         self._home = home.settle(self)
 
     @property
     def varies_rounds(self) -> bool:
         """Whether rounds have other lengths than the pruning callback's arguments say."""
-        return self.shorten or self.until is not None
+        return self._shortens or self.until is not None
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -99,6 +112,9 @@ class LotteryTicketRewind(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if self._limits is not None:  # Another callback failed as that fit ended, so that we were not told.
+            self._limits.leave()
+            self._limits = None
         self._before, self._trainer = dict(vars(self)), trainer
         pruner = _pruner(trainer)
         if isinstance(self.policy, type) or not callable(self.policy):
@@ -118,6 +134,27 @@ class LotteryTicketRewind(Callback):
                 f"shorten=True with to_step={self.to_step}: allowed is to_epoch, as rounds are counted in "
                 "epochs. Give to_epoch, or the pruning callback every_n_train_steps."
             )
+        self._shortens = self._shortens_under(pruner)
+        if self._rewinds_schedules and pruner.rounds and not (pruner.is_last() and not trainer.ckpt_path):
+            one = self._one_round(pruner)
+            self._limits = _lightning.ShownLimits(trainer, one.early, partial(one.exact, trainer))
+
+    def _shortens_under(self, pruner: MaskedTraining) -> bool:
+        if self.shorten is not None:
+            return self.shorten
+        return bool(self.to_epoch or (self.to_step and pruner.every_n_train_steps is not None))
+
+    @property
+    def _rewinds_schedules(self) -> bool:
+        """Whether learning rate schedules are for a round, and not for the whole fit."""
+        return self.policy not in (rewind.weights, rewind.nothing)
+
+    def _one_round(self, pruner: MaskedTraining) -> OneRound:
+        every = pruner.every_n_train_steps
+        clock, length = (Clock.EPOCHS, pruner.every_n_epochs) if every is None else (Clock.STEPS, every)
+        if self._shortens or self.policy is rewind.fine_tune:
+            return OneRound(clock, length)
+        return OneRound(clock, length, self.to_step, self.to_epoch or 0)
 
     def _check_step(self, length: int | float) -> None:
         if self.to_step >= length:
@@ -171,12 +208,12 @@ class LotteryTicketRewind(Callback):
         if self._held:
             learning_rates.hold(trainer, self._rates)
         self._may_hold = "final" in asked(self.policy)
-        if self.policy not in (rewind.weights, rewind.nothing):  # under which a schedule is for the whole fit
+        if self._rewinds_schedules and not self._resumed:
             self._warn_of_schedules(trainer, pruner)
 
     def _check_averaging(self, trainer: Trainer, pruner: MaskedTraining) -> None:
         """Averaging replaces the scheduler as it starts, so there is no way back from there."""
-        every, regular = pruner.every_n_epochs, not (self.shorten or self.until)
+        every, regular = pruner.every_n_epochs, not self.varies_rounds
         if pruner.every_n_train_steps is None and regular:
             for averaging in averaging_of(trainer):
                 begin = [r * every for r in range(1, pruner.rounds + 1)]
@@ -195,14 +232,17 @@ class LotteryTicketRewind(Callback):
             )
 
     def _warn_of_schedules(self, trainer: Trainer, pruner: MaskedTraining) -> None:
-        per_epoch = steps_per_epoch(trainer)
-        lengths = {
-            "step": (pruner.steps_per_round, self.to_epoch * per_epoch if self.to_epoch else self.to_step)
-        }
-        if pruner.every_n_train_steps is None:
-            lengths["epoch"] = (pruner.every_n_epochs, self.to_epoch or self.to_step // per_epoch)
-        held = self.policy is rewind.fine_tune
-        learning_rates.warn_of_schedules(trainer, lengths, self.shorten, held)
+        if pruner.is_last() or _lightning.is_a_trial(trainer):
+            return
+        per_epoch, one = steps_per_epoch(trainer), self._one_round(pruner)
+        spans: dict[str, learning_rates.Span] = {}
+        for interval, clock in (("step", Clock.STEPS), ("epoch", Clock.EPOCHS)):
+            fit, round = end_of_fit(trainer, clock), one.end(interval, per_epoch)
+            more = fit - (pruner.rounds + 1) * one.first(interval, per_epoch)
+            held = self.policy is rewind.fine_tune
+            goes_on = 0 < more < float("inf") and not self.varies_rounds and not held
+            spans[interval] = learning_rates.Span(round, round + more if goes_on else round, fit)
+        learning_rates.warn_of_schedules(trainer, spans)
 
     # -------------------------------------------------------------------------------------- while it trains
 
@@ -279,8 +319,7 @@ class LotteryTicketRewind(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer is self._trainer:
-            vars(self).update(self._before)  # A fit that fails before it has begun leaves nothing.
-            self._leave()
+            self._leave(self._before)  # A fit that fails before it has begun leaves nothing.
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -296,8 +335,11 @@ class LotteryTicketRewind(Callback):
         self.load_state_dict(state)
         self._resumed = False
 
-    def _leave(self) -> None:
-        self._before, self._trainer, self._resumed = {}, None, False
+    def _leave(self, before: dict[str, Any] | None = None) -> None:
+        if self._limits is not None:
+            self._limits.leave()
+        vars(self).update(before or {})
+        self._before, self._trainer, self._limits, self._resumed = {}, None, None, False
 
     def on_cut(self, trainer: Trainer, pl_module: LightningModule, what: Cut) -> None:
         """Channels were removed from the network: the snapshot loses the same ones."""
@@ -326,7 +368,7 @@ class LotteryTicketRewind(Callback):
             learning_rates.check_held(trainer, self.policy)
             self._held = True
             learning_rates.hold(trainer, self._rates)
-        if self.shorten:
+        if self._shortens:
             pruner.shorten_round(self._behind)
         self._drawn = []
         if self.same_batches and self._random is not None:
@@ -342,13 +384,13 @@ class LotteryTicketRewind(Callback):
             "to_step": self.to_step,
             "to_epoch": self.to_epoch,
             "policy": getattr(self.policy, "__qualname__", repr(self.policy)),
-            "shorten": self.shorten,
+            "shorten": self.shorten if self._k else bool(self.shorten),
             "until": repr(self.until),
             "same_batches": self.same_batches,
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_network": None, "_before": {}, "_trainer": None}
+        return {**vars(self), "_network": None, "_before": {}, "_trainer": None, "_limits": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -106,7 +106,7 @@ def finished(cfg: DictConfig) -> Ticket:
     rewind: Any = instantiate(cfg.rewind)
     state = torch.load(_folder(cfg) / "final.ckpt", map_location="cpu", weights_only=True)["callbacks"]
     rewind.load_state_dict(state[rewind.state_key])
-    behind = state[rewind.state_key]["behind"] if rewind.shorten else 0
+    behind = 0 if rewind.shorten is False else state[rewind.state_key]["behind"]  # rounds count steps
     return Ticket(call(rewind.policy, rewind.snapshot), cfg.steps_per_round - behind, masks)
 
 
