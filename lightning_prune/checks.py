@@ -1,7 +1,8 @@
-"""Arguments that are numbers: an error says what was given, what is allowed, and an example."""
+"""Arguments that are numbers or paths: an error says what was given, what is allowed, and an example."""
 
 from collections.abc import Callable
 from numbers import Real
+from pathlib import Path
 
 
 def whole(name: str, value: object, lowest: int, such_as: int | None = None) -> None:
@@ -37,3 +38,28 @@ def number(name: str, value: object, allowed: str, within: Callable[[float], boo
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not within(float(value)):
         raise ValueError(f"{name}={value!r}: allowed {allowed}.")
+
+
+def check_path(name: str, value: object) -> None:
+    """Make sure that a value is the path of a file that may be written, as far as can be known now.
+
+    >>> check_path("save_sparse", "/")
+    Traceback (most recent call last):
+    ValueError: save_sparse='/': that is a folder; allowed are paths of files. Name a file in it.
+
+    Raises:
+        ValueError: when it is no path, or is a folder, or a file stands where a folder of it would.
+    """
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError(f"{name}={value!r}: allowed are paths of files, such as 'pruned.safetensors'.")
+    path = Path(value)
+    if path.is_dir():
+        raise ValueError(
+            f"{name}={str(value)!r}: that is a folder; allowed are paths of files. Name a file in it."
+        )
+    if wrong := next(
+        (str(folder) for folder in path.parents if folder.exists() and not folder.is_dir()), None
+    ):
+        raise ValueError(
+            f"{name}={str(value)!r}: {wrong} is a file, and a folder is needed. Choose another path."
+        )

@@ -37,7 +37,7 @@ ELEMENTWISE = (
 
 
 @final
-class Hold:
+class Handle:
     """Masks held on parameters: after every step of every optimizer, dead weights are exactly +0.0.
 
     Whoever made the optimizer and whenever: torch calls a hook after each step of any optimizer in the
@@ -67,11 +67,11 @@ class Hold:
         self._wrapped: WeakSet[optim.Optimizer] = WeakSet()  # whose `step` torch has not prepared
         self._bits: dict[str, Tensor] = {}
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._handles: list[Any] = []
+        self._hooks: list[Any] = []
         self._gradients = False
         check_fit(masks, self._params)
-        self._handles.append(_after_every_step(self._stepped))
-        finalize(self, _dead.append, self._handles[0])
+        self._hooks.append(_after_every_step(self._stepped))
+        finalize(self, _dead.append, self._hooks[0])
         self.watch(optimizers, gradients=gradients)
         self.set(masks)
 
@@ -81,9 +81,9 @@ class Hold:
         for o in self._optimizers:
             if not _calls_hooks(o) and o not in self._wrapped:
                 self._wrapped.add(o)
-                self._handles.append(_Wrapped(o, self.apply))
+                self._hooks.append(_Wrapped(o, self.apply))
             elif _calls_hooks(o):
-                self._handles.append(o.register_step_post_hook(self._is_kept_alive))
+                self._hooks.append(o.register_step_post_hook(self._is_kept_alive))
         for o in self._optimizers:
             self._zero_state(o)
         if not gradients or self._gradients:
@@ -92,7 +92,7 @@ class Hold:
         for name, p in self._params.items():
             frozen = not p.requires_grad  # now; it may be trained later
             p.requires_grad_(True)
-            self._handles.append(p.register_post_accumulate_grad_hook(self._mask_gradient(name)))
+            self._hooks.append(p.register_post_accumulate_grad_hook(self._mask_gradient(name)))
             p.requires_grad_(not frozen)
 
     def set(self, masks: Masks) -> None:
@@ -142,8 +142,8 @@ class Hold:
         reference = ref(self)  # A parameter's hooks are no part of a cycle that Python's collector sees.
 
         def hook(p: Tensor) -> None:
-            hold = reference()
-            living = None if hold is None else hold.bits_of(name)
+            held = reference()
+            living = None if held is None else held.bits_of(name)
             if living is not None and p.grad is not None and p.grad.layout == torch.strided:
                 if is_sharded(p.grad):
                     p.grad = like(p.grad, p)  # that of a tensor parallel layer may lie in another way
@@ -157,9 +157,9 @@ class Hold:
 
     def remove(self) -> None:
         """Take every hook away."""
-        for handle in self._handles:
+        for handle in self._hooks:
             handle.remove()
-        self._handles.clear()
+        self._hooks.clear()
         _sweep()
 
 
@@ -278,7 +278,7 @@ def check_fit(masks: Masks, params: Mapping[str, Tensor]) -> None:
             )
 
 
-def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer], masks: Masks) -> Hold:
+def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer], masks: Masks) -> Handle:
     """Keep masks on while a plain PyTorch (or Fabric) loop trains.
 
     >>> import lightning_prune as lp
@@ -303,8 +303,12 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
         A handle: `.set(masks)` changes the masks, `.remove()` takes the hooks away.
 
     Raises:
-        ValueError: when the masks do not fit the model.
+        ValueError: when the masks do not fit the model, or what is given is no optimizer.
     """
+    if not isinstance(masks, Mapping):
+        raise ValueError(
+            f"masks={masks!r}: allowed are masks by name, as lightning_prune.prune returns them. Give those."
+        )
     settle(model)
     parameters = dict(model.named_parameters())
     unknown = [name for name in masks if name not in parameters]
@@ -313,6 +317,17 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
             f"masks: {', '.join(unknown)} not in the model; allowed are parameters of "
             f"{type(model).__name__}. Use its masks."
         )
-    optimizers = [optimizer] if isinstance(optimizer, optim.Optimizer) else list(optimizer)
+    optimizers = _optimizers(optimizer)
     # A plain loop may clip at any place between backward and step, so gradients are always masked here.
-    return Hold({name: parameters[name] for name in masks}, masks, optimizers, gradients=True)
+    return Handle({name: parameters[name] for name in masks}, masks, optimizers, gradients=True)
+
+
+def _optimizers(given: Any) -> list[optim.Optimizer]:
+    """One optimizer or several, as a list."""
+    several = [given] if hasattr(given, "param_groups") else given
+    if not isinstance(several, Sequence) or not all(hasattr(o, "param_groups") for o in several):
+        raise ValueError(
+            f"optimizer={given!r}: allowed are a torch optimizer, or a list of several. Give those that "
+            "step the model."
+        )
+    return list(several)

@@ -233,6 +233,8 @@ def _unfit(p: Tensor) -> str:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         name = str(p.dtype).removeprefix("torch.")
         return f"has the dtype {name}; allowed are {allowed}. Prune before quantizing, or convert it"
+    if any(size > 1 and not stride for size, stride in zip(p.shape, p.stride(), strict=True)):
+        return "shares its memory between its own elements (expand); clone it"
     return ""
 
 

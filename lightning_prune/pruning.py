@@ -347,14 +347,26 @@ def score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, 
                     f"initial: {name} of shape {tuple(w.shape)} is needed, and {given} is given. "
                     "Give the weights of this model at initialization."
                 )
+    versions = {name: _version(w) for name, w in weights.items()}
     scores = call(criterion, weights, **evidence)
+    if changed := [name for name, w in weights.items() if _version(w) != versions[name]]:
+        raise ValueError(
+            f"criterion: {criterion} changed {', '.join(changed)} in place; allowed is to read "
+            "weights. Make it change copies, and load the weights again."
+        )
     for name, w in weights.items():
-        if name not in scores or scores[name].shape != w.shape or not scores[name].is_floating_point():
+        values = scores.get(name) if isinstance(scores, Mapping) else None
+        if not isinstance(values, Tensor) or values.shape != w.shape or not values.is_floating_point():
             raise ValueError(
                 f"criterion: {criterion} must give floating point scores of {name}'s shape {tuple(w.shape)}. "
                 "Return one score for each weight."
             )
     return {name: scores[name].detach() for name in weights}
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - it has no public name
 
 
 def check_finite(name: str, tensor: Tensor, mask: Tensor | None = None) -> None:

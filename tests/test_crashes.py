@@ -21,7 +21,7 @@ from lightning_prune import rewind
 from lightning_prune.callbacks import masked
 from lightning_prune.callbacks import pruning as callback_module
 from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
-from lightning_prune.holding import Hold
+from lightning_prune.holding import Handle
 from lightning_prune.study import round_masks
 from lightning_prune.study.recording import Records
 from lightning_prune.study.records import read
@@ -37,11 +37,11 @@ pytestmark = [
 
 SPOTS = {
     "a step": (torch.optim.SGD, "step"),
-    "masking after a step": (Hold, "apply"),
+    "masking after a step": (Handle, "apply"),
     "choosing masks": (callback_module, "next_masks"),
     "between pruning and rewinding": (lp.LotteryTicketRewind, "on_round_start"),
     "within a rewind": (rewind, "_keep_precision"),
-    "between rewinding and masking": (Hold, "set"),
+    "between rewinding and masking": (Handle, "set"),
     "collecting a checkpoint": (masked, "pack"),
     "before a file is on the disk": (os, "fsync"),
     "before a file has its name": (os, "replace"),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import lightning_prune as lp
-from lightning_prune.holding import ELEMENTWISE, Hold, check_fit, hold, mixes_weights
+from lightning_prune.holding import ELEMENTWISE, Handle, check_fit, hold, mixes_weights
 from tests.networks import bits_of, dead_are_zero, same, samples
 
 OPTIMIZERS = {
@@ -113,7 +113,7 @@ def test_without_gradient_masks_only_elementwise_optimizers_leave_the_living_alo
     theirs = deepcopy(model)
     optimizer = OPTIMIZERS[name](model.parameters(), **OPTIONS[name])
     reference = OPTIMIZERS[name](theirs.parameters(), **OPTIONS[name])
-    Hold(dict(model.named_parameters()), masks, [optimizer], gradients=False)
+    Handle(dict(model.named_parameters()), masks, [optimizer], gradients=False)
     equal = True
     for _ in zip(train(model, optimizer), train(Masked(theirs, masks), reference), strict=True):
         put_on(theirs, masks)

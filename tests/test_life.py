@@ -511,7 +511,11 @@ REWIND = {"to_step": 1}
     ("pruner", "rewind", "message"),
     [
         ({"every_n_epochs": 3}, {}, "every_n_epochs=2 there, every_n_epochs=3 here"),
-        ({"every_n_train_steps": 6}, {}, "every_n_train_steps=None there, every_n_train_steps=6 here"),
+        (
+            {"every_n_epochs": 1, "every_n_train_steps": 6},
+            {},
+            "every_n_train_steps=None there, every_n_train_steps=6 here",
+        ),
         ({}, {"to_step": 2}, "to_step=1 there, to_step=2 here"),
         (
             {},

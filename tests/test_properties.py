@@ -16,7 +16,7 @@ import lightning_prune as lp
 from lightning_prune import doctor
 from lightning_prune.allocation import AtLeast, global_rank, uniform
 from lightning_prune.granularity import NM, Block, Filter, Kernel
-from lightning_prune.holding import Hold
+from lightning_prune.holding import Handle
 from lightning_prune.masks import alive, pack, unpack
 from lightning_prune.pruning import budget, next_masks
 from lightning_prune.rewind import Snapshot
@@ -139,7 +139,7 @@ def masks_and_files_lose_no_bit(data):
     assert same(unpack(torch.load(file, weights_only=True)), masks)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     held = {name: nn.Parameter(p.clone()) for name, p in params.items()}
-    hold = Hold(held, masks, [optimizer], gradients=False)
+    hold = Handle(held, masks, [optimizer], gradients=False)
     assert dead_are_zero(held, masks)  # whatever they were
     assert all(torch.equal(bits_of(held[n])[m], bits_of(params[n])[m]) for n, m in masks.items())
     assert doctor.awake(held, masks, "") == []
@@ -208,7 +208,7 @@ class Sequences(RuleBasedStateMachine):
         options = {"lr": 0.1, "weight_decay": 0.1, **({"momentum": 0.9} if self.name == "SGD" else {})}
         optimizer = getattr(torch.optim, self.name)(net.parameters(), **options)
         params = self.params(net)
-        return net, optimizer, Hold(params, dense(params), [optimizer], gradients=True)
+        return net, optimizer, Handle(params, dense(params), [optimizer], gradients=True)
 
     def params(self, net):
         return {n: p for n, p in net.named_parameters() if p.dim() > 1}

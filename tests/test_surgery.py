@@ -8,7 +8,7 @@ from torch import nn, optim
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.holding import Hold
+from lightning_prune.holding import Handle
 from lightning_prune.rewind import Snapshot
 from lightning_prune.structured import discover
 from lightning_prune.structured import units as structure
@@ -64,7 +64,7 @@ def test_a_cut_training_goes_on_as_the_masked_one_does(name):
     its.state.clear()
     its.load_state_dict(deepcopy(optimizer.state_dict()))
     params = structure.parameters(groups, twin)
-    Hold(params, structure.weight_masks(groups, masks, params), [its], gradients=True)
+    Handle(params, structure.weight_masks(groups, masks, params), [its], gradients=True)
     cut(model, structure.cut_of(groups, masks), [optimizer])
     mine, theirs = steps(model, optimizer, 10), steps(twin, its, 10)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=0)

@@ -12,7 +12,7 @@ from typing_extensions import final
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.beside import mask_averages
 from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
-from lightning_prune.holding import Hold, check_fit, mixes_weights
+from lightning_prune.holding import Handle, check_fit, mixes_weights
 from lightning_prune.masks import Masks
 from lightning_prune.shards import is_sharded
 
@@ -49,7 +49,7 @@ class Fit:
         self.looked = False
         self.explained = False
         self.late = False
-        self._hold: Hold | None = None
+        self._handle: Handle | None = None
         self._optimizers: list[optim.Optimizer] = []  # that the hold watches
         self._ours: WholeCheckpointIO | None = None
         strategy = trainer.strategy
@@ -67,27 +67,27 @@ class Fit:
         check_fit(masks, self.params)
         copies = {name: pl_module.get_parameter(name) for name in self.followed}
         held, optimizers = self._with_copies(masks), self.trainer.optimizers
-        if self._hold is not None:
-            self._hold.remove()
-        self._hold = Hold({**self.params, **copies}, held, optimizers, gradients=gradients)
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = Handle({**self.params, **copies}, held, optimizers, gradients=gradients)
         self._optimizers = list(optimizers)
         mask_averages(self.trainer, masks)
 
     def set(self, masks: Masks) -> None:
         """Hold other masks from now on."""
-        if self._hold is not None:
-            self._hold.set(self._with_copies(masks))
+        if self._handle is not None:
+            self._handle.set(self._with_copies(masks))
         mask_averages(self.trainer, masks)
 
     def apply(self) -> None:
         """Set dead weights to +0.0."""
-        if self._hold is not None:
-            self._hold.apply()
+        if self._handle is not None:
+            self._handle.apply()
 
     def forget(self) -> None:
         """Zero what optimizers remember of dead weights."""
-        if self._hold is not None:
-            self._hold.forget()
+        if self._handle is not None:
+            self._handle.forget()
 
     def has_new_optimizers(self) -> bool:
         """Whether the trainer has other optimizers than those that are watched: they were made anew."""
@@ -98,14 +98,14 @@ class Fit:
 
     def watch(self, gradients: bool) -> None:
         """Hold the masks under the optimizers that the trainer has now."""
-        if self._hold is not None:
-            self._hold.watch(self.trainer.optimizers, gradients=gradients)
+        if self._handle is not None:
+            self._handle.watch(self.trainer.optimizers, gradients=gradients)
         self._optimizers = list(self.trainer.optimizers)
 
     def leave(self) -> None:
         """Take away everything that acts on module, optimizers, strategy or trainer."""
-        if self._hold is not None:
-            self._hold.remove()
+        if self._handle is not None:
+            self._handle.remove()
         strategy = self.trainer.strategy
         if self._ours is not None and strategy.checkpoint_io is self._ours:
             strategy.checkpoint_io = self._theirs

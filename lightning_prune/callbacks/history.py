@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from lightning.pytorch import Trainer
-
 from lightning_prune.masks import Masks, alive
 
 
@@ -17,7 +15,8 @@ class RoundRecord:
         alive: number of units that were alive.
         total: number of units.
         steps: optimizer steps of the fit in which it ended.
-        metrics: what was logged last, of one number each.
+        metrics: what was logged last, of one number each. A mean over an epoch within which the fit was
+            resumed is over the batches since, as Lightning logs it.
     """
 
     round: int
@@ -29,13 +28,15 @@ class RoundRecord:
 
 
 def with_round(
-    history: list[RoundRecord], trainer: Trainer, round: int, units: Masks, steps: int
+    history: list[RoundRecord], round: int, units: Masks, steps: int, metrics: dict[str, float]
 ) -> list[RoundRecord]:
     """The history and a row of this round, as it is now.
 
-    A round that goes on in another fit has one row, so this one takes the place of that round's earlier row.
+    A round that goes on in another fit has one row, so this one takes the place of that round's earlier row,
+    whose metrics stay where nothing was logged since.
     """
-    metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
+    earlier = next((row.metrics for row in history if row.round == round), {})
+    metrics = {**earlier, **metrics}
     left, total = alive(units), sum(mask.numel() for mask in units.values())
     sparsity = (total - left) / total if total else 0.0
     return [

@@ -23,12 +23,12 @@ from lightning_prune.callbacks.fits import Fit, reads_gradients
 from lightning_prune.callbacks.history import RoundRecord, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.networks import taken_up
-from lightning_prune.callbacks.ranks import check_ranks, decided, together
+from lightning_prune.callbacks.ranks import check_ranks, decided, decided_masks, together
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
 from lightning_prune.callbacks.shortfall import ended_early, without_room
 from lightning_prune.callbacks.state import VERSION, check_settings, check_version
-from lightning_prune.checks import whole
+from lightning_prune.checks import check_path, whole
 from lightning_prune.deploy import storage
 from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
 from lightning_prune.shards import is_sharded, like, settle
@@ -71,6 +71,13 @@ class MaskedTraining(Callback, ABC):
         whole("every_n_epochs", every_n_epochs, 1)
         if every_n_train_steps is not None:
             whole("every_n_train_steps", every_n_train_steps, 1)
+            if every_n_epochs != 1:
+                raise ValueError(
+                    f"every_n_epochs={every_n_epochs}, every_n_train_steps={every_n_train_steps}: a round has "
+                    "one length; allowed is one. Leave one out."
+                )
+        if save_sparse is not None:
+            check_path("save_sparse", save_sparse)
         self.rounds = rounds
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -375,9 +382,9 @@ class MaskedTraining(Callback, ABC):
         self._running.apply()
         if self._running.sharded:
             return together(trainer, lambda: self._next(trainer, pl_module, round))
-        units = decided(trainer, lambda: pack(self._next(trainer, pl_module, round)))
+        units = decided_masks(trainer, lambda: self._next(trainer, pl_module, round))
         there = self._units
-        return {name: mask.to(there[name].device) for name, mask in unpack(units).items()}
+        return {name: mask.to(there[name].device) for name, mask in units.items()}
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, units: Masks, then: Rounds) -> None:
         """Begin a round: put its masks on, tell the other callbacks, and only then change the weights."""
@@ -451,7 +458,8 @@ class MaskedTraining(Callback, ABC):
     def _record(self, trainer: Trainer) -> None:
         """Add the round that is over to the history; a round that goes on in another fit replaces its row."""
         steps = trainer.global_step - self._at.step
-        self.history = with_round(self.history, trainer, self.round, self._units, steps)
+        metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
+        self.history = with_round(self.history, self.round, self._units, steps, metrics)
 
     # -------------------------------------------------------------------- wherever weights leave the training
 
@@ -495,6 +503,9 @@ class MaskedTraining(Callback, ABC):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say_if_fewer(trainer)
+        if self.resumption and not self._running.begun:  # a finished run, of which no batch was left
+            steps = trainer.global_step - self._at.step
+            self.history = with_round(self.history, self.round, self._units, steps, self.resumption.metrics)
         self._leave()
         settle(pl_module)
         for name, mask in self.masks.items():  # whatever other callbacks did when training ended

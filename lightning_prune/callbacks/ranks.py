@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch import distributed
 
 from lightning_prune.doctor import digest
-from lightning_prune.masks import Masks
+from lightning_prune.masks import Masks, pack, unpack
 
 T = TypeVar("T")
 
@@ -30,6 +30,13 @@ def decided(trainer: Trainer, decide: Callable[[], T]) -> T:
     if trainer.world_size == 1:
         return decide()
     return trainer.strategy.broadcast(together(trainer, decide))
+
+
+def decided_masks(trainer: Trainer, decide: Callable[[], Masks]) -> Masks:
+    """The masks that rank 0 decides, on every rank, on the CPU where there are several; else as `decided`."""
+    if trainer.world_size == 1:
+        return decide()
+    return unpack(decided(trainer, lambda: pack(decide())))
 
 
 def gathered(trainer: Trainer, make: Callable[[], T]) -> list[T]:

@@ -80,6 +80,11 @@ class Resumption:
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was logged last when the checkpoint was written, of one number each."""
+        return {name: float(value) for name, value in self.state["metrics"].items() if value.numel() == 1}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
         """Give everything back. Returns what `beginning` returned as the epoch under way began."""
         if "progress" not in self.state:  # The state did not come from a checkpoint.
