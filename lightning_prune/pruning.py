@@ -449,7 +449,11 @@ def prune(
     """
     params = prunable(model, layers, include, exclude)
     if layer_by_layer:
-        refuse(params.values(), "layer_by_layer=True", "Prune before you shard the model.")
+        refuse(
+            params.values(),
+            "layer_by_layer=True",
+            "Allowed is to prune before the model is sharded. Prune there, or leave it out.",
+        )
     there = _dense(params) if masks is None else {**_dense(params), **masks_of(params, masks, "prunable")}
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):

@@ -164,7 +164,7 @@ class Shards:
             raise failed
         for rank, (wrong, its) in enumerate(of_ranks):
             if wrong:
-                raise ValueError(f"{wrong} (said by process {rank})")
+                raise ValueError(f"process {rank} failed, and all are needed. Look at its error: {wrong}")
             if list(its) != list(keys):
                 raise ValueError(
                     f"process {rank} has the weights {', '.join(its)}, and this one {', '.join(keys)}; "
@@ -208,7 +208,7 @@ class Shards:
             raise failed
         for rank, wrong in enumerate(of_ranks):
             if wrong is not None:
-                raise ValueError(f"{wrong} (said by process {rank})")
+                raise ValueError(f"process {rank} failed, and all are needed. Look at its error: {wrong}")
 
 
 def _key(tensor: Tensor) -> tuple[int, ...]:
@@ -224,7 +224,7 @@ def _unfit(tensors: Mapping[str, Tensor]) -> Exception | None:
         if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
             return ValueError(
                 f"{name} is placed as {tensor.placements}: a sum that is yet to be made. Allowed are shards "
-                "and replicas. Redistribute it."
+                "and replicas. Make it one of them with its `redistribute`."
             )
     return None
 

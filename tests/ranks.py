@@ -240,8 +240,8 @@ def own_random(params):
 def rank_local(world, rank, folder):
     """A criterion that draws for itself: the masks of rank 0 hold; without that step, they would differ."""
     result = fit(pruning(criterion=own_random), world=world)
-    decided = masked.decided
-    masked.decided = lambda trainer, decide: decide()
+    decided = masked.decided_masks
+    masked.decided_masks = lambda trainer, decide: decide()
     try:
         result["alone"] = fit(pruning(criterion=own_random, verify=False), world=world)["masks"]
         try:
@@ -249,7 +249,7 @@ def rank_local(world, rank, folder):
         except RuntimeError as error:
             result["error"] = str(error)
     finally:
-        masked.decided = decided
+        masked.decided_masks = decided
     return result
 
 

@@ -311,7 +311,7 @@ def fitted(request):
     )
     seen = Seen(pruner)
     options = {"max_steps": (ROUNDS + 1) * STEPS, "gradient_clip_val": 1.0}  # random weights diverge easily
-    trainer = fitter(seen, lp.LotteryTicketRewind(TO_STEP), pruner, **options)
+    trainer = fitter(seen, lp.LotteryTicketRewind(TO_STEP, shorten=False), pruner, **options)
     trainer.fit(model)
     return Fitted(request.param, model, trainer, pruner, seen, before)
 

@@ -29,6 +29,9 @@ from lightning_prune.study.tickets import Begin, Start
 from tests.networks import Net, fitter, same
 from tests.test_experiments import ROOT
 
+# Of a schedule that is short, so that a step shows.
+pytestmark = pytest.mark.filterwarnings("ignore:StepLR. a round ends at")
+
 KINDS = ["reinit", "signed_reinit", "sign_only", "shuffled", "shuffled_globally", "random", "inverted"]
 KINDS += ["one_shot", "small_dense"]
 

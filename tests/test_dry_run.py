@@ -370,3 +370,48 @@ def test_a_dry_run_does_not_change_the_weights_that_a_criterion_gets_to_see():
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
     fitter(lp.IterativeMagnitudePruning(OneShot(0.5), rounds=1, criterion=criterion), epochs=2).fit(model)
     assert same(criterion.seen[0], start)
+
+
+def asks_for_what_nobody_has(params, curvature):
+    return {name: p.abs() for name, p in params.items()}
+
+
+def returns_nothing(params):
+    pass
+
+
+def changes_weights(params):
+    for p in params.values():
+        p.mul_(0.5)
+    return {name: p.abs() for name, p in params.items()}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (asks_for_what_nobody_has, "asks for `curvature`, which nobody has; allowed are"),
+        (returns_nothing, "must give floating point scores of 0.weight's shape"),
+        (changes_weights, "changed 0.weight in place; allowed is to read weights"),
+    ],
+)
+def test_a_criterion_that_is_none_is_refused_with_its_reason(criterion, message):
+    with pytest.raises(ValueError, match=message):
+        lp.prune(torch.nn.Sequential(torch.nn.Linear(4, 4)), criterion=criterion)
+
+
+def test_a_weight_whose_elements_share_memory_is_refused_by_name():
+    layer = torch.nn.Linear(4, 4)
+    layer.weight = torch.nn.Parameter(torch.ones(1, 4).expand(4, 4))
+    with pytest.raises(ValueError, match=r"0\.weight shares its memory between its own elements"):
+        lp.prune(torch.nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("path", ["", 3, True], ids=repr)
+def test_a_path_that_is_none_is_refused_before_training(path, tmp_path):
+    with pytest.raises(ValueError, match=r"save_sparse=.*: allowed are paths of files"):
+        lp.IterativeMagnitudePruning(save_sparse=path)
+    with pytest.raises(ValueError, match="that is a folder; allowed are paths of files"):
+        lp.IterativeMagnitudePruning(save_sparse=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file, and a folder is needed"):
+        lp.IterativeMagnitudePruning(save_sparse=tmp_path / "file" / "net.safetensors")

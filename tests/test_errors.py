@@ -45,10 +45,15 @@ def text(node, known):
 
 def raised(path):
     """(line, class, message) of every exception that is made in a file and raised, here or by its caller."""
-    for function in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    of_all = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            of_all[node.targets[0].id] = text(node.value, {})
+    for function in ast.walk(tree):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
-        known = {}
+        known = dict(of_all)
         for node in ast.walk(function):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 message = text(node.value, {})
@@ -56,12 +61,16 @@ def raised(path):
                     known[node.targets[0].id] = message
         if (path.name, function.name) == ("checks.py", "number"):
             continue  # whose callers say what is allowed
+        if (path.name, function.name) == ("shards.py", "refuse"):
+            continue
         for node in ast.walk(function):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
             name = node.func.id
             if name == "number":
                 yield node.lineno, name, f"{VALUE}={VALUE}: allowed {text(node.args[2], known)}."
+            if name == "refuse":
+                yield node.lineno, name, f"{VALUE} does not work on shards. {text(node.args[2], known)}"
             if name.startswith("_") or not name.endswith(("Error", "Exception")):
                 continue  # one of our own that never leaves its module; the one that tells of it is here too
             yield node.lineno, name, text(node.args[0], known) if node.args else ""

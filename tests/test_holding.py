@@ -327,3 +327,14 @@ def test_a_hold_that_python_collects_while_another_optimizer_steps_does_not_dist
     assert weight.item() == 0.5
     handle.remove()
     later.remove()
+
+
+@pytest.mark.parametrize("given", [None, "SGD", [None], 3], ids=str)
+def test_what_is_no_optimizer_and_what_are_no_masks_is_refused_by_hold(given):
+    model = nn.Linear(4, 4)
+    masks = {"weight": torch.ones(4, 4, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"optimizer=.*: allowed are a torch optimizer, or a list"):
+        hold(model, given, masks)
+    with pytest.raises(ValueError, match=r"masks=.*: allowed are masks by name"):
+        hold(model, torch.optim.SGD(model.parameters(), 0.1), given)
+    assert not model.weight._post_accumulate_grad_hooks

@@ -950,3 +950,15 @@ def test_a_callback_says_its_round_and_sparsity():
     assert repr(pruner) == "IterativeMagnitudePruning(round 0 of 2, sparsity 0.0000)"
     fitter(pruner, epochs=2).fit(Net())
     assert repr(pruner) == "IterativeMagnitudePruning(round 1 of 2, sparsity 0.3000)"
+
+
+def test_history_of_a_finished_run_is_whole_when_it_is_resumed(tmp_path):
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", every_n_epochs=1)
+    straight = pruning(rounds=2, every_n_epochs=1)
+    fitter(straight, keep, epochs=3, enable_checkpointing=True).fit(Net())
+    again = pruning(rounds=2, every_n_epochs=1)
+    here = ModelCheckpoint(tmp_path / "again", save_top_k=-1, filename="{epoch}", every_n_epochs=1)
+    trainer = fitter(again, here, epochs=3, enable_checkpointing=True)
+    trainer.fit(Net(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert [row.round for row in again.history] == [0, 1, 2]
+    assert again.history == straight.history

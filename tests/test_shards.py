@@ -92,7 +92,10 @@ def test_what_shards_cannot_do_is_refused_by_name(what, two):
 def test_no_process_waits_for_one_that_failed(two):
     first, last = two["refused"]
     assert last["one_fails"] == "OSError: no space left"
-    assert first["one_fails"] == "ValueError: no space left (said by process 1)"
+    assert (
+        first["one_fails"]
+        == "ValueError: process 1 failed, and all are needed. Look at its error: no space left"
+    )
     assert "the weight 0.weight holds NaN" in first["nan"]
     assert "the weight 0.weight holds NaN" in last["nan"]
 

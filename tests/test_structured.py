@@ -19,6 +19,7 @@ from tests.networks import Manual, Net, Watch, fitter, same, state
 from tests.test_surgery import OPTIMIZERS
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:StepLR. a round ends at"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning 2.6 on torch 2.14
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),

@@ -71,11 +71,6 @@ class MaskedTraining(Callback, ABC):
         whole("every_n_epochs", every_n_epochs, 1)
         if every_n_train_steps is not None:
             whole("every_n_train_steps", every_n_train_steps, 1)
-            if every_n_epochs != 1:
-                raise ValueError(
-                    f"every_n_epochs={every_n_epochs}, every_n_train_steps={every_n_train_steps}: allowed is "
-                    "one, since a round has one length. Leave one out."
-                )
         if save_sparse is not None:
             check_path("save_sparse", save_sparse)
         self.rounds = rounds

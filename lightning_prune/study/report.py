@@ -299,7 +299,8 @@ def judged(runs: Runs) -> list[Verdict]:
 
 def about(runs: Runs) -> str:
     """Of what a figure is: the experiment, and how many seeds each kind has."""
-    n = sorted({len({run.seed for run in runs.of(kind)}) for kind in kinds_of(runs.records)} - {0})
+    kinds = {run.kind for run in runs.runs}
+    n = sorted(len({run.seed for run in runs.runs if run.kind == kind}) for kind in kinds)
     return f"{runs.name}, n = {n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} seed{'s' if n[-1] > 1 else ''}"
 
 
