@@ -299,8 +299,11 @@ def judged(runs: Runs) -> list[Verdict]:
 
 def about(runs: Runs) -> str:
     """Of what a figure is: the experiment, and how many seeds each kind has."""
-    kinds = {run.kind for run in runs.runs}
-    n = sorted(len({run.seed for run in runs.runs if run.kind == kind}) for kind in kinds)
+    # What is no training names its records otherwise than its run.
+    kinds = (
+        kinds_of(runs.records) if any(map(runs.of, kinds_of(runs.records))) else [r.kind for r in runs.runs]
+    )
+    n = sorted({len({run.seed for run in runs.of(kind)}) for kind in kinds} - {0})
     return f"{runs.name}, n = {n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} seed{'s' if n[-1] > 1 else ''}"
 
 
