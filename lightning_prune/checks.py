@@ -43,6 +43,8 @@ def number(name: str, value: object, allowed: str, within: Callable[[float], boo
 def check_path(name: str, value: object) -> None:
     """Make sure that a value is the path of a file that may be written, as far as can be known now.
 
+    What is on the disk is looked at where the path is absolute.
+
     >>> check_path("save_sparse", "/")
     Traceback (most recent call last):
     ValueError: save_sparse='/': that is a folder; allowed are paths of files. Name a file in it.
@@ -53,6 +55,8 @@ def check_path(name: str, value: object) -> None:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError(f"{name}={value!r}: allowed are paths of files, such as 'pruned.safetensors'.")
     path = Path(value)
+    if not path.is_absolute():  # relative to a folder that is not known here
+        return
     if path.is_dir():
         raise ValueError(
             f"{name}={str(value)!r}: that is a folder; allowed are paths of files. Name a file in it."

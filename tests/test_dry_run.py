@@ -412,6 +412,15 @@ def test_a_path_that_is_none_is_refused_before_training(path, tmp_path):
         lp.IterativeMagnitudePruning(save_sparse=path)
     with pytest.raises(ValueError, match="that is a folder; allowed are paths of files"):
         lp.IterativeMagnitudePruning(save_sparse=tmp_path)
+    lp.IterativeMagnitudePruning(save_sparse="tests")  # it will lie beside the checkpoints
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file, and a folder is needed"):
         lp.IterativeMagnitudePruning(save_sparse=tmp_path / "file" / "net.safetensors")
+
+
+def test_a_relative_path_is_looked_at_where_the_file_will_lie_before_training(tmp_path):
+    (tmp_path / "net").mkdir()
+    pruner, model = lp.IterativeMagnitudePruning(rounds=1, save_sparse="net"), Net()
+    with pytest.raises(ValueError, match=r"save_sparse=.*that is a folder"):
+        fitter(pruner, epochs=2, default_root_dir=tmp_path).fit(model)
+    assert pruner.masks == {}

@@ -114,11 +114,17 @@ class MaskedTraining(Callback, ABC):
     def sparsity(self) -> float:
         """Fraction of what may be pruned that is dead, 0 before the first fit."""
         units = self._units
-        if self._counted is None or self._counted[0] is not units:
-            # once: of shards all processes must count together, and one of them may ask alone
-            self._counted = units, alive(units)
         total = sum(mask.numel() for mask in units.values())
-        return (total - self._counted[1]) / total if total else 0.0
+        return (total - self._alive_of(units)) / total if total else 0.0
+
+    def _alive_of(self, units: Masks) -> int:
+        """How many of these units are alive, counted once.
+
+        Of shards all processes must count together, and one of them may ask alone later.
+        """
+        if self._counted is None or self._counted[0] is not units:
+            self._counted = units, alive(units)
+        return self._counted[1]
 
     @property
     def steps_per_round(self) -> int | float:
@@ -242,6 +248,8 @@ class MaskedTraining(Callback, ABC):
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**62)
         settle(pl_module)
         self._check_network(pl_module)
+        if self.save_sparse is not None:
+            check_path("save_sparse", self._sparse_path(trainer, self.save_sparse))
         fit.params = together(trainer, lambda: self._prepare(trainer, pl_module))
         if self.verify:
             if not fit.sharded:  # else each process has a part
@@ -250,7 +258,7 @@ class MaskedTraining(Callback, ABC):
             found = doctor.awake(fit.params, self.masks, advice) if self.resumption else []
             together(trainer, lambda: doctor.report(found))
         self.masks = {name: like(self.masks[name].to(p.device), p) for name, p in fit.params.items()}
-        log.debug("sparsity %s", self.sparsity)  # counted now, by all processes
+        self._alive_of(self._units)  # now, by all processes
         fit.hold(pl_module, self.masks, self._reads_gradients(trainer, pl_module))
         self._network = weakref.ref(pl_module)
 
@@ -508,12 +516,16 @@ class MaskedTraining(Callback, ABC):
             zero_dead_(p, bits(mask, like=p))
         writes = trainer.is_global_zero or any(map(is_sharded, self.masks.values()))
         if self.save_sparse is not None and writes and not _lightning.is_a_trial(trainer):
-            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-            path = Path(folder, self.save_sparse)
+            path = self._sparse_path(trainer, self.save_sparse)
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
             storage.save_sparse(pl_module.state_dict(), path)
         home.write_home(trainer, self, self._home)
+
+    def _sparse_path(self, trainer: Trainer, given: str | Path) -> Path:
+        """Where the sparse file goes: beside the checkpoints, unless the path is absolute."""
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        return Path(folder, given)
 
     def come_home(self, state: dict[str, Any]) -> None:
         """Take over the state that a copy had when a fit ended, in a process of its own."""

@@ -428,12 +428,7 @@ class AgainstParameter:
         Raises:
             ValueError: when the parameter does not vary, or has values that are no numbers.
         """
-        keys = list(dict.fromkeys(key for run in runs.runs for key in run.parameters))
-        if self.key not in keys:
-            raise ValueError(
-                f"x={self.key}: it does not vary between these runs. Allowed is what does: "
-                f"{', '.join(keys) or 'nothing'}. Give one of these, or leave it out."
-            )
+        _check_varies("x", self.key, runs)
         values: set[Any] = {run.parameters.get(self.key) for run in runs.runs}
         if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float))]:
             raise ValueError(
@@ -476,12 +471,7 @@ class ByParameter:
         Raises:
             ValueError: when the parameter does not vary.
         """
-        keys = list(dict.fromkeys(key for run in runs.runs for key in run.parameters))
-        if self.key not in keys:
-            raise ValueError(
-                f"by={self.key}: it does not vary between these runs. Allowed is what does: "
-                f"{', '.join(keys) or 'nothing'}. Give one of these, or leave it out."
-            )
+        _check_varies("by", self.key, runs)
         records = [_without(record, self.key) for record in runs.records]
         kinds = kinds_of(records)
         metric, label = next(iter(panels(runs).items()))
@@ -497,6 +487,20 @@ class ByParameter:
             f"{label[0].upper()}{label[1:]}: mean over seeds in the band of its 95 % interval (Student's t)."
         )
         return Figure(self.name, f"By {self.key}", caption, charts, 3)
+
+
+def _check_varies(argument: str, key: str, runs: Runs) -> None:
+    """Refuse a parameter that does not vary between runs.
+
+    Raises:
+        ValueError: naming those that do.
+    """
+    keys = list(dict.fromkeys(key for run in runs.runs for key in run.parameters))
+    if key not in keys:
+        raise ValueError(
+            f"{argument}={key}: it does not vary between these runs. Allowed is what does: "
+            f"{', '.join(keys) or 'nothing'}. Give one of these, or leave it out."
+        )
 
 
 def _without(record: Record, key: str) -> Record:
