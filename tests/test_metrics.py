@@ -63,7 +63,7 @@ def on_a_process(rank, folder):
 
 
 def test_metrics_add_up_over_processes(tmp_path):
-    multiprocessing.start_processes(on_a_process, (str(tmp_path),), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(on_a_process, (str(tmp_path),), nprocs=2, start_method="spawn")
     for rank in range(2):
         check(torch.load(tmp_path / str(rank), weights_only=True))
 
