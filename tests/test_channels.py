@@ -282,11 +282,13 @@ def mlp(*more):
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2), *more)
 
 
-def transformers_layer():
-    pytest.importorskip("transformers")
-    from transformers.pytorch_utils import Conv1D
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 2))
 
-    return nn.Sequential(Conv1D(8, 6), nn.ReLU(), Conv1D(2, 8))
+    def forward(self, x):
+        return x @ self.weight
 
 
 NOTHING = {  # what has no channels to remove, and the reason that is said
@@ -294,7 +296,7 @@ NOTHING = {  # what has no channels to remove, and the reason that is said
     "argmax": (lambda: mlp(Lambda(lambda y: y.argmax(-1))), "none of its outputs has a gradient.*argmax"),
     "no_grad": (lambda: Lambda(torch.no_grad()(lambda x, net: net(x)), mlp()), "computed under no_grad"),
     "NumPy": (lambda: mlp(Lambda(lambda y: y.detach().numpy())), "no tensor in its output, a ndarray"),
-    "Conv1D": (transformers_layer, "the channels of Conv1D cannot be traced"),
+    "own layer": (Own, "the channels of Own cannot be traced"),
     "one unit": (lambda: nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 2)), "its layers have one unit each"),
     "zero outputs": (lambda: mlp(Lambda(lambda y: y * 0)), "outputs are all zero or empty on the example"),
 }
@@ -512,7 +514,9 @@ def test_a_module_may_keep_what_it_computed():
     model = Keeps()
     model(torch.randn(IMAGE))
     assert len(discover(model, torch.randn(IMAGE))) == 6
-    model.all = [Residual()(torch.randn(IMAGE))]
+    model.all = {"last": [Residual()(torch.randn(IMAGE))]}
+    assert len(discover(model, torch.randn(IMAGE))) == 6
+    model.all = {Residual()(torch.randn(IMAGE))}
     with pytest.raises(ValueError, match=r"Keeps cannot be copied.*detach"):
         discover(model, torch.randn(IMAGE))
 
@@ -572,22 +576,6 @@ def test_attention_heads_go_as_a_whole(tmp_path):
     torch.save(model.state_dict(), tmp_path / "small.pt")
     loaded = load_pruned(attending(Attention()), tmp_path / "small.pt").eval()
     assert torch.equal(loaded(x), model(x))
-
-
-def test_the_heads_of_multihead_attention_stay_with_a_reason():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(12, 4, batch_first=True)
-            self.inner = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12))
-
-        def forward(self, x):
-            return self.inner(self.attention(x, x, x, need_weights=False)[0])
-
-    model, x = randomized(attending(Own())), torch.randn(2, 7, 5)
-    with pytest.warns(UserWarning, match="MultiheadAttention is not supported"):
-        groups = discover(model, x)
-    assert list(groups) == ["2.inner.0.weight"]
 
 
 def test_cutting_twice_equals_cutting_once():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from lightning_prune.structured.surgery import Site
+from lightning_prune.structured.surgery import Site, inputs_first
 from lightning_prune.structured.trial import (
     Unsuitable,
     as_one_operation,
@@ -24,7 +24,7 @@ from lightning_prune.structured.trial import (
     first_line,
     refused,
 )
-from lightning_prune.structured.units import MAKERS, Coupling, Couplings, out_dimension, parameter
+from lightning_prune.structured.units import Coupling, Couplings, is_maker, out_dimension, parameter
 
 HEAD = "its channels are an output of the model"
 COMPUTED = "a layer computes its weight from others (a weight norm, a mask, another parametrization)"
@@ -51,7 +51,7 @@ def coupled(model: nn.Module, example: Any) -> tuple[Couplings, dict[str, str]]:
         ValueError: when the model cannot be traced.
         ImportError: without torch-pruning.
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, MAKERS)}
+    modules = {name: m for name, m in model.named_modules() if is_maker(m)}
     inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
     graph, ran, misread = _trace(model, example)
     reasons = {
@@ -76,8 +76,8 @@ def coupled(model: nn.Module, example: Any) -> tuple[Couplings, dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------- tracing
 
 
-class _Recurrent:
-    """What torch-pruning asks of a layer of which no channels go: none of its inputs lies in its outputs."""
+class _Layer:
+    """What torch-pruning asks of a layer that it does not know: none of its inputs lies in its outputs."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         return layer
@@ -86,10 +86,12 @@ class _Recurrent:
         return layer
 
     def get_out_channels(self, layer: Any) -> int:
+        if inputs_first(layer):
+            return layer.nf
         return layer.hidden_size * (1 + bool(getattr(layer, "bidirectional", False)))
 
     def get_in_channels(self, layer: Any) -> int:
-        return layer.input_size
+        return layer.weight.shape[0] if inputs_first(layer) else layer.input_size
 
 
 def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int], set[int]]:
@@ -101,11 +103,11 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int], set[int]]:
             "StructuredChannelPruning needs torch-pruning to find coupled channels, and it is not installed: "
             "pip install torch-pruning==1.6.1."
         ) from error
-    recurrent = [m for m in model.modules() if isinstance(m, RECURRENT)]
+    unknown = [m for m in model.modules() if isinstance(m, RECURRENT) or inputs_first(m)]
     ran: set[int] = set()
-    makers = [m for m in model.modules() if isinstance(m, MAKERS)]
+    makers = [m for m in model.modules() if is_maker(m)]
     handles = [m.register_forward_hook(lambda m, *_: ran.add(id(m))) for m in makers]
-    handles += [m.register_forward_hook(as_one_operation) for m in recurrent]
+    handles += [m.register_forward_hook(as_one_operation) for m in unknown]
     failure = ""
     try:
         for training in (True, False):  # auxiliary heads run in training only; some models want targets there
@@ -117,7 +119,7 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int], set[int]]:
                         model,
                         example,
                         forward_fn=partial(differentiable_outputs, training=training),
-                        customized_pruners={type(m): _Recurrent() for m in recurrent},
+                        customized_pruners={type(m): _Layer() for m in unknown},
                         verbose=False,
                     )
                 return graph, ran, set()
@@ -289,11 +291,11 @@ def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, in
     """Where the channels of a node lie, (tensor, dimension, size of a group, made here), or why they stay."""
     module = node.module
     makes = fn == graph.get_pruner_of_module(module).prune_out_channels
-    if not node.outputs and (makes or not isinstance(module, MAKERS)):
+    if not node.outputs and (makes or not is_maker(module)):
         return [], HEAD
     if isinstance(module, nn.Parameter):
         return [(module, node.pruning_dim, module.shape[node.pruning_dim], False)], ""
-    if isinstance(module, nn.Linear) or (isinstance(module, Convolution) and module.groups == 1):
+    if is_maker(module) and getattr(module, "groups", 1) == 1:
         dim = out_dimension(module) if makes else 1 - out_dimension(module)
         bias = [] if module.bias is None or not makes else [(module.bias, 0, len(module.bias), True)]
         return [(module.weight, dim, module.weight.shape[dim], makes), *bias], ""

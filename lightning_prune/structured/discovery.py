@@ -10,11 +10,10 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune import rng
 from lightning_prune.layers import matching
-from lightning_prune.structured import surgery
 from lightning_prune.structured.coupling import HEAD, coupled
-from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import as_input, first_line, refused, synthetic, why_not
-from lightning_prune.structured.units import MAKERS, Coupling, Couplings, parameter
+from lightning_prune.structured.heads import attention_heads
+from lightning_prune.structured.trial import as_input, copied, first_line, refused, synthetic, why_not
+from lightning_prune.structured.units import Couplings, is_maker, parameter
 
 SHOWN = 8  # names in a message for one reason; a network may have hundreds
 
@@ -58,9 +57,10 @@ def discover(
                 raise
             except Exception as error:  # a graph that torch-pruning has drawn wrongly, in a way not met yet
                 raise refused(model, first_line(error)) from error
-            heads = attention_heads(copy)
-            found |= heads
-            reasons = {name: reason for name, reason in reasons.items() if name not in heads}
+            heads = attention_heads(copied(copy), example)
+            theirs = {parameter(site) for coupling in heads.values() for site in coupling.filters}
+            found = {n: c for n, c in found.items() if theirs.isdisjoint(map(parameter, c.filters))} | heads
+            reasons = {name: reason for name, reason in reasons.items() if name not in theirs}
             chosen = _chosen(found, reasons, include, exclude)
             good = {name: found[name] for name in chosen if name not in reasons}
             copy.requires_grad_(False)
@@ -96,22 +96,6 @@ def _check(model: nn.Module) -> None:
             raise ValueError(f"{name} is on the meta device, and values are needed; load the weights first.")
 
 
-def attention_heads(model: nn.Module) -> Couplings:
-    """Attention heads, which go as a whole, where the module says how many it has."""
-    found: Couplings = {}
-    for name, module in model.named_modules():
-        if (one := surgery.attention(module)) is not None:
-            qkv, proj = (f"{name}.{layer}".lstrip(".") for layer in ("qkv", "proj"))
-            wide = torch.arange(one.proj.in_features)
-            head = wide // one.head_dim
-            of_all = torch.arange(3 * len(wide)), head.repeat(3)  # queries, keys, values
-            made: list[Site] = [(qkv, n, 0) for n, _ in one.qkv.named_parameters()]
-            sites = {**dict.fromkeys(made, of_all), (proj, "weight", 1): (wide, head)}
-            weight = f"{qkv}.weight"
-            found[weight] = Coupling(weight, one.num_heads, sites, (made[0],), (), ("heads",))
-    return found
-
-
 def _chosen(
     found: Couplings, reasons: Mapping[str, str], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> list[str]:
@@ -129,17 +113,13 @@ def _why_nothing(
     model: nn.Module, found: Couplings, reasons: Mapping[str, str], chosen: Sequence[str]
 ) -> str:
     """The true reason, where none of the chosen channels has one of its own."""
-    others = [name for name in found if name not in chosen and name not in reasons]
-    if others:
-        return f"`include` and `exclude` leave none of {_some(others)}; change the patterns"
+    left = [name for name in found if name not in chosen and name not in reasons]
+    if left:
+        return f"`include` and `exclude` leave none of {_some(left)}; change the patterns"
     if any(coupling.units == 1 for name, coupling in found.items() if name not in reasons):
         return "its layers have one unit each"
-    known = (*MAKERS, nn.Embedding)
-    unknown = {
-        type(m).__name__
-        for m in model.modules()
-        if not isinstance(m, known) and any(p.dim() > 1 for p in m.parameters(recurse=False))
-    }
+    others = [m for m in model.modules() if not is_maker(m) and not isinstance(m, nn.Embedding)]
+    unknown = {type(m).__name__ for m in others if any(p.dim() > 1 for p in m.parameters(recurse=False))}
     if unknown:
         kinds = ", ".join(sorted(unknown))
         return f"the channels of {kinds} cannot be traced, and all others are its outputs"

@@ -5,8 +5,9 @@ was found. Every operation is all or nothing: what will be is computed first, an
 Parameters and buffers keep their identity, so optimizers, schedulers and hooks go on with the same objects.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from lightning_prune.rewind import Snapshot
+from lightning_prune.structured.multihead import FewerHeads
 
 Site = tuple[str, str, int]  # name of a module, name of its parameter or buffer, dimension
 Cut = dict[Site, Tensor]  # the indices that go, of the tensor as it is before
@@ -22,6 +24,11 @@ Kept = dict[int, Tensor]  # dimension -> the indices that stay, in order
 
 # What these remember is not of the shape of their parameters, from their first step on.
 NOT_SLICED = (optim.LBFGS, optim.Adafactor)
+
+# What attentions call the number of their heads, and the channels that all of these have together.
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_key_value_heads")
+WIDTHS = ("attn_dim", "all_head_size", "all_head_dim", "split_size", "inner_dim", "inner_kv_dim")
+HEADS = (*COUNTS, *WIDTHS, "key_attn_dim", "val_attn_dim")
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Prepared:
             tensor.data = data
             tensor.grad = grad
         for module, values in self.attributes:
-            vars(module).update(values)
+            for name, value in values.items():
+                setattr(module, name, value)
 
 
 @torch.no_grad()
@@ -205,28 +213,54 @@ def prepare(
         if any(id(t) in new for t in own.values()):
             shapes = {n: (new[id(t)][1] if id(t) in new else t).shape for n, t in own.items()}
             attributes.append((module, _attributes(module, shapes)))
-        if (heads := attention(module)) is not None and id(heads.proj.weight) in new:
-            width = new[id(heads.proj.weight)][1].shape[1]
-            attributes.append((module, {"num_heads": width // heads.head_dim, "attn_dim": width}))
+        if heads := _heads(module, new):
+            attributes.append((module, heads))
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, nn.MultiheadAttention) and id(m.in_proj_weight) in new for m in module.modules()
+        ):
+            attributes.append((module, {"use_nested_tensor": False}))  # for torch's fused path only
     tensors = [(t, data, grads.get(key)) for key, (t, data) in new.items()]
     return Prepared(tensors, attributes)
 
 
-def attention(module: Any) -> Any:
-    """The module, if it is an attention that makes queries, keys and values at once, as timm's; else None."""
-    layers = [getattr(module, name, None) for name in ("qkv", "proj")]
-    sizes = [getattr(module, name, None) for name in ("num_heads", "head_dim")]
-    if not all(isinstance(it, nn.Linear) for it in layers) or not all(isinstance(it, int) for it in sizes):
-        return None
-    width = module.num_heads * module.head_dim
-    fits = (module.qkv.out_features, module.proj.in_features) == (3 * width, width)
-    return module if fits else None
+def inputs_first(module: nn.Module) -> bool:
+    """Whether a layer is transformers' `Conv1D`, a linear layer with a weight (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and {"nf", "nx"} <= vars(module).keys()
+
+
+def _heads(module: nn.Module, new: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, int]:
+    """What an attention says of its heads, where the layers that make them become narrower."""
+    own = {name: value for name, value in vars(module).items() if name in HEADS and type(value) is int}
+    if not own.keys() & set(COUNTS):
+        return {}
+    ratios = {
+        Fraction(data.shape[dim], weight.shape[dim])
+        for layer in _layers_of(module)
+        for weight, data in [new.get(id(getattr(layer, "weight", None)), (None, None))]
+        if weight is not None and data is not None
+        for dim in [int(inputs_first(layer))]
+        if data.shape[dim] != weight.shape[dim]
+    }
+    if len(ratios) != 1:
+        return {}
+    (ratio,) = ratios
+    fewer = {name: value * ratio for name, value in own.items()}
+    whole = all(value.denominator == 1 for value in fewer.values())
+    return {name: int(value) for name, value in fewer.items()} if whole else {}
+
+
+def _layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers that make an attention's heads: its own ones, or those of its parts."""
+    for child in module.children():
+        yield child
+        if not vars(child).keys() & set(COUNTS):
+            yield from child.children()
 
 
 def _attributes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     """What a layer says of its sizes, for tensors of these shapes."""
     weight = shapes.get("weight", torch.Size())
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and len(weight) == 2:
         return {"out_features": weight[0], "in_features": weight[1]}
     if isinstance(module, Convolution):
         if 1 < module.groups == module.in_channels == module.out_channels:  # depthwise
@@ -235,6 +269,11 @@ def _attributes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
         if module.transposed:
             return {"in_channels": first, "out_channels": second * module.groups}
         return {"out_channels": first, "in_channels": second * module.groups}
+    if FewerHeads.fits(module) and "in_proj_weight" in shapes:
+        heads = shapes["in_proj_weight"][0] // (3 * module.head_dim)  # torch's fused path wants all heads
+        return {"__class__": FewerHeads, "num_heads": heads, "_qkv_same_embed_dim": False}
+    if inputs_first(module):
+        return {"nx": weight[0], "nf": weight[1]}
     if isinstance(module, Norm):
         return {"num_features": next(iter(shapes.values()))[0]}
     if isinstance(module, nn.PReLU):

@@ -20,7 +20,7 @@ from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Sparsity, budget
 from lightning_prune.selection import DEAD, Scores, keep_top, only, select
 from lightning_prune.structured.trial import as_input, run
-from lightning_prune.structured.units import MAKERS, Coupling, Couplings, cut_of, out_dimension, parameter
+from lightning_prune.structured.units import Coupling, Couplings, cut_of, is_maker, out_dimension, parameter
 
 Elements = Mapping[str, tuple[Sequence[int], float]]  # of weights by name: shape, how often each one counts
 
@@ -95,7 +95,7 @@ def uses(model: nn.Module, example: Any) -> dict[str, float]:
     {'weight': 4.0}
     """
     found: dict[str, float] = {}
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, MAKERS)}
+    layers = {m: name for name, m in model.named_modules() if is_maker(m)}
     names = {id(p): name for name, p in model.named_parameters()}
 
     def count(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:

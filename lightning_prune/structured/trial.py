@@ -24,20 +24,31 @@ ROUNDING = 1e-2  # it may be this much in a deep network with drawn weights: the
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, without the graphs of tensors that its modules keep as attributes.
+    """A deep copy, without the graphs of tensors that its modules keep as attributes or in containers.
 
     Raises:
         ValueError: when something in the model cannot be copied.
     """
-    kept = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        return deepcopy(model, {id(t): t.detach().clone() for t in kept})
+        return deepcopy(model, {id(t): t.detach().clone() for _, t in kept_graphs(model)})
     except Exception as error:  # whatever a user's attribute raises
         raise ValueError(
             f"{type(model).__name__} cannot be copied, as is needed: a cut is tried on a copy first "
             f"({first_line(error)}). "
             "Remove what cannot be copied, or detach what it keeps of a forward pass."
         ) from error
+
+
+def kept_graphs(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Tensors with a graph that modules keep, as attributes or in lists and dicts, and the names of these."""
+    return [
+        (f"{name}.{attribute}".lstrip("."), t)
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, (Tensor, list, tuple, dict)) and attribute[:1] != "_"
+        for t in tree_flatten(value)[0]
+        if isinstance(t, Tensor) and not t.is_leaf
+    ]
 
 
 def synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from lightning_prune.masks import Masks, pack, unpack
+from lightning_prune.structured import surgery
 from lightning_prune.structured.surgery import Cut, Site
 
 
@@ -38,9 +39,14 @@ Couplings = dict[str, Coupling]
 MAKERS = (nn.Linear, Convolution)  # the layers that make channels
 
 
+def is_maker(module: nn.Module) -> bool:
+    """Whether a layer makes channels."""
+    return isinstance(module, MAKERS) or surgery.inputs_first(module)
+
+
 def out_dimension(module: nn.Module) -> int:
     """The dimension of a layer's weight along which its outputs lie."""
-    return 1 if getattr(module, "transposed", False) else 0
+    return 1 if getattr(module, "transposed", False) or surgery.inputs_first(module) else 0
 
 
 def parameter(site: Site) -> str:
