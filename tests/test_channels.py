@@ -154,6 +154,76 @@ def test_patterns_name_the_weights_that_make_channels():
         discover(Residual(), x, include=["nothing"])
 
 
+# ---------------------------------------------------------------------------------- groups that are normed
+
+
+class Diffusion(nn.Module):
+    """As diffusion networks do it: a stream, a shortcut over a concatenation, a width that is checked."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.stem, self.n1, self.n2, self.n3 = nn.Conv2d(3, 16, 3, padding=1), norm(16), norm(24), norm(40)
+        self.down = Checked(16)
+        self.a, self.b = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.up, self.time = nn.Conv2d(40, 16, 1), nn.Linear(5, 24)
+        self.head = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x):
+        stem = self.stem(x)
+        x = self.a(torch.relu(self.n1(self.down(stem))))
+        x = x + self.time(torch.ones(len(x), 5))[:, :, None, None]
+        x = x + self.b(torch.relu(self.n2(x)))
+        return self.head(stem + self.up(torch.relu(self.n3(torch.cat([x, stem], 1)))))
+
+
+class Checked(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        assert x.shape[1] == self.channels
+        return self.conv(x)
+
+
+def resnet(norm):
+    return pytest.importorskip("torchvision").models.resnet18(num_classes=5, norm_layer=norm)
+
+
+NORMS = {
+    "GroupNorm": lambda width: nn.GroupNorm(width // 4, width),
+    "InstanceNorm": lambda width: nn.InstanceNorm2d(width, affine=True),
+}
+
+
+@pytest.mark.parametrize("make", [Diffusion, resnet])
+@pytest.mark.parametrize("norm", NORMS)
+def test_normed_groups_go_as_a_whole_and_load_again(norm, make, tmp_path):
+    model, x = randomized(make(NORMS[norm])), torch.randn(2, 3, 64, 64)
+    groups = discover(model, x)
+    stem = groups["stem.weight" if make is Diffusion else "conv1.weight"]
+    assert (stem.per_unit > 1) == (norm == "GroupNorm")
+    assert len(groups) == (3 if make is Diffusion else 12)
+    removed = structure.cut_of(groups, alive(groups))
+    twin = masked(model, removed)
+    cut(model, removed)
+    assert relative(model, twin, x) < 1e-5
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    loaded = load_pruned(make(NORMS[norm]), tmp_path / "small.pt").eval()
+    assert torch.equal(loaded(x), model(x))
+    assert [vars(m).get("num_groups") for m in loaded.modules()] == [
+        vars(m).get("num_groups") for m in model.modules()
+    ]
+
+
+def test_normed_groups_across_a_concatenation_take_no_whole_layer_along():
+    """Groups of ten of 24 and 16 channels: what goes together is all of one and some of the other."""
+    model = Diffusion(lambda width: nn.GroupNorm(4, width))
+    with pytest.warns(UserWarning, match=r"some of what goes together would be all of a layer: stem\.weight"):
+        assert list(discover(model, torch.randn(2, 3, 8, 8))) == ["down.conv.weight"]
+
+
 # ------------------------------------------------------------------------------------------------------ traps
 
 
@@ -192,7 +262,8 @@ def shuffle(x):
 
 
 STAY = {  # what cannot be cut: a reason that the warning gives
-    "GroupNorm": (lambda: nn.GroupNorm(2, 8), "GroupNorm takes its mean over them"),
+    "GroupNorm": (lambda: nn.GroupNorm(1, 8), "GroupNorm takes its mean over them"),
+    "bare GroupNorm": (lambda: nn.GroupNorm(2, 8, affine=False), "GroupNorm takes its mean over them"),
     "LayerNorm": (
         lambda: Lambda(lambda x, n: n(x.movedim(1, -1)).movedim(-1, 1), nn.LayerNorm(8)),
         "its mean",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 
 from lightning_prune.structured.surgery import Site, inputs_first
 from lightning_prune.structured.trial import (
@@ -107,7 +108,8 @@ def _trace(model: nn.Module, example: Any) -> tuple[Any, set[int], set[int]]:
     ran: set[int] = set()
     makers = [m for m in model.modules() if is_maker(m)]
     handles = [m.register_forward_hook(lambda m, *_: ran.add(id(m))) for m in makers]
-    handles += [m.register_forward_hook(as_one_operation) for m in unknown]
+    viewed = [m for m in model.modules() if isinstance(m, InstanceNorm)]  # what comes out is a view
+    handles += [m.register_forward_hook(as_one_operation) for m in (*unknown, *viewed)]
     failure = ""
     try:
         for training in (True, False):  # auxiliary heads run in training only; some models want targets there
@@ -282,6 +284,12 @@ def _places(graph: Any, walk: _Walk, names: Mapping[int, str]) -> dict[Site, _Pl
                 index = i if makes else i % tensor.shape[dim]
                 walk.join(place.element.setdefault(index, element), element)
                 walk.join(aligned.setdefault(i % period, element), element)  # as many of every group
+            if isinstance(node.module, nn.GroupNorm):  # a group goes as a whole, so its mean is nobody else's
+                wide = len(node.module.weight) // node.module.num_groups
+                for i, element in seen.items():
+                    walk.join(seen.get(i - i % wide, element), element)
+                if len(seen) < len(node.module.weight):
+                    reason = f"{type(node.module).__name__} takes its mean over them and over others"
         for element in seen.values() if reason else ():
             walk.why[element] = max(reason, walk.why.get(element, ""), key=_rank)
     return places
@@ -311,6 +319,8 @@ def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, in
     if isinstance(module, Norm):
         own = (module.weight, module.bias, module.running_mean, module.running_var)
         return [(t, 0, len(t), False) for t in own if t is not None], ""
+    if isinstance(module, nn.GroupNorm) and module.num_groups > 1 and module.affine:
+        return [(t, 0, len(t), False) for t in (module.weight, module.bias) if t is not None], ""
     if isinstance(module, nn.PReLU):
         return [(module.weight, 0, len(module.weight), False)] * (len(module.weight) > 1), ""
     if isinstance(module, nn.Embedding):

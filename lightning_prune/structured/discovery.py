@@ -26,7 +26,7 @@ def discover(
 ) -> Couplings:
     """The coupled channels of a model that may be removed, by name; each tried on a copy.
 
-    Channels that are outputs of the model stay. A trial removes half of the units: the copy must run, in
+    Channels that are outputs of the model stay. A trial removes some of the units: the copy must run, in
     training and in evaluation, give outputs of the same shapes, and those of the network in which the same
     channels are zero. Channels that fail are left out, with a warning that names them and says why.
 

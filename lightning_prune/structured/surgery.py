@@ -213,8 +213,8 @@ def prepare(
         if any(id(t) in new for t in own.values()):
             shapes = {n: (new[id(t)][1] if id(t) in new else t).shape for n, t in own.items()}
             attributes.append((module, _attributes(module, shapes)))
-        if heads := _heads(module, new):
-            attributes.append((module, heads))
+        if values := _of_layers(module, new):
+            attributes.append((module, values))
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(m, nn.MultiheadAttention) and id(m.in_proj_weight) in new for m in module.modules()
         ):
@@ -228,29 +228,28 @@ def inputs_first(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and {"nf", "nx"} <= vars(module).keys()
 
 
-def _heads(module: nn.Module, new: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, int]:
-    """What an attention says of its heads, where the layers that make them become narrower."""
+def _of_layers(module: nn.Module, new: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, int]:
+    """What a module says of its first layer's width: an attention of its heads, others of their channels."""
     own = {name: value for name, value in vars(module).items() if name in HEADS and type(value) is int}
-    if not own.keys() & set(COUNTS):
+    channels = vars(module).get("channels")
+    says = bool(own.keys() & set(COUNTS)) or type(channels) is int
+    if not says or isinstance(module, nn.MultiheadAttention):
         return {}
-    ratios = {
-        Fraction(data.shape[dim], weight.shape[dim])
-        for layer in _layers_of(module)
-        for weight, data in [new.get(id(getattr(layer, "weight", None)), (None, None))]
-        if weight is not None and data is not None
-        for dim in [int(inputs_first(layer))]
-        if data.shape[dim] != weight.shape[dim]
-    }
-    if len(ratios) != 1:
+    weights = (getattr(layer, "weight", None) for layer in _layers_of(module))
+    layers = (w for w in weights if isinstance(w, Tensor) and w.dim() > 1)
+    before, after = new.get(id(next(layers, None)), (None, None))
+    if before is None or after is None:
         return {}
-    (ratio,) = ratios
-    fewer = {name: value * ratio for name, value in own.items()}
+    if type(channels) is int:
+        return {"channels": after.shape[1]} if before.shape[1] == channels else {}
+    dim = int(any(map(inputs_first, module.children())))
+    fewer = {name: Fraction(value * after.shape[dim], before.shape[dim]) for name, value in own.items()}
     whole = all(value.denominator == 1 for value in fewer.values())
     return {name: int(value) for name, value in fewer.items()} if whole else {}
 
 
 def _layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that make an attention's heads: its own ones, or those of its parts."""
+    """A module's own layers, and those of its parts that say nothing of heads themselves."""
     for child in module.children():
         yield child
         if not vars(child).keys() & set(COUNTS):
@@ -276,6 +275,8 @@ def _attributes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
         return {"nx": weight[0], "nf": weight[1]}
     if isinstance(module, Norm):
         return {"num_features": next(iter(shapes.values()))[0]}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": weight[0], "num_groups": weight[0] * module.num_groups // module.num_channels}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight[0]}
     if isinstance(module, nn.Embedding):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_prune.structured.surgery import cut
-from lightning_prune.structured.units import Couplings, cut_of
+from lightning_prune.structured.units import Coupling, Couplings, cut_of
 
 TOLERANCE = 1e-5  # of the largest output: float rounding of a sum that has fewer terms
+UNEVEN = "some of what goes together would be all of a layer"
 ROUNDING = 1e-2  # it may be this much in a deep network with drawn weights: then float64 decides
 
 
@@ -195,7 +197,7 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
 def why_not(model: nn.Module, example: Any, couplings: Couplings) -> dict[str, str]:
     """Why channels cannot go, by name, for those that fail; the others can go together.
 
-    A trial removes half of the units: the copy must run, in training and in evaluation, give outputs of the
+    A trial removes some of the units: the copy must run, in training and in evaluation, give outputs of the
     same shapes, and those of the network in which the same channels are zero. All are tried at once, and
     halves of them where that fails.
 
@@ -204,6 +206,8 @@ def why_not(model: nn.Module, example: Any, couplings: Couplings) -> dict[str, s
         example: an input on its device.
         couplings: what is to be tried.
     """
+    if whole := {name: UNEVEN for name, coupling in couplings.items() if _uneven(model, coupling)}:
+        return whole | why_not(model, example, {n: c for n, c in couplings.items() if n not in whole})
     if not couplings or not (reason := _fails(model, example, couplings)):
         return {}
     if len(couplings) == 1:
@@ -218,10 +222,10 @@ def why_not(model: nn.Module, example: Any, couplings: Couplings) -> dict[str, s
 
 
 def _fails(model: nn.Module, example: Any, couplings: Couplings) -> str:
-    """Why the network fails without half of the units, or nothing."""
+    """Why the network fails without some of the units, or nothing."""
     generator = torch.Generator().manual_seed(0)
     alive = {
-        name: torch.rand(coupling.units, generator=generator).argsort() >= coupling.units // 2
+        name: torch.rand(coupling.units, generator=generator).argsort() >= _part(name, coupling.units)
         for name, coupling in couplings.items()
     }
     removed, copy = cut_of(couplings, alive), copied(model)
@@ -229,24 +233,38 @@ def _fails(model: nn.Module, example: Any, couplings: Couplings) -> str:
         tensor = getattr(copy.get_submodule(site[0]), site[1])
         if isinstance(tensor, nn.Parameter):
             tensor.index_fill_(site[2], gone.to(tensor.device), 0)
-    how = "where half of them are zero"
+    how = "where some of them are zero"
     try:
         want = _outputs(copy, example)
-        how = "without half of them"
+        how = "without some of them"
         cut(copy, removed)
         got = _outputs(copy, example)
     except Exception as error:  # whatever a model's forward raises on tensors of another size
         return f"{how} the model fails with {first_line(error)}"
     if [t.shape for t in got] != [t.shape for t in want]:
-        return "without half of them the model's output has another shape"
+        return "without some of them the model's output has another shape"
     if not any(bool(t.any()) for t in want):
         return "the model's outputs are all zero or empty on the example, so nothing can be compared"
     if not (far := _relative(want, got)) <= TOLERANCE:  # NaN, too
         if far < ROUNDING and next(model.parameters()).dtype != torch.float64:
             with suppress(Exception):
                 return _fails(copied(model).double(), _floating(example, torch.float64), couplings)
-        return "a network without half of them is not that in which they are zero"
+        return "a network without some of them is not that in which they are zero"
     return _fails_in_training(model, copy, example)
+
+
+def _uneven(model: nn.Module, coupling: Coupling) -> bool:
+    """Whether a tensor would lose all of a dimension with some of the units."""
+    for (module, name, dim), (indices, units) in coupling.sites.items():
+        size = getattr(model.get_submodule(module), name).shape[dim]
+        if len(indices) == size and len(units.unique()) < coupling.units:
+            return True
+    return False
+
+
+def _part(name: str, units: int) -> int:
+    """A third, a half or two thirds: equal parts everywhere would hide what is taken for something else."""
+    return max(min(1, units - 1), units * (2 + crc32(name.encode()) % 3) // 6)
 
 
 def _fails_in_training(model: nn.Module, smaller: nn.Module, example: Any) -> str:
@@ -257,7 +275,7 @@ def _fails_in_training(model: nn.Module, smaller: nn.Module, example: Any) -> st
     try:
         run(smaller, example, training=True)
     except Exception as error:
-        return f"in training mode the model fails without half of them: {first_line(error)}"
+        return f"in training mode the model fails without some of them: {first_line(error)}"
     return ""
 
 
