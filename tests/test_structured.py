@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import lightning_prune as lp
 from lightning_prune.structured import discover
@@ -340,3 +341,91 @@ def test_the_sparse_file_is_that_of_the_smaller_network(remove, tmp_path):
     written = lp.load_sparse(tmp_path / "small")
     assert same(written, dict(model.state_dict()))
     assert len(written["stem.weight"]) == 8
+
+
+# ------------------------------------------------------------------------------- frozen, copied, kept
+
+
+def test_channels_of_layers_in_no_optimizer_stay_unless_they_are_included():
+    class Frozen(Net):
+        def __init__(self):
+            super().__init__()
+            self.stem.requires_grad_(False)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    model = Frozen()
+    with pytest.warns(UserWarning, match=r"stem\.weight: no optimizer trains them, so their channels stay"):
+        fitter(gradual(), epochs=3).fit(model)
+    assert widths(model) == (16, 8)
+    model = Frozen()
+    fitter(gradual(include=["stem.*", "body.*"]), epochs=3).fit(model)
+    assert widths(model) == (8, 8)
+    model = Frozen()
+    model.body.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"no optimizer trains the layers.*include=: stem\.weight, body\.weight"
+    ):
+        fitter(gradual(), epochs=3).fit(model)
+
+
+class Averaging(Net):
+    """An average of two layers, as a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = AveragedModel(nn.ModuleList([self.stem, self.body]))
+
+    def on_train_batch_end(self, *_):
+        self.average.update_parameters(nn.ModuleList([self.stem, self.body]))
+
+
+@pytest.mark.parametrize("remove", WAYS)
+def test_averages_that_a_module_keeps_follow_the_cut(remove):
+    model = Averaging()
+    follow = {"average.module.0.*": "stem.*", "average.module.1.*": "body.*"}
+    fitter(gradual(remove=remove, follow=follow), epochs=3).fit(model)
+    stem, body = model.average.module
+    assert widths(model) == (stem.out_features, body.out_features) == (8, 8)
+    model.average.update_parameters(nn.ModuleList([model.stem, model.body]))
+    with pytest.raises(ValueError, match="no parameter is such a copy"):
+        fitter(gradual(follow={"other.*": "stem.*"}, exclude=["average.*"]), epochs=3).fit(Averaging())
+
+
+def test_copies_that_would_not_follow_are_named():
+    class Target(Net):
+        def __init__(self):
+            super().__init__()
+            self.target = deepcopy(self.stem)
+
+        def configure_optimizers(self):
+            own = [p for name, p in self.named_parameters() if not name.startswith("target")]
+            return torch.optim.SGD(own, lr=0.1)
+
+    with pytest.warns(UserWarning, match=r"follow=\{'target\.\*': 'stem\.\*'\}"):
+        fitter(gradual(exclude=["target.*"]), epochs=1).fit(Target())
+
+
+@pytest.mark.parametrize("where", ["module", "elsewhere"])
+def test_a_graph_that_is_kept_over_a_cut_is_named(where):
+    kept = []
+
+    class Keeps(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if where == "module":
+                self.last = {"loss": loss}
+            elif not kept:
+                kept.append(loss)
+            return loss
+
+    model = Keeps()
+    if where == "module":
+        with pytest.warns(UserWarning, match="last keeps a graph of the network before the cut"):
+            fitter(gradual(remove="each_round"), epochs=3).fit(model)
+        assert widths(model) == (8, 8)
+        return
+    with pytest.raises(ValueError, match=r"stem\.weight.*: a graph of the network before the cut is kept"):
+        fitter(gradual(remove="each_round"), epochs=3).fit(model)
+    assert widths(model) == (16, 16)

@@ -1,5 +1,7 @@
 """StructuredChannelPruning: when channels are chosen, and when they go."""
 
+import fnmatch
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import final, override
@@ -15,7 +18,9 @@ from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.evidence import check_run, evidence_of, first_batches
+from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.pruning import trained_by
 from lightning_prune.callbacks.rounds import Rounds
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
@@ -27,9 +32,9 @@ from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.structured import Couplings, cut, cut_of, discover
 from lightning_prune.structured.filters import unit_scores
 from lightning_prune.structured.loading import reshape
-from lightning_prune.structured.surgery import check_optimizers
+from lightning_prune.structured.surgery import check_optimizers, in_a_graph
 from lightning_prune.structured.targets import check_widths, cost, next_units, uses
-from lightning_prune.structured.trial import as_input
+from lightning_prune.structured.trial import as_input, kept_graphs
 from lightning_prune.structured.units import (
     after,
     all_units,
@@ -38,6 +43,7 @@ from lightning_prune.structured.units import (
     parameter,
     parameters,
     weight_masks,
+    with_copies,
 )
 
 
@@ -78,6 +84,10 @@ class StructuredChannelPruning(MaskedTraining):
             `IterativeMagnitudePruning`.
         verify: look, after each pruning and in each checkpoint, whether all is as it should be, as
             `IterativeMagnitudePruning` does.
+        follow: {pattern: pattern}, each with one `*`: tensors that copy others, such as those of an average,
+            `{"average.module.*": "net.*"}`; they lose the channels of their originals.
+
+    Channels that layers in no optimizer make stay, unless `include` names them.
 
     Attributes:
         channels: {name of the first weight that makes them: bool tensor of units, True = alive}.
@@ -112,6 +122,7 @@ class StructuredChannelPruning(MaskedTraining):
         score_batches: int = 1,
         save_sparse: str | Path | None = None,
         verify: bool = True,
+        follow: dict[str, str] | None = None,
     ) -> None:
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
@@ -141,6 +152,7 @@ class StructuredChannelPruning(MaskedTraining):
         self.round_to = round_to
         self.at_least = at_least
         self.slimming = slimming
+        self.follow = dict(follow or {})
         self.channels: Masks = {}
         self._couplings: Couplings = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
@@ -193,8 +205,7 @@ class StructuredChannelPruning(MaskedTraining):
         check_run(pl_module, self.criterion)
         check_optimizers(trainer.optimizers)
         if not self._couplings:
-            example = self._example(trainer, pl_module)
-            self._couplings = discover(pl_module, example, self.include, self.exclude)
+            self._couplings = self._found(trainer, pl_module)
             self.channels, self._left = all_units(self._couplings), all_units(self._couplings)
         check_widths(self._couplings, self.round_to, self.at_least)
         scheduled(list(self._couplings), self.schedule, self.rounds)
@@ -206,6 +217,41 @@ class StructuredChannelPruning(MaskedTraining):
     def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         # A dead channel's weights get gradients, and their noise reaches living ones through a clipped norm.
         return True
+
+    def _found(self, trainer: Trainer, pl_module: LightningModule) -> Couplings:
+        """The channels that may go: they are trained, or included; and what copies them."""
+        held, params = trained_by(trainer), dict(pl_module.named_parameters())
+        copied = [pattern for pattern in self.follow if fnmatch.filter(params, pattern)]
+        exclude = [*(self.exclude or []), *copied]
+        found = discover(pl_module, self._example(trainer, pl_module), self.include, exclude)
+        makers = {name: [parameter(site) for site in c.filters] for name, c in found.items()}
+        if held and self.include is None:
+            idle = {name: [m for m in makers[name] if id(params[m]) not in held] for name in found}
+            found = {name: coupling for name, coupling in found.items() if not idle[name]}
+            left = list(dict.fromkeys(weight for name in idle for weight in idle[name]))
+            if not found:
+                raise ValueError(
+                    "no optimizer trains the layers whose channels could go: they are frozen, or the "
+                    "optimizers hold others. Give an optimizer the model's own parameters; or name those to "
+                    f"cut all the same in include=: {', '.join(left)}."
+                )
+            if left:
+                rank_zero_warn(
+                    f"{', '.join(left)}: no optimizer trains them, so their channels stay, and those that go "
+                    "with them. Name them in include= to cut them, or exclude them.",
+                    stacklevel=2,
+                )
+        names = [*params, *(name for name, _ in pl_module.named_buffers())]
+        own = dict.fromkeys(parameter(site) for coupling in found.values() for site in coupling.sites)
+        copies = following(self.follow, list(own), names)
+        others = [name for name in params if name not in own and name not in copies]
+        if alike := look_like_copies(pl_module, list(own), others):
+            rank_zero_warn(
+                f"{', '.join(alike)} look like copies of a network that is cut. To cut these, too: "
+                f"follow={alike}.",
+                stacklevel=2,
+            )
+        return with_copies(found, copies)
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if self.example_input is not None:
@@ -286,11 +332,28 @@ class StructuredChannelPruning(MaskedTraining):
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = cut_of(self._here(), self._alive_here())
+        self._free(pl_module)
         cut(pl_module, removed, trainer.optimizers, _lightning.averages_of(trainer))
         self._left = self.channels
         for callback in _lightning.callbacks_of(trainer):
             if on_cut := getattr(callback, "on_cut", None):
                 on_cut(trainer, pl_module, removed)
+
+    def _free(self, pl_module: LightningModule) -> None:
+        """Detach what modules keep of a forward pass: in its graph weights have the shapes before the cut."""
+        for name, tensor in kept_graphs(pl_module):
+            rank_zero_warn(
+                f"{name} keeps a graph of the network before the cut, and is detached. Detach what you keep.",
+                stacklevel=2,
+            )
+            with suppress(RuntimeError):  # of a view
+                tensor.detach_()
+        kept = [name for name, p in self.prunable(pl_module).items() if in_a_graph(p)]
+        if kept and self.remove == "each_round":
+            raise ValueError(
+                f"{', '.join(kept)}: a graph of the network before the cut is kept, by which no backward "
+                "pass can go any more. Detach what you keep of a forward pass, or use remove='end'."
+            )
 
     @override
     def on_before_optimizer_step(

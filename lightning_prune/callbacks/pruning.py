@@ -234,7 +234,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         pruned: dict[str, nn.Parameter],
     ) -> None:
         """Say which weights stay dense as no optimizer trains them, and which are pruned all the same."""
-        held = _trained_by(trainer)
+        held = trained_by(trainer)
         if held and (idle := [name for name, p in pruned.items() if id(p) not in held]):
             rank_zero_warn(
                 f"include: {', '.join(idle)} are pruned, and no optimizer trains them. Exclude them to leave "
@@ -418,7 +418,7 @@ def trained(
     Raises:
         ValueError: when an optimizer trains none of them.
     """
-    held = _trained_by(trainer)
+    held = trained_by(trainer)
     if not held or include is not None:
         return params
     found = {name: p for name, p in params.items() if id(p) in held}
@@ -431,7 +431,7 @@ def trained(
     return found
 
 
-def _trained_by(trainer: Trainer) -> set[int]:
+def trained_by(trainer: Trainer) -> set[int]:
     """The ids of the parameters that the optimizers train."""
     groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
     return {id(p) for group in groups for p in group["params"] if p.requires_grad}

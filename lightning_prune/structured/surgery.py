@@ -91,6 +91,20 @@ def cut(
         state.update(values)
 
 
+def in_a_graph(p: nn.Parameter) -> bool:
+    """Whether a graph of an earlier forward pass is kept, in which a parameter has the shape that it had."""
+    if not p.requires_grad:
+        return False
+
+    def remembered() -> dict[str, Any]:
+        with torch.enable_grad():
+            node: Any = p.view_as(p).grad_fn  # of one node of the parameter, which lives as long as a graph
+        return node.next_functions[0][0].metadata
+
+    remembered()["lightning_prune"] = True
+    return "lightning_prune" in remembered()
+
+
 def check_optimizers(optimizers: Iterable[optim.Optimizer]) -> None:
     """Refuse optimizers whose state cannot be cut.
 

@@ -6,7 +6,7 @@ convolution, or an attention head. Sparsity, allocation and ties speak of units.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,20 @@ def after(couplings: Couplings, alive: Masks) -> Couplings:
             sites[site] = (indices[stay] - shift, number[units[stay]])
         left = int(alive[name].sum())
         found[name] = Coupling(name, left, sites, coupling.filters, coupling.scales, coupling.structure)
+    return found
+
+
+def with_copies(couplings: Couplings, copies: Mapping[str, str]) -> Couplings:
+    """Couplings that take the same channels from copies: {name of a copy's tensor: name of the original}."""
+    found: Couplings = {}
+    for name, coupling in couplings.items():
+        sites = dict(coupling.sites)
+        for copy, original in copies.items():
+            module, _, tensor = copy.rpartition(".")
+            sites |= {
+                (module, tensor, s[2]): at for s, at in coupling.sites.items() if parameter(s) == original
+            }
+        found[name] = replace(coupling, sites=sites)
     return found
 
 
