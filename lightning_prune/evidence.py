@@ -35,6 +35,7 @@ EVIDENCE = {
     "layouts": "`next_masks` takes them as layouts=, or reads them off model=.",
     "channels": "It scores coupled channels: StructuredChannelPruning has them.",
     "final": "The state in which a round ended: only policies of LotteryTicketRewind get it.",
+    "faster": "Only StructuredChannelPruning and prune_channels measure how fast a network is.",
     "removed": "Only StructuredChannelPruning knows what a sparsity removes.",
     "together": "Ranks that hold parts of the tensors give it to allocations.",
 }

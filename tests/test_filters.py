@@ -1,5 +1,7 @@
 """Units are scored as the papers say, budgets and targets are met, and arguments are checked."""
 
+import re
+import warnings
 from copy import deepcopy
 from functools import partial
 
@@ -7,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_prune as lp
 from lightning_prune import allocation, criteria, filters, prune_channels
-from lightning_prune.structured import discover, targets
+from lightning_prune.structured import discover, speed, targets
 from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
 from tests.networks import same
@@ -131,7 +134,7 @@ def test_a_target_for_each_of_several_patterns_is_met_by_each_alone():
     model, x = randomized(Residual()), torch.randn(IMAGE)
     couplings = discover(model, x)
     scores = filters.unit_scores(couplings, criteria.magnitude, structure.parameters(couplings, model))
-    weights = targets.elements(model, x, False)
+    weights = targets.elements(model, x, couplings, False)
     cost = lambda units, multiply_adds: targets.cost(couplings, units, weights)  # noqa: E731
     dense = structure.all_units(couplings)
     first = ["plain.0.0.weight"]
@@ -228,3 +231,101 @@ def test_widths_are_rounded_up_and_never_fall_below_the_minimum():
         "gate.0.weight": 4,  # all it has
     }
     assert min(int(m.sum()) for m in units(groups, 0.9, at_least=3).values()) >= 3
+
+
+# ----------------------------------------------------------------------------------------------- speed
+
+
+def attending():
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    return nn.Sequential(nn.Linear(6, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 3))
+
+
+def test_products_of_attentions_count_as_summarize_counts_them():
+    pytest.importorskip("safetensors")
+    model, x = randomized(attending()), torch.randn(2, 40, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prune_channels(model, filters.Removed(0.0, "multiply_adds"), x)
+        full = lp.summarize(model, x).total.multiply_adds
+        couplings = discover(model, x)
+        weights = targets.elements(model, x, couplings, True)
+        dense = structure.all_units(couplings)
+        assert targets.cost(couplings, dense, weights) == full
+        some = {name: torch.arange(len(mask)) != 1 for name, mask in dense.items()}
+        counted = targets.cost(couplings, some, weights)
+        cut(model, structure.cut_of(couplings, some))
+    assert counted == lp.summarize(model, x).total.multiply_adds < 0.9 * full
+
+
+def test_as_few_channels_go_as_make_the_network_so_many_times_as_fast():
+    """The time is made up here: that of the multiply-adds."""
+    asked_for = []
+
+    def faster(sparsity):
+        asked_for.append(sparsity)
+        return 1 / (1 - 0.8 * sparsity)
+
+    found = filters.Faster(2.0)(1, faster=faster)
+    assert 0.625 <= found <= 0.625 + 1 / 128
+    assert len(asked_for) == len(set(asked_for)) <= 10
+    assert filters.Faster(2.0)(0, faster=faster) == 0.0
+    assert filters.Faster(lambda round: 1 + round)(2, faster=faster) > found
+    with pytest.raises(ValueError, match=r"times: 6.0 times as fast is wanted in round 1.* it is 5.00 times"):
+        filters.Faster(6.0)(1, faster=faster)
+    with pytest.raises(ValueError, match=r"times=0\.5"):
+        filters.Faster(0.5)
+
+
+def test_a_network_becomes_as_fast_as_asked_for(monkeypatch, caplog):
+    """What a clock says is replaced by what is computed, so that a busy machine does not decide."""
+
+    def computed(works, at_least):
+        counts = {
+            name: sum(p.numel() for p in work.args[0].args[0].parameters()) for name, work in works.items()
+        }
+        return {name: [float(count)] * 5 for name, count in counts.items()}
+
+    monkeypatch.setattr(speed, "settled", computed)
+    model, x = randomized(Residual()), torch.randn(IMAGE)
+    before = sum(p.numel() for p in model.parameters())
+    with caplog.at_level("INFO"):
+        prune_channels(model, filters.Faster(1.5), x)
+    assert 1.5 <= before / sum(p.numel() for p in model.parameters()) < 1.6
+    assert re.search(
+        r"Faster\(1.5\): without .* % of the channels the network is 1.5\d times as fast", caplog.text
+    )
+    with pytest.raises(ValueError, match="times: 1000 times as fast is wanted"):
+        prune_channels(model, filters.Faster(1000), x)
+
+
+def test_the_speed_is_that_of_the_full_size_network_over_that_of_a_cut_one():
+    model = nn.Sequential(
+        nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 4)
+    )
+    couplings = discover(model, [256, 64])
+    dense = structure.all_units(couplings)
+    few = {name: torch.arange(len(mask)) < 64 for name, mask in dense.items()}
+    assert speed.speed(model, [256, 64], couplings, dense)(few) > 2
+    cut(model, structure.cut_of(couplings, few))
+    assert speed.speed(model, [256, 64], couplings, few)(few) > 2
+    full = speed.full_size(model, structure.cut_of(couplings, few))
+    assert [m.out_features for m in full if isinstance(m, nn.Linear)] == [1024, 1024, 4]
+
+
+# ----------------------------------------------------------------------------------------- calibration
+
+
+def test_statistics_are_those_of_the_data_after_a_cut():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 2))
+    data = [torch.randn(16, 4) for _ in range(3)]
+    rng = torch.get_rng_state()
+    prune_channels(model, 0.5, [2, 4], data=data, calibrate=True)
+    assert torch.equal(torch.get_rng_state(), rng)
+    means = torch.stack([model[0](x).mean(0) for x in data]).mean(0)
+    variances = torch.stack([model[0](x).var(0) for x in data]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means)
+    torch.testing.assert_close(model[1].running_var, variances)
+    assert (model[1].momentum, model[1].training, int(model[1].num_batches_tracked)) == (0.1, True, 0)
+    with pytest.raises(ValueError, match="calibrate=True: data=None"):
+        prune_channels(model, 0.5, [2, 4], calibrate=True)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import lightning_prune as lp
-from lightning_prune.structured import discover
+from lightning_prune.structured import discover, speed
 from tests.networks import Manual, Net, Watch, fitter, same, state
 from tests.test_surgery import OPTIMIZERS
 
@@ -429,3 +429,38 @@ def test_a_graph_that_is_kept_over_a_cut_is_named(where):
     with pytest.raises(ValueError, match=r"stem\.weight.*: a graph of the network before the cut is kept"):
         fitter(gradual(remove="each_round"), epochs=3).fit(model)
     assert widths(model) == (16, 16)
+
+
+# ------------------------------------------------------------------------------- speed, calibration
+
+
+@pytest.mark.parametrize("remove", WAYS)
+def test_a_target_on_the_speed_is_met_in_each_round(remove, monkeypatch):
+    """What a clock says is replaced by what is computed."""
+
+    def computed(works, at_least):
+        models = {name: work.args[0].args[0] for name, work in works.items()}
+        return {n: [float(m.stem.out_features * m.body.out_features)] * 5 for n, m in models.items()}
+
+    monkeypatch.setattr(speed, "settled", computed)
+    model = Net()
+    schedule = lp.filters.Faster(lambda round: 2.0**round)
+    fitter(gradual(schedule=schedule, remove=remove), epochs=3).fit(model)
+    assert widths(model) == (8, 8)
+
+
+@pytest.mark.parametrize("remove", WAYS)
+def test_statistics_are_taken_anew_after_each_pruning(remove):
+    model, seen = Net(dropout=0.0), []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0 and pruner.round:
+                x = torch.cat([x for x, _ in pl_module.train_dataloader()])
+                wide = pl_module.stem(x).detach()
+                seen.append(float((wide.mean(0) - pl_module.norm.running_mean).abs().max()))
+
+    pruner = gradual(remove=remove, calibrate=3)
+    fitter(pruner, Look(), epochs=3).fit(model)
+    assert len(seen) == 2
+    assert max(seen) < 1e-5

@@ -1,6 +1,7 @@
 """StructuredChannelPruning: when channels are chosen, and when they go."""
 
 import fnmatch
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,12 @@ from lightning_prune.masks import Masks
 from lightning_prune.pruning import check_schedule, scheduled, sparsities_of
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.structured import Couplings, cut, cut_of, discover
+from lightning_prune.structured.calibration import calibrate
 from lightning_prune.structured.filters import unit_scores
 from lightning_prune.structured.loading import reshape
-from lightning_prune.structured.surgery import check_optimizers, in_a_graph
-from lightning_prune.structured.targets import check_widths, cost, next_units, uses
+from lightning_prune.structured.speed import speed
+from lightning_prune.structured.surgery import Site, check_optimizers, in_a_graph
+from lightning_prune.structured.targets import check_widths, cost, next_units, uses, with_shapes
 from lightning_prune.structured.trial import as_input, kept_graphs
 from lightning_prune.structured.units import (
     after,
@@ -63,7 +66,7 @@ class StructuredChannelPruning(MaskedTraining):
     Args:
         schedule: round (and scores of units) -> fraction of channels removed, by default `OneShot(0.3)`; or a
             dict {pattern over weight names: schedule}. `filters.Removed(schedule)` is a target on parameters
-            or multiply-adds instead.
+            or multiply-adds instead, `filters.Faster(2.0)` one on the measured speed on the example input.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which channels: the mean of these scores over the weights that make a channel (`magnitude`:
@@ -86,6 +89,8 @@ class StructuredChannelPruning(MaskedTraining):
             `IterativeMagnitudePruning` does.
         follow: {pattern: pattern}, each with one `*`: tensors that copy others, such as those of an average,
             `{"average.module.*": "net.*"}`; they lose the channels of their originals.
+        calibrate: number of training batches from which the statistics of batch normalizations are taken anew
+            after each pruning; 0: they are left as they are.
 
     Channels that layers in no optimizer make stay, unless `include` names them.
 
@@ -123,6 +128,7 @@ class StructuredChannelPruning(MaskedTraining):
         save_sparse: str | Path | None = None,
         verify: bool = True,
         follow: dict[str, str] | None = None,
+        calibrate: int = 0,
     ) -> None:
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
@@ -131,6 +137,7 @@ class StructuredChannelPruning(MaskedTraining):
         allowed = "are finite numbers from 0 on, such as 1e-4"
         number("slimming", slimming, allowed, lambda v: 0 <= v < float("inf"))
         whole("score_batches", score_batches, 1)
+        whole("calibrate", calibrate, 0, such_as=8)
         super().__init__(
             rounds=rounds,
             every_n_epochs=every_n_epochs,
@@ -153,10 +160,12 @@ class StructuredChannelPruning(MaskedTraining):
         self.at_least = at_least
         self.slimming = slimming
         self.follow = dict(follow or {})
+        self.calibrate = calibrate
         self.channels: Masks = {}
         self._couplings: Couplings = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
-        self._uses: dict[str, float] = {}  # of each weight's elements in a forward pass
+        self._uses: dict[str | Site, float] = {}  # of each weight's elements in a forward pass
+        self._measure: Callable[[Masks], float] | None = None  # the speed, in the round that begins
         self._hooks: list[Any] = []
 
     @property
@@ -289,6 +298,7 @@ class StructuredChannelPruning(MaskedTraining):
             found = unit_scores(
                 here, self.criterion, parameters(here, pl_module), masks=self.masks, **evidence
             )
+        self._measure = None
         scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
@@ -301,6 +311,7 @@ class StructuredChannelPruning(MaskedTraining):
             self.round_to,
             self.at_least,
             partial(self._cost, trainer, pl_module),
+            partial(self._speed, trainer, pl_module),
         )
 
     @override
@@ -310,6 +321,15 @@ class StructuredChannelPruning(MaskedTraining):
             self._cut(trainer, pl_module)
         params = self._running.params
         self.masks = weight_masks(self._here(), self._alive_here(), params)
+        self._measure = None
+
+    @override
+    def _begun(self, trainer: Trainer) -> None:
+        if self.calibrate:
+            model = trainer.lightning_module
+            batches = first_batches(trainer, model, self.calibrate)
+            calibrate(model, batches, lambda model, batch: model(inputs(batch)))
+        super()._begun(trainer)
 
     @override
     def _take_back(self, masks: Masks, units: Masks, at: Rounds, removed: int) -> None:
@@ -319,16 +339,24 @@ class StructuredChannelPruning(MaskedTraining):
 
     def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
         """Parameters or multiply-adds of the network with these units."""
+        shapes: dict[str | Site, list[int]] = {n: list(p.shape) for n, p in pl_module.named_parameters()}
         if multiply_adds and not self._uses:
-            self._uses = uses(pl_module, self._example(trainer, pl_module))
-        weights: dict[str, tuple[list[int], float]] = {
-            name: (list(p.shape), self._uses.get(name, 0.0) if multiply_adds else 1.0)
-            for name, p in pl_module.named_parameters()
-        }
+            self._uses = uses(pl_module, self._example(trainer, pl_module), self._here())
         for site, gone in cut_of(self._couplings, self._left).items():
-            if (name := parameter(site)) in weights:
-                weights[name][0][site[2]] += len(gone)  # as it was in the full-size network
-        return cost(self._couplings, units, weights)
+            if (name := parameter(site)) in shapes:
+                shapes[name][site[2]] += len(gone)  # as it was in the full-size network
+        often = self._uses if multiply_adds else dict.fromkeys(shapes, 1.0)
+        return cost(self._couplings, units, with_shapes(often, shapes, self._couplings))
+
+    def _speed(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> float:
+        """How many times as fast the network is with these units, as the first process measures it."""
+        found = 0.0
+        if trainer.is_global_zero:
+            if self._measure is None:
+                example = self._example(trainer, pl_module)
+                self._measure = speed(pl_module, example, self._couplings, self._left)
+            found = self._measure(units)
+        return float(trainer.strategy.broadcast(found))
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         removed = cut_of(self._here(), self._alive_here())

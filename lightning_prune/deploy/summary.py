@@ -118,7 +118,7 @@ def summarize(model: nn.Module, example_input: Example) -> Summary:
     owners, everything = _owners(model)
     modules = {name: model.get_submodule(name) for name in owners}
     with undisturbed(model), torch.inference_mode():
-        counts = _multiply_adds(model, example_input)
+        counts = multiply_adds(model, example_input)
         reached = calls(model, modules, example_input)
         spent = {
             name: alternated({"": timed(work)}, at_least=_SECONDS, warm_up=2)[""]
@@ -161,8 +161,12 @@ def _cost(
     return LayerCost(name, kind, its.parameters, its.alive, alive, count, effective, *sizes, 1e6 * seconds)
 
 
-def _multiply_adds(model: nn.Module, example: Example) -> Counter[str]:
-    """By the name of the module, with all that it calls; the whole model is ''."""
+def multiply_adds(model: nn.Module, example: Example) -> Counter[str]:
+    """By the name of the module, with all that it calls; the whole model is ''.
+
+    >>> multiply_adds(nn.Sequential(nn.Linear(3, 2)), torch.zeros(4, 3))[""]
+    24
+    """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused transformer layers and attention are not counted
     try:

@@ -320,8 +320,8 @@ def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, in
         own = (module.weight, module.bias, module.running_mean, module.running_var)
         return [(t, 0, len(t), False) for t in own if t is not None], ""
     if isinstance(module, nn.GroupNorm) and module.num_groups > 1 and module.affine:
-        both: tuple[Tensor | None, ...] = (module.weight, module.bias)
-        return [(t, 0, len(t), False) for t in both if t is not None], ""
+        both = module.named_parameters(recurse=False)
+        return [(t, 0, len(t), False) for _, t in both], ""
     if isinstance(module, nn.PReLU):
         return [(module.weight, 0, len(module.weight), False)] * (len(module.weight) > 1), ""
     if isinstance(module, nn.Embedding):

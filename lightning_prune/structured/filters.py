@@ -23,7 +23,10 @@ from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import score
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import Keep, Scores
+from lightning_prune.structured.calibration import calibrate as recalibrated
 from lightning_prune.structured.discovery import discover
+from lightning_prune.structured.speed import Faster as Faster
+from lightning_prune.structured.speed import speed
 from lightning_prune.structured.surgery import Site, check_optimizers, cut
 from lightning_prune.structured.targets import Removed as Removed
 from lightning_prune.structured.targets import check_widths, cost, elements, next_units
@@ -155,6 +158,7 @@ def prune_channels(
     loss: Callable[[Any, Any], Tensor] | None = None,
     initial: Mapping[str, Tensor] | None = None,
     optimizer: optim.Optimizer | None = None,
+    calibrate: bool = False,
 ) -> Masks:
     """Cut channels out of any module once, in place, without training. Returns which units are alive.
 
@@ -170,7 +174,8 @@ def prune_channels(
     Args:
         model: any module; parameters keep their identity and their names.
         sparsity: fraction of the channels to remove, in [0, 1); or a target on parameters or multiply-adds,
-            `filters.Removed(0.5)`; or any schedule, of which this is round 1.
+            `filters.Removed(0.5)`, or on the speed, `filters.Faster(2.0)`; or any schedule, of which this is
+            round 1.
         example_input: an input: a tensor, its shape, a tuple of arguments or a dict of keyword arguments.
         criterion: which channels; see `StructuredChannelPruning`. One that needs data runs the model in the
             mode it is in, and leaves it and the random number generators as they were.
@@ -183,6 +188,7 @@ def prune_channels(
         loss: (output, target) -> scalar.
         initial: {name: weight at initialization} for criteria that compare with it.
         optimizer: one that has stepped the model; what it keeps for the weights is cut along.
+        calibrate: set the statistics of batch normalizations to those of `data` after the cut.
 
     Raises:
         ValueError: when the model has no channels that can go, or an argument is not one of these. The model
@@ -195,6 +201,8 @@ def prune_channels(
     for name, value in (("criterion", criterion), ("allocate", allocate)):
         if not callable(value):
             raise ValueError(f"{name}={value!r}: a function is needed, such as those of lightning_prune.")
+    if calibrate and data is None:
+        raise ValueError("calibrate=True: data=None; batches are needed. Give some that stand for all.")
     check_optimizers([optimizer] if optimizer else [])
     couplings = discover(model, example_input, include, exclude)
     check_widths(couplings, round_to, at_least)
@@ -211,7 +219,7 @@ def prune_channels(
     if callable(sparsity):
         sparsity = partial(sparsity, 1) if asked(sparsity) else sparsity(1)
     dense = all_units(couplings)
-    sizes = cache(partial(elements, model, example_input))  # of parameters, or of multiply-adds
+    sizes = cache(partial(elements, model, example_input, couplings))  # of parameters, or of multiply-adds
     units = next_units(
         couplings,
         {name: values.cpu() for name, values in scores.items()},
@@ -221,6 +229,7 @@ def prune_channels(
         round_to,
         at_least,
         lambda units, multiply_adds: cost(couplings, units, sizes(multiply_adds)),
+        lambda units: speed(model, example_input, couplings, dense)(units),
     )
     if sparsity and alive(units) == alive(dense):
         warnings.warn(
@@ -229,4 +238,6 @@ def prune_channels(
             stacklevel=2,
         )
     cut(model, cut_of(couplings, units), [optimizer] if optimizer else [])
+    if calibrate:
+        recalibrated(model, evidence["batches"], evidence["forward"])
     return units

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.structured.multihead import FewerHeads
 from lightning_prune.structured.surgery import Site
 from lightning_prune.structured.trial import run
-from lightning_prune.structured.units import Coupling, Couplings, is_maker, out_dimension, parameter
+from lightning_prune.structured.units import HEADS, Coupling, Couplings, is_maker, out_dimension, parameter
 
 PRODUCTS = {"scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "einsum"}
 HEAD = -3  # the dimension of heads in a product: (..., heads, rows, columns)
@@ -65,7 +65,7 @@ def _multihead(model: nn.Module) -> Couplings:
             sites = dict.fromkeys(made, (torch.arange(3 * len(wide)), head.repeat(3)))
             sites[f"{name}.out_proj".lstrip("."), "weight", 1] = wide, head
             weight = parameter(made[0])
-            found[weight] = Coupling(weight, attention.num_heads, sites, (made[0],), (), ("heads",))
+            found[weight] = Coupling(weight, attention.num_heads, sites, (made[0],), (), HEADS)
     return found
 
 
@@ -214,7 +214,7 @@ class _Products(TorchFunctionMode):
             sites[site] = torch.tensor(indices)[order], torch.tensor(numbers)[order]
         if not filters or any(len(site_units.unique()) < len(units) for _, site_units in sites.values()):
             return None
-        return Coupling(parameter(filters[0]), len(units), sites, filters, (), ("heads",))
+        return Coupling(parameter(filters[0]), len(units), sites, filters, (), HEADS)
 
     def _sites(self, site: Site) -> Iterator[Site]:
         """The site, and where the same channels lie in other tensors of the module."""

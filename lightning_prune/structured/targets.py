@@ -15,14 +15,26 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.allocation import Allocation, AtLeast, global_rank
 from lightning_prune.checks import number
+from lightning_prune.deploy.summary import multiply_adds as all_multiply_adds
 from lightning_prune.evidence import asked, call, undisturbed
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Sparsity, budget
 from lightning_prune.selection import DEAD, Scores, keep_top, only, select
-from lightning_prune.structured.trial import as_input, run
-from lightning_prune.structured.units import Coupling, Couplings, cut_of, is_maker, out_dimension, parameter
+from lightning_prune.structured.surgery import Site
+from lightning_prune.structured.trial import as_input
+from lightning_prune.structured.units import (
+    HEADS,
+    Coupling,
+    Couplings,
+    cut_of,
+    is_maker,
+    out_dimension,
+    parameter,
+)
 
-Elements = Mapping[str, tuple[Sequence[int], float]]  # of weights by name: shape, how often each one counts
+# of weights by name, and of a site whose indices count besides: the shape, and how often each element counts
+Elements = Mapping[str | Site, tuple[Sequence[int], float]]
+REST = ""  # what is counted of no weight and no site
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Removed:
 
     Args:
         schedule: round -> fraction that is to be gone; or a number in [0, 1), that of every round from 1 on.
-        of: "parameters", or "multiply_adds": those of linear layers and convolutions on the example input.
+        of: "parameters", or "multiply_adds": those on the example input, as `summarize` counts them, products
+            of attentions among them.
 
     Raises:
         ValueError: when the removable channels do not make up as much.
@@ -78,42 +91,89 @@ def cost(couplings: Couplings, alive: Masks, weights: Elements) -> float:
     for site, gone in cut_of(couplings, alive).items():
         if parameter(site) in sizes:
             sizes[parameter(site)][site[2]] -= len(gone)
+        if site in sizes:
+            sizes[site][0] -= len(gone)
     return sum(math.prod(size) * weights[name][1] for name, size in sizes.items())
 
 
-def elements(model: nn.Module, example: Any, multiply_adds: bool) -> Elements:
+def elements(model: nn.Module, example: Any, couplings: Couplings, multiply_adds: bool) -> Elements:
     """The elements of a model's weights: once each, or as many multiply-adds as they do on the example."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    often = uses(model, example) if multiply_adds else dict.fromkeys(shapes, 1.0)
-    return {name: (shape, often[name]) for name, shape in shapes.items() if name in often}
+    shapes: dict[str | Site, Sequence[int]] = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if not multiply_adds:
+        return {name: (shape, 1.0) for name, shape in shapes.items()}
+    return with_shapes(uses(model, example, couplings), shapes, couplings)
 
 
-def uses(model: nn.Module, example: Any) -> dict[str, float]:
+def with_shapes(
+    often: Mapping[str | Site, float], shapes: Mapping[str | Site, Sequence[int]], couplings: Couplings
+) -> Elements:
+    """How often elements count, of `uses`, with the shapes of weights in the full-size network."""
+    sizes = {site: (len(c.sites[site][0]),) for c in couplings.values() for site in c.filters}
+    every = {REST: (1,), **shapes, **sizes}
+    return {key: (every[key], count) for key, count in often.items()}
+
+
+def uses(model: nn.Module, example: Any, couplings: Couplings | None = None) -> dict[str | Site, float]:
     """How many multiply-adds each element of a weight does on the example: {weight name: uses}.
 
     >>> uses(nn.Linear(3, 2), [4, 3])
     {'weight': 4.0}
+
+    Args:
+        model: any module.
+        example: an input.
+        couplings: of heads count what products in the same module do, under the site of their first weight:
+            so many an index.
+
+    Returns:
+        The counts, and what is left of all multiply-adds of the model under "".
     """
-    found: dict[str, float] = {}
+    found: dict[str | Site, float] = {}
     layers = {m: name for name, m in model.named_modules() if is_maker(m)}
     names = {id(p): name for name, p in model.named_parameters()}
+    elements: dict[str | Site, int] = {}
 
     def count(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        wide = args[0] if out_dimension(module) else output  # a transposed convolution is used at its inputs
-        channel = module.weight.shape[0]
+        wide = args[0] if getattr(module, "transposed", False) else output  # it is used at its inputs
+        channels = module.weight.shape[0] if getattr(module, "transposed", False) else _outputs(module)
         name = names.get(id(module.weight), f"{layers[module]}.weight")
-        found[name] = found.get(name, 0.0) + wide.numel() / channel
+        found[name] = found.get(name, 0.0) + wide.numel() / channels
+        elements[name] = module.weight.numel()
 
     handles = [layer.register_forward_hook(count) for layer in layers]
     device = next(model.parameters()).device
     here = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, as_input(example))
     try:
         with torch.no_grad(), undisturbed(model):
-            run(model, here)
+            model.eval()
+            counts = all_multiply_adds(model, here)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    rest = counts[""] - sum(found[name] * elements[name] for name in found)
+    for coupling in (couplings or {}).values():
+        if coupling.structure == HEADS:
+            owners = {parameter(site).rpartition(".")[0].rpartition(".")[0] for site in coupling.filters}
+            if coupling.filters[0][1] != "weight":  # of the module itself
+                owners = {coupling.filters[0][0]}
+            own = sum(_alone(model, counts, name) for name in owners)
+            found[coupling.filters[0]] = own / len(coupling.sites[coupling.filters[0]][0])
+            rest -= own
+    return found if rest < 1 else {**found, REST: rest}
+
+
+def _outputs(module: Any) -> int:
+    return module.weight.shape[out_dimension(module)]
+
+
+def _alone(
+    model: nn.Module,
+    counts: Mapping[str, int],
+    name: str,
+) -> float:
+    """Multiply-adds that a module does itself, in none of the modules in it."""
+    children = [f"{name}.{child}".lstrip(".") for child, _ in model.get_submodule(name).named_children()]
+    return float(counts[name] - sum(counts[child] for child in children))
 
 
 def next_units(
@@ -125,6 +185,7 @@ def next_units(
     round_to: int = 1,
     at_least: int = 1,
     cost: Callable[[Masks, bool], float] | None = None,
+    speed: Callable[[Masks], float] | None = None,
 ) -> Masks:
     """One pruning of units: which are alive after it. Masks only shrink, and no coupling is left empty.
 
@@ -133,13 +194,15 @@ def next_units(
         scores: of the units, from `unit_scores`.
         masks: which of them are alive now.
         sparsities: pairs of names of couplings and the fraction of their units that is to be gone, or a
-            function that says it of what its signature names: `scores`, or `removed`, (sparsity,
-            multiply-adds?) -> the part of the whole network that is gone with these couplings alone.
+            function that says it of what its signature names: `scores`; `removed`, (sparsity,
+            multiply-adds?) -> the part of the whole network that is gone with these couplings alone; or
+            `faster`, sparsity -> how many times as fast the network is then.
         allocate: how many where.
         round_to: the channels left of each coupling are rounded up to a multiple of this; then fewer go than
             `sparsities` say.
         at_least: units left of each.
         cost: (units alive, multiply-adds?) -> parameters or multiply-adds, for `Removed`.
+        speed: units alive -> how many times as fast the network is with these, for `Faster`.
 
     Returns:
         The new masks of the names in `sparsities`.
@@ -165,9 +228,15 @@ def next_units(
             assert cost is not None
             return 1 - cost({**dense, **stay(sparsity)}, multiply_adds) / cost(dense, multiply_adds)
 
+        def faster(sparsity: float, stay: Callable[[float], Masks] = stay) -> float:
+            assert speed is not None
+            return speed({**dense, **stay(sparsity)})
+
         if callable(sparsity):
             living = only({name: scores[name] for name in names}, masks)
-            sparsity = call(sparsity, scores=living, removed=removed if cost else None)
+            sparsity = call(
+                sparsity, scores=living, removed=removed if cost else None, faster=faster if speed else None
+            )
         new.update(stay(sparsity))
     return {name: new[name] for name in masks if name in new}
 

@@ -36,6 +36,7 @@ class Coupling:
 
 
 Couplings = dict[str, Coupling]
+HEADS = ("heads",)  # the structure of heads of an attention
 MAKERS = (nn.Linear, Convolution)  # the layers that make channels
 
 

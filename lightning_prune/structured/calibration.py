@@ -1,0 +1,46 @@
+"""Calibration: statistics of batch normalizations for a network whose channels have changed."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from lightning_prune.evidence import undisturbed
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
+    """Set running means and variances to the averages over batches; returns how many layers have some.
+
+    All else is as in evaluation: dropout is off, and other statistics stay.
+
+    >>> norm = nn.BatchNorm1d(1)
+    >>> calibrate(norm, [torch.tensor([[1.0], [3.0]])], lambda model, batch: model(batch))
+    1
+    >>> norm.running_mean, norm.training
+    (tensor([2.]), True)
+
+    Args:
+        model: any module; the random number generators and its mode stay as they are.
+        batches: at least one.
+        forward: (model, batch) -> anything.
+
+    Reference: Li et al. (2020), EagleEye, arXiv:2007.02491, "adaptive batch normalization".
+    """
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    found: list[tuple[Tensor, Tensor]] = []
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # the average of all batches
+        for batch in batches if norms else ():
+            forward(model, batch)
+        for norm in norms:
+            for tensor in (norm.running_mean, norm.running_var):
+                assert tensor is not None
+                found.append((tensor, tensor.clone()))
+    for tensor, value in found:
+        tensor.copy_(value)
+    return len(norms)
