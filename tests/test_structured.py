@@ -3,16 +3,18 @@
 import os
 import subprocess
 import sys
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
 import jsonargparse
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, default_collate
 
 import lightning_prune as lp
 from lightning_prune.structured import discover, speed
@@ -464,3 +466,105 @@ def test_statistics_are_taken_anew_after_each_pruning(remove):
     fitter(pruner, Look(), epochs=3).fit(model)
     assert len(seen) == 2
     assert max(seen) < 1e-5
+
+
+# ------------------------------------------------------------------------------- any module
+
+
+class Batches(Net):
+    """Of a network and a shape of batches."""
+
+    def __init__(self, example=None):
+        super().__init__()
+        self.example_input_array = example
+
+    def collate(self, batch):
+        return batch
+
+    def train_dataloader(self):
+        data = super().train_dataloader()
+        return DataLoader(data.dataset, 8, collate_fn=lambda samples: self.collate(default_collate(samples)))
+
+
+class WithoutForward(Batches):
+    forward = LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(Net.forward(self, x), y)
+
+
+class Dicts(Batches):
+    """Batches with labels among the inputs."""
+
+    def collate(self, batch):
+        return {"x": batch[0], "labels": batch[1]}
+
+    def training_step(self, batch):
+        self.log("seen", 1.0)
+        assert self.trainer.max_epochs
+        return {"loss": nn.functional.cross_entropy(self(batch["x"]), batch["labels"])}
+
+
+class OneDict(Dicts):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self(batch), batch["labels"])
+
+
+class Several(Batches):
+    def collate(self, batch):
+        return (batch[0], batch[0] * 2, batch[1])
+
+    def forward(self, a, b):
+        return super().forward(a + b)
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self(batch[0], batch[1]), batch[2])
+
+
+class Detection(Batches):
+    """A list of inputs, a list of targets, and losses in training only."""
+
+    def collate(self, batch):
+        return list(batch[0]), [{"label": y} for y in batch[1]]
+
+    def forward(self, images, targets=None):
+        out = super().forward(torch.stack(images))
+        if targets is None:
+            return [{"label": y.argmax()} for y in out]
+        return {"loss": nn.functional.cross_entropy(out, torch.stack([t["label"] for t in targets]))}
+
+    def training_step(self, batch):
+        return self(*batch)["loss"]
+
+
+@pytest.mark.parametrize("make", [WithoutForward, Dicts, OneDict, Several, Detection])
+def test_any_module_is_traced_with_what_it_trains_on(make):
+    model = make()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "channels left as they are: .*head.weight")  # a loss has no outputs
+        fitter(gradual(remove="each_round", calibrate=1), epochs=3, limit_val_batches=0).fit(model)
+    assert (*widths(model), model.head.out_features) == (8, 8, 3)
+    assert not {"log", "log_dict"} & vars(model).keys()
+
+
+def test_what_cannot_be_traced_says_why_and_what_to_give():
+    class Adversarial(Manual):
+        def forward(self, x, noise):
+            return super().forward(x + noise)
+
+    with pytest.raises(ValueError, match=r"noise.*automatic_optimization=False.*Give example_input="):
+        fitter(gradual(), epochs=2).fit(Adversarial())
+
+    class Broken(Batches):
+        def training_step(self, batch):
+            return self(batch[0][:, :3]).sum()
+
+        def forward(self, x):
+            return super().forward(x[:, :3])
+
+    with pytest.raises(ValueError, match=r"Broken is refused.*mat1 and mat2.*nor with a batch"):
+        fitter(gradual(), epochs=2).fit(Broken())

@@ -18,7 +18,7 @@ from typing_extensions import final, override
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation
 from lightning_prune.callbacks import _lightning
-from lightning_prune.callbacks.evidence import check_run, evidence_of, first_batches
+from lightning_prune.callbacks.evidence import check_run, evidence_of, first_batches, traced_step
 from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.pruning import trained_by
@@ -37,7 +37,7 @@ from lightning_prune.structured.loading import reshape
 from lightning_prune.structured.speed import speed
 from lightning_prune.structured.surgery import Site, check_optimizers, in_a_graph
 from lightning_prune.structured.targets import check_widths, cost, next_units, uses, with_shapes
-from lightning_prune.structured.trial import as_input, kept_graphs
+from lightning_prune.structured.trial import Through, as_input, kept_graphs, run
 from lightning_prune.structured.units import (
     after,
     all_units,
@@ -76,7 +76,9 @@ class StructuredChannelPruning(MaskedTraining):
         include: fnmatch patterns over weight names; only channels that one of these weights makes. None: all.
         exclude: fnmatch patterns over weight names; no channels that one of these makes.
         example_input: an input, or its shape with the batch dimension. None: the module's
-            `example_input_array`, or else two samples of the training data.
+            `example_input_array`, or else two samples of the training data, to `forward` or, where it cannot
+            take them, to `training_step`; then the loss is what a cut network must have in common with the
+            masked one.
         remove: "end" or "each_round".
         every_n_train_steps: length of a round in optimizer steps; replaces the epoch clock.
         round_to: the channels left in each layer are rounded up to a multiple of this, 1 or more.
@@ -232,7 +234,7 @@ class StructuredChannelPruning(MaskedTraining):
         held, params = trained_by(trainer), dict(pl_module.named_parameters())
         copied = [pattern for pattern in self.follow if fnmatch.filter(params, pattern)]
         exclude = [*(self.exclude or []), *copied]
-        found = discover(pl_module, self._example(trainer, pl_module), self.include, exclude)
+        found = self._traced(trainer, pl_module, exclude)
         makers = {name: [parameter(site) for site in c.filters] for name, c in found.items()}
         if held and self.include is None:
             idle = {name: [m for m in makers[name] if id(params[m]) not in held] for name in found}
@@ -262,15 +264,47 @@ class StructuredChannelPruning(MaskedTraining):
             )
         return with_copies(found, copies)
 
-    def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+    def _traced(self, trainer: Trainer, pl_module: LightningModule, exclude: list[str]) -> Couplings:
+        """What is found with the first of the examples by which the module can be traced."""
+        errors: list[ValueError] = []
+        for example in self._examples(trainer, pl_module):
+            try:
+                return discover(pl_module, example, self.include, exclude)
+            except ValueError as error:
+                errors.append(error)
+        if len({str(error) for error in errors}) == 1 and pl_module.automatic_optimization:
+            raise errors[0]
+        raise ValueError(_no_example(pl_module, errors[0], errors[-1])) from errors[0]
+
+    def _examples(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
+        """Inputs to try: the one that is given, or else what a batch of training may be."""
         if self.example_input is not None:
-            return as_input(self.example_input)
+            return [as_input(self.example_input)]
         if pl_module.example_input_array is not None:
-            return pl_module.example_input_array
+            return [pl_module.example_input_array]
         trainer.fit_loop.setup_data()
         with undisturbed(pl_module):
-            batch = inputs(first_batches(trainer, pl_module, 1)[0])
-        return tree_map(lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, batch)
+            batch = first_batches(trainer, pl_module, 1)[0]
+        two = tree_map(lambda t: t[:2] if isinstance(t, Tensor) and t.dim() else t, batch)
+        first = inputs(two)
+        found = [first, (first,)] if isinstance(first, (dict, list)) else [first]
+        if pl_module.automatic_optimization:
+            step = traced_step(trainer, pl_module)
+            found += [Through(step, two), Through(step, batch)]
+        return found
+
+    def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """The first of the inputs on which the module runs."""
+        errors: list[Exception] = []
+        for example in self._examples(trainer, pl_module):
+            try:
+                with undisturbed(pl_module), torch.no_grad():
+                    run(pl_module, example)
+            except Exception as error:  # whatever a user's forward raises on what is not meant for it
+                errors.append(error)
+            else:
+                return example
+        raise ValueError(_no_example(pl_module, errors[0], errors[-1])) from errors[0]
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -328,7 +362,9 @@ class StructuredChannelPruning(MaskedTraining):
         if self.calibrate:
             model = trainer.lightning_module
             batches = first_batches(trainer, model, self.calibrate)
-            calibrate(model, batches, lambda model, batch: model(inputs(batch)))
+            automatic = model.automatic_optimization
+            forward = traced_step(trainer, model) if automatic else lambda model, batch: model(inputs(batch))
+            calibrate(model, batches, forward)
         super()._begun(trainer)
 
     @override
@@ -428,6 +464,21 @@ class StructuredChannelPruning(MaskedTraining):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._couplings, self.channels, self._left = of_state(state_dict)
+
+
+def _no_example(pl_module: LightningModule, *errors: Exception) -> str:
+    name = type(pl_module).__name__
+    first, *_, last = (str(error).partition(". Allowed")[0] for error in (*errors, errors[-1]))
+    step = (
+        f"nor with a batch through training_step ({last})"
+        if pl_module.automatic_optimization
+        else "and training_step steps its optimizers itself (automatic_optimization=False), so that no batch "
+        "can be traced through it"
+    )
+    return (
+        f"{name}: channels cannot be found with the first of a batch as the input of forward ({first}), "
+        f"{step}. Give example_input=, or set example_input_array of {name}, to what forward takes."
+    )
 
 
 def _take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

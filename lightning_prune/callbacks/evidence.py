@@ -1,6 +1,6 @@
 """Evidence from a training under way: its batches and its loss, gathered without a trace."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from itertools import islice
@@ -97,6 +97,20 @@ def loss_of(trainer: Trainer, pl_module: LightningModule) -> Loss:
         return value
 
     return loss
+
+
+def traced_step(trainer: Trainer, pl_module: LightningModule) -> Callable[[Any, Any], Any]:
+    """The training step of a copy of the module: (copy, batch) -> what it returns. Nothing is logged."""
+    with_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+
+    def step(model: Any, batch: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, LightningModule):
+                module.trainer = trainer
+                module.log = module.log_dict = _ignore
+        return model.training_step(batch, 0) if with_index else model.training_step(batch)
+
+    return step
 
 
 def first_batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[Any]:

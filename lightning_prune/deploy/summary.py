@@ -1,7 +1,7 @@
 """What a network costs: `summarize` adds up parameters, multiply-adds, sizes and measured latencies."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -161,7 +161,7 @@ def _cost(
     return LayerCost(name, kind, its.parameters, its.alive, alive, count, effective, *sizes, 1e6 * seconds)
 
 
-def multiply_adds(model: nn.Module, example: Example) -> Counter[str]:
+def multiply_adds(model: nn.Module, example: Any, run: Callable[..., Any] = call) -> Counter[str]:
     """By the name of the module, with all that it calls; the whole model is ''.
 
     >>> multiply_adds(nn.Sequential(nn.Linear(3, 2)), torch.zeros(4, 3))[""]
@@ -171,7 +171,7 @@ def multiply_adds(model: nn.Module, example: Example) -> Counter[str]:
     torch.backends.mha.set_fastpath_enabled(False)  # fused transformer layers and attention are not counted
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call(model, example)
+            run(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     counts = Counter({"": counter.get_total_flops() // 2})

@@ -21,7 +21,7 @@ from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Sparsity, budget
 from lightning_prune.selection import DEAD, Scores, keep_top, only, select
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import as_input
+from lightning_prune.structured.trial import as_input, run
 from lightning_prune.structured.units import (
     HEADS,
     Coupling,
@@ -146,7 +146,7 @@ def uses(model: nn.Module, example: Any, couplings: Couplings | None = None) -> 
     try:
         with torch.no_grad(), undisturbed(model):
             model.eval()
-            counts = all_multiply_adds(model, here)
+            counts = all_multiply_adds(model, here, run)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,11 +2,11 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -102,11 +102,20 @@ def as_input(example: Any) -> Any:
     return torch.rand(sizes, generator=torch.Generator().manual_seed(0))
 
 
+class Through(NamedTuple):
+    """An example that another function than a model's forward takes, such as a batch for a training step."""
+
+    forward: Callable[[Any, Any], Any]  # (model, batch) -> what depends on the weights
+    batch: Any
+
+
 def run(model: nn.Module, example: Any, training: bool = False) -> Any:
     """Run the model; in training its branches are those of training, its layers still those of evaluation."""
     for module in model.modules():
         module.training = training and any(True for _ in module.children())
     with _without_compilation():
+        if isinstance(example, Through):
+            return example.forward(model, example.batch)
         if isinstance(example, dict):
             return model(**example)
         return model(*example) if isinstance(example, (tuple, list)) else model(example)
