@@ -9,6 +9,8 @@ import sys
 import textwrap
 import warnings
 from copy import deepcopy
+from functools import partial
+from types import FunctionType
 
 import pytest
 import torch
@@ -535,6 +537,45 @@ def test_a_resumed_run_with_other_settings_is_refused_naming_both(pruner, rewind
     with pytest.raises(ValueError, match=message):
         fitter(*other, epochs=6).fit(model, ckpt_path=path)
     assert other[0].masks == {}
+
+
+def grows(**options):
+    return lp.DynamicSparseTraining(0.8, every_n_train_steps=2, include=["body*"], **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "before", "here", "said"),
+    [
+        (pruning, {}, {"masks": "zeros"}, "masks='zeros'.* begun with masks=None"),
+        (grows, {}, {"criterion": lp.criteria.magnitude}, "criterion=magnitude.* begun with criterion=Ran"),
+        (grows, {"until": 0.5}, {"until": 0.9}, "until=0.9.* begun with until=0.5"),
+    ],
+    ids=str,
+)
+def test_what_only_the_beginning_of_a_fit_reads_is_said_to_have_no_effect_on_resume(
+    make, before, here, said, tmp_path
+):
+    path = checkpoint_of(tmp_path, make(**before), epochs=3)
+    with pytest.warns(UserWarning, match=rf"\({said}"):
+        fitter(make(**here), epochs=4).fit(Net(), ckpt_path=path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fitter(make(**before), epochs=4).fit(Net(), ckpt_path=path)
+    assert not [w for w in told if "has no effect" in str(w.message)]
+
+
+def test_a_policy_of_ones_own_is_known_again_in_another_process(tmp_path):
+    def policy(early, final, part):
+        return early
+
+    rewind = lp.LotteryTicketRewind(policy=partial(policy, part=1))
+    path = checkpoint_of(tmp_path, pruning(rounds=1), rewind)
+    same_policy = partial(FunctionType(policy.__code__, globals(), "policy"), part=1)  # another address
+    same_policy.func.__qualname__ = policy.__qualname__
+    fitter(pruning(rounds=1), lp.LotteryTicketRewind(policy=same_policy), epochs=3).fit(Net(), ckpt_path=path)
+    trainer = fitter(pruning(rounds=1), lp.LotteryTicketRewind(policy=partial(policy, part=2)), epochs=3)
+    with pytest.raises(ValueError, match=r"policy\(part=1\)' there, policy='.*policy\(part=2\)' here"):
+        trainer.fit(Net(), ckpt_path=path)
 
 
 @pytest.mark.parametrize(

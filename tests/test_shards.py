@@ -14,6 +14,8 @@ SLOW = [name for name in RUNS if name not in ("cases", "documented")]
 
 
 def ran(world, folder, names):
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has no fully_shard for the CPU")
     results = processes(world, folder, names, work)
     failed = [
         f"{name} of {world}: {rank['failed']}"

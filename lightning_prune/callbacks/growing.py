@@ -19,6 +19,7 @@ from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.pruning import check_callable, trained
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
+from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
 from lightning_prune.criteria import Criterion
@@ -361,6 +362,11 @@ class DynamicSparseTraining(MaskedTraining):
     @override
     def _settings(self) -> dict[str, Any]:
         return {"every_n_train_steps": self.every_n_train_steps, "until_step": self.until_step}
+
+    @override
+    def _begun_with(self) -> dict[str, str]:
+        first = {"masks": named(self._start_from), "criterion": named(self.criterion)}
+        return first if self.until_step is not None else {**first, "until": named(self.until)}
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

@@ -27,7 +27,7 @@ from lightning_prune.callbacks.ranks import check_ranks, decided, decided_masks,
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
 from lightning_prune.callbacks.shortfall import ended_early, without_room
-from lightning_prune.callbacks.state import VERSION, check_settings, check_version
+from lightning_prune.callbacks.state import VERSION, check_begun, check_settings, check_version
 from lightning_prune.checks import check_path, whole
 from lightning_prune.deploy import storage
 from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
@@ -230,6 +230,10 @@ class MaskedTraining(Callback, ABC):
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must not change: plain values, kept in the checkpoint."""
         return {"every_n_epochs": self.every_n_epochs, "every_n_train_steps": self.every_n_train_steps}
+
+    def _begun_with(self) -> dict[str, str]:
+        """What only the beginning of a fit reads, in words: it has no effect on a resumed run."""
+        return {}
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -587,6 +591,7 @@ class MaskedTraining(Callback, ABC):
         return {
             "version": VERSION,
             "settings": self._settings(),
+            "begun_with": self._begun_with(),
             "rounds": self._at_now().state_dict(),
             "seed": self._seed,
             "masks": pack(self.masks),
@@ -613,6 +618,7 @@ class MaskedTraining(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(type(self).__name__, state_dict)
         check_settings(type(self).__name__, state_dict["settings"], self._settings())
+        check_begun(type(self).__name__, state_dict.get("begun_with", {}), self._begun_with())
         self._at = Rounds.of(state_dict["rounds"])
         self._seed = state_dict["seed"]
         self.masks = unpack(state_dict["masks"])

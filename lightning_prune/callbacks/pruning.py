@@ -19,6 +19,7 @@ from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.ranks import together
+from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import number, whole
 from lightning_prune.copies import copied, gathered
@@ -253,6 +254,10 @@ class IterativeMagnitudePruning(MaskedTraining):
             )
         else:
             log.info(f"{type(self).__name__}: {why} Name them in include= to prune them.")
+
+    @override
+    def _begun_with(self) -> dict[str, str]:
+        return {"masks": named(self._start_from)}
 
     def _first_masks(self, params: Mapping[str, nn.Parameter]) -> Masks:
         if self._start_from is None:

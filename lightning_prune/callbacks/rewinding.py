@@ -15,7 +15,7 @@ from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.one_round import OneRound
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
-from lightning_prune.callbacks.state import VERSION, check_settings, check_version
+from lightning_prune.callbacks.state import VERSION, check_settings, check_version, named
 from lightning_prune.callbacks.strategies import check_optimizers
 from lightning_prune.checks import whole
 from lightning_prune.evidence import asked, call
@@ -383,9 +383,9 @@ class LotteryTicketRewind(Callback):
         return {
             "to_step": self.to_step,
             "to_epoch": self.to_epoch,
-            "policy": getattr(self.policy, "__qualname__", repr(self.policy)),
+            "policy": named(self.policy),
             "shorten": self.shorten if self._k else bool(self.shorten),
-            "until": repr(self.until),
+            "until": named(self.until),
             "same_batches": self.same_batches,
         }
 

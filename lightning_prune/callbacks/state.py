@@ -1,7 +1,12 @@
 """State: what is checked before a callback takes over what a checkpoint holds of it."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 VERSION = 2  # of the callbacks' state in a checkpoint
 
@@ -43,3 +48,42 @@ def check_settings(name: str, there: Mapping[str, Any], here: Mapping[str, Any])
             f"ckpt_path: the checkpoint is of a {name} with {shown}. Allowed are the same, since the rounds "
             "of the checkpoint are counted by them. Give them as they were, or start another run."
         )
+
+
+def check_begun(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Say which arguments differ from those that the checkpoint's fit has begun with, and have no effect.
+
+    Args:
+        name: of the callback.
+        there: what only the beginning of a fit reads, in the checkpoint.
+        here: the same of the callback that is to go on.
+    """
+    for key in [key for key in here if key in there and there[key] != here[key]]:
+        rank_zero_warn(
+            f"{name}({key}={here[key]}) has no effect: ckpt_path= goes on with a fit that has begun with "
+            f"{key}={there[key]}. Start another fit, without ckpt_path=, for it to have one.",
+            stacklevel=2,
+        )
+
+
+def named(value: object) -> str:
+    """What a value is called, the same in every process: no address in memory is part of it.
+
+    >>> import functools
+    >>> from lightning_prune import allocation, rewind
+    >>> named(rewind.weights), named(functools.partial(pow, exp=2)), named(allocation.AtLeast(1))
+    ('weights', 'pow(exp=2)', 'AtLeast(n=1, of=global_rank)')
+    """
+    if isinstance(value, functools.partial):
+        given = [*map(named, value.args), *(f"{key}={named(v)}" for key, v in value.keywords.items())]
+        return f"{named(value.func)}({', '.join(given)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f"{field.name}={named(getattr(value, field.name))}" for field in dataclasses.fields(value)]
+        return f"{type(value).__qualname__}({', '.join(fields)})"
+    if isinstance(value, PurePath):
+        return repr(str(value))
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, value))}"
+    if (name := getattr(value, "__qualname__", None)) is not None:
+        return name
+    return type(value).__qualname__ if " at 0x" in repr(value) else repr(value)
