@@ -15,6 +15,7 @@ from lightning_prune import load_pruned
 from lightning_prune.structured import discover
 from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
+from lightning_prune.structured.targets import next_units
 from tests.networks import same
 
 ROOT = Path(__file__).parents[1]
@@ -217,11 +218,20 @@ def test_normed_groups_go_as_a_whole_and_load_again(norm, make, tmp_path):
     ]
 
 
-def test_normed_groups_across_a_concatenation_take_no_whole_layer_along():
+def test_a_layer_keeps_a_channel_where_others_go_with_all_of_it():
     """Groups of ten of 24 and 16 channels: what goes together is all of one and some of the other."""
-    model = Diffusion(lambda width: nn.GroupNorm(4, width))
-    with pytest.warns(UserWarning, match=r"some of what goes together would be all of a layer: stem\.weight"):
-        assert list(discover(model, torch.randn(2, 3, 8, 8))) == ["down.conv.weight"]
+    model, x = randomized(Diffusion(lambda width: nn.GroupNorm(4, width))), torch.randn(2, 3, 8, 8)
+    groups = discover(model, x)
+    (stem,) = [g for g in groups.values() if g.parts]
+    for seed in range(8):
+        torch.manual_seed(seed)
+        scores = {name: torch.rand(g.units) for name, g in groups.items()}
+        dense = structure.all_units(groups)
+        units = next_units(groups, scores, dense, [(list(groups), 0.99)])
+        assert all(units[stem.name][part].any() for part in stem.parts)
+        small = deepcopy(model)
+        cut(small, structure.cut_of(groups, units))
+        assert relative(small, masked(model, structure.cut_of(groups, units)), x) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------ traps

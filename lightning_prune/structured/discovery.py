@@ -12,7 +12,7 @@ from lightning_prune import rng
 from lightning_prune.layers import matching
 from lightning_prune.structured.coupling import HEAD, coupled
 from lightning_prune.structured.heads import attention_heads
-from lightning_prune.structured.trial import as_input, copied, first_line, refused, synthetic, why_not
+from lightning_prune.structured.trial import as_input, first_line, refused, synthetic, why_not
 from lightning_prune.structured.units import Couplings, is_maker, parameter
 
 SHOWN = 8  # names in a message for one reason; a network may have hundreds
@@ -57,7 +57,7 @@ def discover(
                 raise
             except Exception as error:  # a graph that torch-pruning has drawn wrongly, in a way not met yet
                 raise refused(model, first_line(error)) from error
-            heads = attention_heads(copied(copy), example)
+            heads = attention_heads(copy, example)
             theirs = {parameter(site) for coupling in heads.values() for site in coupling.filters}
             found = {n: c for n, c in found.items() if theirs.isdisjoint(map(parameter, c.filters))} | heads
             reasons = {name: reason for name, reason in reasons.items() if name not in theirs}

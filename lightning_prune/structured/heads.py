@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structured.multihead import FewerHeads
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import run
+from lightning_prune.structured.trial import copied, run
 from lightning_prune.structured.units import HEADS, Coupling, Couplings, is_maker, out_dimension, parameter
 
 PRODUCTS = {"scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "einsum"}
@@ -34,6 +34,11 @@ def attention_heads(model: nn.Module, example: Any) -> Couplings:
         model: a copy that may be run, with every parameter trained.
         example: an input.
     """
+    with torch.no_grad(), _Watch() as watch:
+        run(model, example)
+    if not watch.multiplied:
+        return _multihead(model)
+    model = copied(model)  # which may keep a graph of what follows
     seen = _Products(model)
     handles: list[Any] = []
     for name, module in model.named_modules():
@@ -74,6 +79,24 @@ def _depthwise(module: nn.Module) -> bool:
     return 1 < getattr(module, "groups", 1) == getattr(module, "out_channels", 0)
 
 
+def _is_product(func: Any, out: Any) -> bool:
+    named = getattr(func, "__name__", "") in PRODUCTS
+    return named and isinstance(out, Tensor) and out.dim() > 3 and 1 < out.shape[HEAD] <= MOST
+
+
+class _Watch(TorchFunctionMode):
+    """Whether there is a product at all."""
+
+    multiplied = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.multiplied = self.multiplied or _is_product(func, out)
+        return out
+
+
 Element = tuple[Any, int]  # (a site, or the number of a product; an index of it)
 
 
@@ -102,9 +125,7 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in PRODUCTS or not isinstance(out, Tensor) or out.dim() < 4:
-            return out
-        return self._product(out) if out.requires_grad and 1 < out.shape[HEAD] <= MOST else out
+        return self._product(out) if _is_product(func, out) and out.requires_grad else out
 
     def out_of(self, name: str) -> Callable[..., Tensor]:
         def cut_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ was found. Every operation is all or nothing: what will be is computed first, an
 Parameters and buffers keep their identity, so optimizers, schedulers and hooks go on with the same objects.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -89,6 +90,38 @@ def cut(
         ready.commit()
     for state, values in states:
         state.update(values)
+
+
+@contextmanager
+def without(model: nn.Module, what: Cut) -> Generator[None, None, None]:
+    """Inside, a model is cut; afterwards it is as it was. Gradients are left alone."""
+    kept = _kept(model, what)
+    ready = prepare(model, {id(t): (t, _sliced(t, dims)) for t, dims in kept.values()}, {})
+    before = [(m, {name: getattr(m, name) for name in values}) for m, values in ready.attributes]
+    undo = Prepared([(t, t.data, t.grad) for t, _, _ in ready.tensors], before[::-1])
+    ready.commit()
+    try:
+        yield
+    finally:
+        undo.commit()
+
+
+@contextmanager
+def zeroed(model: nn.Module, what: Cut) -> Generator[None, None, None]:
+    """Inside, what would go from parameters is zero; afterwards the model is as it was."""
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+    for (module, name, dim), gone in what.items():
+        tensor = getattr(model.get_submodule(module), name)
+        if isinstance(tensor, nn.Parameter):
+            if id(tensor) not in before:
+                before[id(tensor)] = tensor, tensor.data
+                tensor.data = tensor.data.clone()
+            tensor.data.index_fill_(dim, gone.to(tensor.device), 0)
+    try:
+        yield
+    finally:
+        for tensor, data in before.values():
+            tensor.data = data
 
 
 def in_a_graph(p: nn.Parameter) -> bool:

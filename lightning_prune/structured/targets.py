@@ -199,7 +199,7 @@ def next_units(
             `faster`, sparsity -> how many times as fast the network is then.
         allocate: how many where.
         round_to: the channels left of each coupling are rounded up to a multiple of this; then fewer go than
-            `sparsities` say.
+            `sparsities` say, as they do where else nothing would be left of a tensor.
         at_least: units left of each.
         cost: (units alive, multiply-adds?) -> parameters or multiply-adds, for `Removed`.
         speed: units alive -> how many times as fast the network is with these, for `Faster`.
@@ -265,7 +265,11 @@ def _staying(
     for name, mask in new.items():
         step, before = _step(couplings[name], round_to), int(masks[name].sum())
         rounded = min(before, -(-int(mask.sum()) // step) * step)
-        new[name] = keep_top(scores[name].masked_fill(~masks[name], DEAD), rounded)
+        ranked = scores[name].masked_fill(~masks[name], DEAD)
+        new[name] = keep_top(ranked, rounded)
+        for part in couplings[name].parts:
+            if not new[name][part].any():
+                new[name][part[ranked[part].argmax()]] = True
     return new
 
 

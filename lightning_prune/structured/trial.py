@@ -4,8 +4,10 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
+from functools import cached_property
+from traceback import walk_tb
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_prune.structured.surgery import cut
-from lightning_prune.structured.units import Coupling, Couplings, cut_of
+from lightning_prune.masks import Masks
+from lightning_prune.structured.surgery import Cut, without, zeroed
+from lightning_prune.structured.units import Couplings, cut_of, is_maker, out_dimension
 
 TOLERANCE = 1e-5  # of the largest output: float rounding of a sum that has fewer terms
-UNEVEN = "some of what goes together would be all of a layer"
+TORCHS = vars(nn.Module()).keys()  # what every module has
+NEAR = 4  # couplings that are tried alone where the network goes wrong
 ROUNDING = 1e-2  # it may be this much in a deep network with drawn weights: then float64 decides
 
 
@@ -58,10 +62,10 @@ def synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
 
     Weights are drawn anew, so that no zero or saturated one hides an error.
     """
-    copy = copied(model).float()
+    drawn = copied(model).float()
     generator = torch.Generator().manual_seed(0)
     draw = lambda t, a, b: t.data.copy_(torch.empty(t.shape).uniform_(a, b, generator=generator))  # noqa: E731
-    for name, p in copy.named_parameters():
+    for name, p in drawn.named_parameters():
         if not p.is_floating_point():
             continue
         p.requires_grad_(True)
@@ -70,12 +74,12 @@ def synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
             draw(p, -bound, bound)
         else:
             draw(p, *((0.5, 1.5) if name.endswith("weight") else (-0.2, 0.2)))
-    for name, buffer in copy.named_buffers():
+    for name, buffer in drawn.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             draw(buffer, *((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
-    device = next(copy.parameters()).device
+    device = next(drawn.parameters()).device
     here = tree_map(lambda t: t.detach().to(device) if isinstance(t, Tensor) else t, example)
-    return copy, _floating(here, torch.float32)
+    return drawn, _floating(here, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------ running it
@@ -103,7 +107,10 @@ def as_input(example: Any) -> Any:
 
 
 class Through(NamedTuple):
-    """An example that another function than a model's forward takes, such as a batch for a training step."""
+    """An example that another function than a model's forward takes, such as a batch for a training step.
+
+    The branches of the model are those of training then: a detector has losses there only.
+    """
 
     forward: Callable[[Any, Any], Any]  # (model, batch) -> what depends on the weights
     batch: Any
@@ -111,6 +118,7 @@ class Through(NamedTuple):
 
 def run(model: nn.Module, example: Any, training: bool = False) -> Any:
     """Run the model; in training its branches are those of training, its layers still those of evaluation."""
+    training = training or isinstance(example, Through)
     for module in model.modules():
         module.training = training and any(True for _ in module.children())
     with _without_compilation():
@@ -207,85 +215,181 @@ def why_not(model: nn.Module, example: Any, couplings: Couplings) -> dict[str, s
     """Why channels cannot go, by name, for those that fail; the others can go together.
 
     A trial removes some of the units: the copy must run, in training and in evaluation, give outputs of the
-    same shapes, and those of the network in which the same channels are zero. All are tried at once, and
-    halves of them where that fails.
+    same shapes, and those of the network in which the same channels are zero. All are tried at once; where
+    that fails, those that lie in the first layer that goes wrong are tried alone, and halves of all if it is
+    none of them.
 
     Args:
         model: from `synthetic`; it is not changed.
         example: an input on its device.
         couplings: what is to be tried.
     """
-    if whole := {name: UNEVEN for name, coupling in couplings.items() if _uneven(model, coupling)}:
-        return whole | why_not(model, example, {n: c for n, c in couplings.items() if n not in whole})
-    if not couplings or not (reason := _fails(model, example, couplings)):
-        return {}
-    if len(couplings) == 1:
-        return dict.fromkeys(couplings, reason)
+    trials = _Trials(model, example)
+    failed: dict[str, str] = {}
+    while good := {name: coupling for name, coupling in couplings.items() if name not in failed}:
+        reason, suspects = trials.fails(good)
+        if not reason:
+            break
+        near = [name for name in good if any(site[0] in suspects for site in good[name].sites)]
+        found: dict[str, str] = {}
+        if len(good) > 1 and len(near) <= NEAR:
+            alone = {name: trials.fails({name: good[name]})[0] for name in near}
+            found = {name: why for name, why in alone.items() if why}
+        failed |= found or _bisected(trials, good, reason)
+    return failed
+
+
+def _bisected(trials: "_Trials", couplings: Couplings, reason: str) -> dict[str, str]:
+    """Why channels cannot go, of couplings that fail together for this reason."""
+    if not reason or len(couplings) == 1:
+        return dict.fromkeys(couplings, reason) if reason else {}
     items = list(couplings.items())
     halves = dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])
-    failed = why_not(model, example, halves[0]) | why_not(model, example, halves[1])
-    good = {name: coupling for name, coupling in items if name not in failed}
-    if good and len(good) < len(couplings):
-        reason = _fails(model, example, good)
-    return dict.fromkeys(couplings, reason) if good and reason else failed  # each alone works, not together
+    failed: dict[str, str] = {}
+    for half in halves:
+        failed |= _bisected(trials, half, trials.fails(half)[0])
+    return failed or dict.fromkeys(couplings, reason)  # each half works, not both together
 
 
-def _fails(model: nn.Module, example: Any, couplings: Couplings) -> str:
-    """Why the network fails without some of the units, or nothing."""
+class _Trials:
+    """Trials on one copy, which is as it was after each of them."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model = model
+        self.example = example
+        self._buffers = [(b, b.clone()) for b in model.buffers()]
+        self._attributes = [
+            (vars(m), {name: _plain_copy(v) for name, v in vars(m).items() if name not in TORCHS})
+            for m in model.modules()
+        ]
+
+    def _put_back(self) -> None:
+        """What a forward pass may have left: caches, counters, masks of a shape."""
+        for own, before in self._attributes:
+            if len(own) > len(before) + len(TORCHS):
+                for name in own.keys() - before.keys() - TORCHS:
+                    del own[name]
+            for name, value in before.items():
+                if own[name] is not value:
+                    own[name] = _plain_copy(value)
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+
+    def fails(self, couplings: Couplings) -> tuple[str, set[str]]:
+        """Why the network fails without some of the units, or nothing; and the module where it goes wrong."""
+        try:
+            return self._fails(couplings, cut_of(couplings, _some(couplings)))
+        finally:
+            self._put_back()
+
+    def _fails(self, couplings: Couplings, removed: Cut) -> tuple[str, set[str]]:
+        try:
+            with without(self.model, removed):
+                got = _outputs(self.model, self.example)
+        except Exception as error:  # whatever a forward raises on tensors of another size
+            return f"without some of them the model fails with {first_line(error)}", self._raised(error)
+        self._put_back()
+        try:
+            with zeroed(self.model, removed):
+                want = _outputs(self.model, self.example)
+        except Exception as error:
+            return f"where some of them are zero the model fails with {first_line(error)}", set()
+        if [t.shape for t in got] != [t.shape for t in want]:
+            return "without some of them the model's output has another shape", set()
+        if not any(bool(t.any()) for t in want):
+            return (
+                "the model's outputs are all zero or empty on the example, so nothing can be compared",
+                set(),
+            )
+        if not (far := _relative(want, got)) <= TOLERANCE:  # NaN, too
+            suspects = self._differs(removed)
+            rounded = far < ROUNDING or not suspects  # which may decide what is selected after the last layer
+            if rounded and next(self.model.parameters()).dtype != torch.float64:
+                with suppress(Exception):
+                    exact = _floating(self.example, torch.float64)
+                    return _Trials(copied(self.model).double(), exact).fails(couplings)
+            return "a network without some of them is not that in which they are zero", suspects
+        return self._in_training(removed), set()
+
+    @cached_property
+    def _trains(self) -> bool:
+        """Whether it runs in training mode; a model that wants targets there does not."""
+        try:
+            run(self.model, self.example, training=True)
+        except Exception:
+            return False
+        return True
+
+    def _in_training(self, removed: Cut) -> str:
+        if self._trains:
+            try:
+                with without(self.model, removed):
+                    run(self.model, self.example, training=True)
+            except Exception as error:
+                return f"in training mode the model fails without some of them: {first_line(error)}"
+        return ""
+
+    def _raised(self, error: Exception) -> set[str]:
+        """The innermost module that was running, and what is in it."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        inner = ""
+        for frame, _ in walk_tb(error.__traceback__):
+            inner = names.get(id(frame.f_locals.get("self")), inner)
+        return {name for name in names.values() if name == inner or name.startswith(f"{inner}.")}
+
+    def _differs(self, removed: Cut) -> set[str]:
+        """The first layer whose outputs are not those of the network in which channels are zero."""
+        layers = {name: m for name, m in self.model.named_modules() if is_maker(m)}
+
+        def outputs() -> list[tuple[str, Tensor]]:
+            seen: list[tuple[str, Tensor]] = []
+            hooks = [
+                m.register_forward_hook(lambda m, a, y, name=name: seen.append((name, y)))
+                for name, m in layers.items()
+            ]
+            try:
+                run(self.model, self.example)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return seen
+
+        with without(self.model, removed):
+            got = outputs()
+        self._put_back()
+        with zeroed(self.model, removed):
+            want = outputs()
+        for (name, small), (_, wide) in zip(got, want, strict=False):
+            dim = -1 if layers[name].weight.dim() == 2 else 1  # pyright: ignore[reportCallIssue]
+            gone = removed.get((name, "weight", out_dimension(layers[name])))
+            stays = torch.ones(wide.shape[dim], dtype=torch.bool)
+            if gone is not None:
+                stays[gone] = False
+            rest = wide.index_select(dim, stays.nonzero().flatten().to(wide.device))
+            if rest.shape != small.shape or not torch.allclose(rest, small, rtol=1e-3, atol=1e-4):
+                return {name}
+        return set()
+
+
+def _plain_copy(value: Any) -> Any:
+    return copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def _some(couplings: Couplings) -> Masks:
+    """Which units are alive in a trial: some of each coupling, and of each tensor that they lie in."""
     generator = torch.Generator().manual_seed(0)
-    alive = {
-        name: torch.rand(coupling.units, generator=generator).argsort() >= _part(name, coupling.units)
-        for name, coupling in couplings.items()
-    }
-    removed, copy = cut_of(couplings, alive), copied(model)
-    for site, gone in removed.items():
-        tensor = getattr(copy.get_submodule(site[0]), site[1])
-        if isinstance(tensor, nn.Parameter):
-            tensor.index_fill_(site[2], gone.to(tensor.device), 0)
-    how = "where some of them are zero"
-    try:
-        want = _outputs(copy, example)
-        how = "without some of them"
-        cut(copy, removed)
-        got = _outputs(copy, example)
-    except Exception as error:  # whatever a model's forward raises on tensors of another size
-        return f"{how} the model fails with {first_line(error)}"
-    if [t.shape for t in got] != [t.shape for t in want]:
-        return "without some of them the model's output has another shape"
-    if not any(bool(t.any()) for t in want):
-        return "the model's outputs are all zero or empty on the example, so nothing can be compared"
-    if not (far := _relative(want, got)) <= TOLERANCE:  # NaN, too
-        if far < ROUNDING and next(model.parameters()).dtype != torch.float64:
-            with suppress(Exception):
-                return _fails(copied(model).double(), _floating(example, torch.float64), couplings)
-        return "a network without some of them is not that in which they are zero"
-    return _fails_in_training(model, copy, example)
-
-
-def _uneven(model: nn.Module, coupling: Coupling) -> bool:
-    """Whether a tensor would lose all of a dimension with some of the units."""
-    for (module, name, dim), (indices, units) in coupling.sites.items():
-        size = getattr(model.get_submodule(module), name).shape[dim]
-        if len(indices) == size and len(units.unique()) < coupling.units:
-            return True
-    return False
+    alive: Masks = {}
+    for name, coupling in couplings.items():
+        mask = torch.rand(coupling.units, generator=generator).argsort() >= _part(name, coupling.units)
+        for part in coupling.parts:
+            mask[part[:1]] |= not mask[part].any()
+        alive[name] = mask
+    return alive
 
 
 def _part(name: str, units: int) -> int:
     """A third, a half or two thirds: equal parts everywhere would hide what is taken for something else."""
     return max(min(1, units - 1), units * (2 + crc32(name.encode()) % 3) // 6)
-
-
-def _fails_in_training(model: nn.Module, smaller: nn.Module, example: Any) -> str:
-    try:
-        run(model, example, training=True)
-    except Exception:  # a model that wants targets in training, say, has nothing to be compared with
-        return ""
-    try:
-        run(smaller, example, training=True)
-    except Exception as error:
-        return f"in training mode the model fails without some of them: {first_line(error)}"
-    return ""
 
 
 def _floating(example: Any, dtype: torch.dtype) -> Any:

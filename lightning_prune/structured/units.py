@@ -34,6 +34,12 @@ class Coupling:
         """Channels of the first layer in a unit."""
         return len(self.sites[self.filters[0]][0]) // self.units
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """The units in tensors that have only some: one of these has to stay, so that something is left."""
+        sets = {tuple(units.unique().tolist()) for _, units in self.sites.values()}
+        return [torch.tensor(part) for part in sorted(sets) if len(part) < self.units]
+
 
 Couplings = dict[str, Coupling]
 HEADS = ("heads",)  # the structure of heads of an attention
