@@ -27,6 +27,12 @@ TRANSFORMERS = {
         ("encoder.layer.1.attention.self.query", 4),
         {"num_attention_heads": 3, "all_head_size": 24, "attention_head_size": 8},
     ),
+    "DebertaV2": (  # which multiplies samples and heads in one dimension
+        {**SMALL, "vocab_size": 19},
+        WORDS,
+        ("encoder.layer.1.attention.self.query_proj", 4),
+        {"num_attention_heads": 3, "all_head_size": 24},
+    ),
     "ViT": (
         {**SMALL, "image_size": 32, "patch_size": 8},
         PIXELS,

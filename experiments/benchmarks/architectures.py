@@ -86,7 +86,14 @@ SMP = "Unet UnetPlusPlus FPN PSPNet DeepLabV3 DeepLabV3Plus Linknet MAnet PAN UP
 YOLO = "yolov3-tiny yolov5n yolov6n yolov8n yolov8n-cls yolov8n-seg yolov9t yolov10n yolo11n yolo12n"
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-WORDS: dict[str, Any] = {**SIZES, "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WORDS: dict[str, Any] = {
+    **SIZES,
+    "max_position_embeddings": 32,
+    "vocab_size": 60,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 IMAGES: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 8}
 BOTH = {"d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "decoder_start_token_id": 1} | {
     f"{part}_{name}": n
@@ -103,7 +110,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "DebertaV2": WORDS,
     "DistilBert": {"vocab_size": 60, "dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
     "Electra": {**WORDS, "embedding_size": 48},
-    "ErnieM": WORDS,
     "FNet": WORDS,
     "MPNet": WORDS,
     "ModernBert": {**WORDS, "cls_token_id": 1, "sep_token_id": 2},
@@ -115,7 +121,15 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Bloom": {"vocab_size": 60, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     "Cohere": {**WORDS, "num_key_value_heads": 2},
     "Falcon": {**WORDS, "multi_query": False},
-    "GPT2": {"vocab_size": 60, "n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 1},
+    "GPT2": {
+        "vocab_size": 60,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
     "GPTNeo": {**WORDS, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
     "GPTNeoX": WORDS,
     "Gemma": {**WORDS, "head_dim": 12, "num_key_value_heads": 2},

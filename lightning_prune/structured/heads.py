@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structured.multihead import FewerHeads
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import copied, run
+from lightning_prune.structured.trial import copied, run, tensors_in
 from lightning_prune.structured.units import HEADS, Coupling, Couplings, is_maker, out_dimension, parameter
 
 PRODUCTS = {"scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "einsum"}
@@ -34,12 +34,12 @@ def attention_heads(model: nn.Module, example: Any) -> Couplings:
         model: a copy that may be run, with every parameter trained.
         example: an input.
     """
-    with torch.no_grad(), _Watch() as watch:
+    with torch.no_grad(), _Watch(_batch(example)) as watch:
         run(model, example)
     if not watch.multiplied:
         return _multihead(model)
     model = copied(model)  # which may keep a graph of what follows
-    seen = _Products(model)
+    seen = _Products(model, _batch(example))
     handles: list[Any] = []
     for name, module in model.named_modules():
         if is_maker(module) and not _depthwise(module):
@@ -79,21 +79,31 @@ def _depthwise(module: nn.Module) -> bool:
     return 1 < getattr(module, "groups", 1) == getattr(module, "out_channels", 0)
 
 
-def _is_product(func: Any, out: Any) -> bool:
-    named = getattr(func, "__name__", "") in PRODUCTS
-    return named and isinstance(out, Tensor) and out.dim() > 3 and 1 < out.shape[HEAD] <= MOST
+def _by_heads(func: Any, out: Any, batch: int) -> Tensor | None:
+    """A product as (..., heads, rows, columns), or None where there are no several heads."""
+    if getattr(func, "__name__", "") not in PRODUCTS or not isinstance(out, Tensor):
+        return None
+    if out.dim() == 3 and len(out) % batch == 0:  # samples and heads in one dimension, as for `bmm`
+        out = out.unflatten(0, (batch, -1))
+    return out if out.dim() > 3 and 1 < out.shape[HEAD] <= MOST else None
+
+
+def _batch(example: Any) -> int:
+    return next((len(t) for t in tensors_in(example) if t.dim()), 1) or 1
 
 
 class _Watch(TorchFunctionMode):
     """Whether there is a product at all."""
 
-    multiplied = False
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, self.multiplied = batch, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.multiplied = self.multiplied or _is_product(func, out)
+        self.multiplied = self.multiplied or _by_heads(func, out, self.batch) is not None
         return out
 
 
@@ -109,6 +119,7 @@ class _Products(TorchFunctionMode):
     """
 
     model: nn.Module
+    batch: int  # samples
     layer: dict[int, str] = field(default_factory=dict[int, str])  # by identity of an output
     zeros: dict[int, int] = field(default_factory=dict[int, int])  # the number of a product, by identity
     alive: list[Tensor] = field(default_factory=list[Tensor])  # so that no identity is used twice
@@ -125,7 +136,8 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        return self._product(out) if _is_product(func, out) and out.requires_grad else out
+        wide = _by_heads(func, out, self.batch)
+        return self._product(wide).view(out.shape) if wide is not None and out.requires_grad else out
 
     def out_of(self, name: str) -> Callable[..., Tensor]:
         def cut_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:
