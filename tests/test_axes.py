@@ -7,25 +7,31 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
+from lightning_prune.callbacks.growing import DynamicSparseTraining
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.study import configs
 from lightning_prune.study.records import read
+from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.run import check, folder_of, run
+from tests.networks import same
 
 CONF = configs.CONF
 AXES = ("model", "data", "optimizer", "logger", "schedule", "criterion", "allocation", "granularity")
-AXES += ("rewind", "task", "batches")
+AXES += ("rewind", "growth", "task", "batches")
 OPTIONS = {axis: sorted(path.stem for path in (CONF / axis).glob("*.yaml")) for axis in AXES}
 OPTIONS |= {axis: sorted(path.stem for path in (CONF / axis).glob("*.yaml")) for axis in ("kind", "trainer")}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GRID = [(e, axis, option) for e in EXPERIMENTS for axis, options in OPTIONS.items() for option in options]
 # What these options leave open, and a command has to say.
 OPEN = {"rewind=step": "rewind.to_step", "rewind=epoch": "rewind.to_epoch", "data=npz": "data.path"}
+GROWN = {*OPTIONS["growth"]} & {*OPTIONS["kind"]}
 REMEDY = r"[Gg]ive|[Aa]llowed|[Cc]hoose|[Ll]eave"
 
 
@@ -79,7 +85,8 @@ def composes(experiment, axis, option):
         return
     if refusal(lambda: check(cfg)) or cfg.kinds is not None:  # no training in rounds
         return
-    assert isinstance(instantiate(cfg.pruner), IterativeMagnitudePruning)
+    its = DynamicSparseTraining if axis == "kind" and option in GROWN else IterativeMagnitudePruning
+    assert isinstance(instantiate(cfg.pruner), its)
     instantiate(cfg.optimizer)
     if cfg.rewind:
         instantiate(cfg.rewind)
@@ -123,7 +130,7 @@ SHORT += ["progress=false", "claims=[]", "figures=[]", "oneshot={}", "controls_a
 TRAINED = [
     (e, axis, option)
     for e, axis, option in GRID
-    if e in TRAINS and axis not in ("data", "logger", "trainer") and f"{axis}={option}" not in OPEN
+    if e in TRAINS and axis not in ("data", "logger", "trainer", "growth") and f"{axis}={option}" not in OPEN
 ]
 
 
@@ -148,6 +155,7 @@ def trains(experiment, axis, option, folder, images):
         its += ["data=npz", f"data.path={images}/{like}.npz", "data.validation=8"]
     if cfg.rewind and cfg.rewind.get("to_step"):
         its += ["rewind.to_step=1"]
+    its += ["every_n_train_steps=2"] if option in GROWN else []
     its += [] if axis == "kind" else [f"{axis}={option}"]
     kind = option if axis == "kind" else "ticket"
 
@@ -162,6 +170,9 @@ def trains(experiment, axis, option, folder, images):
     found, ticket = (folder_of(composed(*its, f"kind={kind}")) for kind in (kind, "ticket"))
     rows = read(found / "records.jsonl")[0]
     assert [r["round"] for r in rows] == list(range(min(cfg.rounds, 2) + 1))
+    if option in GROWN:
+        assert rows[0]["alive"] == round((1 - cfg.sparsity) * rows[0]["total"])
+        assert cfg.sparsity == 0.9
     assert all(0 < a["alive"] >= b["alive"] for a, b in pairwise(rows))
     if cfg.after:
         sizes = [r["alive"] for r in read(ticket / "records.jsonl")[0]]
@@ -190,3 +201,59 @@ def test_a_network_that_cannot_take_the_data_is_refused_before_training(model, d
     cfg = composed("experiment=mnist1d", f"model={model}", f"data={data}", f"runs={tmp_path}", *SHORT)
     with pytest.raises(ValueError, match=r"model=.*, data=.* do not go together .* Choose those that do"):
         run(cfg)
+
+
+# ---------------------------------------------------------------------------------------------- growth
+
+
+@pytest.mark.parametrize("kind", sorted(GROWN))
+def test_a_kind_whose_masks_grow_is_one_round_of_its_sparsity(kind, tmp_path, images):
+    assert trains("mnist1d", "kind", kind, tmp_path, images)
+    (folder,) = (path.parent for path in tmp_path.glob(f"*/{kind}-1*/DONE"))
+    (row,) = read(folder / "records.jsonl")[0]
+    (masks,) = masks_of(folder).values()
+    assert sum(int(mask.sum()) for mask in masks.values()) == row["alive"] == 0.1 * row["total"]
+    state = torch.load(folder / "final.ckpt", weights_only=True)["state_dict"]
+    assert not any(bool(state[name][~mask].any()) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["growth=set"], r"growth=.*: kind=ticket is not .* recorded under\. .* give kind=rigl"),
+        (["kind=rigl", "criterion=movement"], r"criterion=.*movement: kind=rigl is made by no criterion"),
+        (["kind=rigl", "rewind=weights"], r"rewind=.*: kind=rigl is made by no rewind"),
+        (["sparsity=0.8"], r"sparsity=0\.8: kind=ticket prunes, .* Leave it out, or give kind=rigl"),
+        (["kind=rigl", "sparsity=1.5"], r"sparsity=1\.5: allowed are fractions"),
+        (["kind=rigl"], r"every_n_train_steps=100: masks stay from step 4 on, .* Lower it"),
+    ],
+)
+def test_what_growth_does_not_go_with_is_refused_and_named(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(composed(*SHORT, f"runs={tmp_path}", *overrides))
+    assert not list(tmp_path.glob("*/*/resume.ckpt"))
+
+
+def test_growth_goes_on_after_a_kill_to_the_same_weights(tmp_path, monkeypatch):
+    its = [*SHORT, "kind=rigl", "rounds=1", "every_n_train_steps=2", "steps_per_round=100"]
+    straight = run(composed(*its, f"runs={tmp_path}/straight"))
+    with monkeypatch.context() as broken:
+        calls, save = [], Trainer.save_checkpoint
+
+        def interrupted(*args, **options):
+            save(*args, **options)
+            calls.append(1)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+
+        broken.setattr(Trainer, "save_checkpoint", interrupted)
+        with pytest.raises(BaseException):  # noqa: B017, PT011  Lightning makes a SystemExit of it
+            run(composed(*its, f"runs={tmp_path}/again"))
+    again = run(composed(*its, f"runs={tmp_path}/again"))
+    found, expected = (torch.load(f / "final.ckpt", weights_only=True) for f in (again, straight))
+    assert same(found["state_dict"], expected["state_dict"])
+    without = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in read(f / "records.jsonl")[0]]
+        for f in (again, straight)
+    ]
+    assert without[0] == without[1]

@@ -60,7 +60,7 @@ def test_what_is_no_training_composes_and_instantiates(experiment):
     [
         (p.parent.name, p.stem)
         for p in sorted(CONF.glob("*/*.yaml"))
-        if p.parent.name not in ("experiment", "growth")  # growth is for apps of one's own
+        if p.parent.name != "experiment"
     ],
 )
 def test_every_choice_of_every_group_composes(group, name):

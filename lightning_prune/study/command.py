@@ -1,5 +1,6 @@
 """The command line: `lightning-prune run | plan | controls | report`."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ def main() -> None:
         "controls": controls,
         "report": report.main,
     }
+    sys.path.insert(0, os.getcwd())  # modules of one's own, as `python -m` finds them
     name, *arguments = sys.argv[1:] or ["--help"]
     if name not in commands:
         wanted = name in ("-h", "--help")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 _PACKAGE = Path(__file__).parents[1]
@@ -32,6 +34,26 @@ def renamed(text: str) -> str:
     '_target_: lightning_prune.study.figures.WeightsLeft'
     """
     return _OLD.sub(lambda found: f"lightning_prune.study.{_MOVED.get(found[1], found[1])}", text)
+
+
+def build(cfg: DictConfig, key: str) -> Any:
+    """What a key describes, built.
+
+    Raises:
+        ValueError: naming the key, when it cannot be built.
+    """
+    try:
+        return instantiate(cfg[key])
+    except InstantiationException as error:
+        where = str(error).rpartition("full_key: ")[2].strip() or key
+        why = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        do = "Change this option, or choose another."
+        if "ModuleNotFoundError" in why:
+            do = "Give the command in the folder of that module, or PYTHONPATH=<that folder>."
+        raise ValueError(
+            f"{where.removeprefix('pruner.')} of {cfg.name}, kind={cfg.kind}: {why}. It must be built before the "
+            f"training. {do}"
+        ) from error
 
 
 def plain(cfg: DictConfig | Any, without: Sequence[str] = ()) -> dict[str, Any]:

@@ -29,6 +29,8 @@ FREE = (
         "variant",
     ),
 )
+# What a kind whose masks grow is told; what it makes of them stands in `pruner`.
+GROWTH = ("sparsity", "every_n_train_steps", "updates")
 _PLACED = ("runs", "name", "experiment", "kind", "seed")  # these have a place of their own in the path
 _LONGEST = 120  # characters; a file system allows 255 for kind, seed and this
 

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from typing_extensions import final
 
+from lightning_prune.callbacks.growing import DynamicSparseTraining
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked
+from lightning_prune.layers import prunable
 from lightning_prune.pruning import budget, scheduled
 from lightning_prune.study.configs import plain
 from lightning_prune.study.provenance import content
@@ -47,9 +49,9 @@ class Plan:
         if cfg.run._target_ != "lightning_prune.study.training.train" and not control:
             self.rows.append((name, state, "", "", "?", "?"))
             return
-        pruner: IterativeMagnitudePruning = instantiate(cfg.pruner)
+        pruner: IterativeMagnitudePruning | DynamicSparseTraining = instantiate(cfg.pruner)
         task = instantiate(cfg.task)
-        params = pruner.prunable(task)
+        params = prunable(task, pruner.layers, pruner.include, pruner.exclude)
         weights = {name: p.numel() for name, p in params.items()}
         left = weights_left(weights, pruner)
         shown = "?" if left is None else f"{left} ({left / sum(weights.values()):.2%})"
@@ -98,12 +100,14 @@ class Plan:
 
 
 def weights_left(weights: dict[str, int], pruner: Any) -> int | None:
-    """How many weights the last round of a pruner has; None when its schedule reads scores.
+    """How many weights the last round of a pruner has; None when its schedule reads scores, or counts updates.
 
     >>> import lightning_prune as lp
     >>> weights_left({"a": 100, "b": 50}, lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.5), rounds=2))
     38
     """
+    if isinstance(pruner, DynamicSparseTraining):
+        return None if callable(pruner.target) else budget(pruner.target, sum(weights.values()))
     left = 0
     for names, schedule in scheduled(list(weights), pruner.schedule, pruner.rounds):
         if asked(schedule):

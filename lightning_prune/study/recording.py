@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import final, override
 
-from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
+from lightning_prune.callbacks.growing import DynamicSparseTraining
+from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.masks import Masks
 from lightning_prune.study import round_masks
 from lightning_prune.study.records import curve, described, read, summary, write
@@ -23,7 +24,8 @@ class Records(Callback):
     """Append a line to `records.jsonl` when a round has been trained, and say when it is evaluated.
 
     Every so many steps of a round, and at its end, wherever that lies on Lightning's own grid of batches. The
-    masks of a round are written to a file of their own when it begins; `round_masks` reads them.
+    masks of a round are written to a file of their own when it begins; `round_masks` reads them. A training
+    whose masks grow is one round, and its line and masks are those of its end.
 
     A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, curve {metric: its
     values at the steps of the round's evaluations}, seconds. Early stopping is read off the evaluations of
@@ -53,7 +55,7 @@ class Records(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = pruner_of(trainer)
         if not self._round:
-            self._round = described(pruner.round, pruner.masks)
+            self._round = described(0 if grows(pruner) else pruner.round, pruner.masks)
         self._since = time.monotonic()
         if trainer.is_global_zero:
             # A killed run may have finished rounds after its last checkpoint: they are trained again.
@@ -66,7 +68,9 @@ class Records(Callback):
     ) -> None:
         step, every = trainer.global_step - self._began, self.evaluate_every
         last = self._evaluations[-1]["step"] if self._evaluations else 0
-        ends = pruner_of(trainer).is_over(trainer) or trainer.global_step == trainer.max_steps
+        ends = trainer.global_step == trainer.max_steps
+        if not grows(pruner := pruner_of(trainer)):
+            ends = ends or pruner.is_over(trainer)
         now = step > last and (ends or step // every > last // every)  # a step may take several batches
         trainer.val_check_batch = 1 if now else sys.maxsize  # of the batches: every one, or none
 
@@ -89,6 +93,8 @@ class Records(Callback):
 
     def on_prune(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Write the line of the round that is over, and the masks of the one that begins."""
+        if grows(pruner_of(trainer)):
+            return  # an update: the round goes on
         if pruner_of(trainer).round != self._round["round"]:  # else round 0 is pruned before its first step
             self._finish(trainer)
         self._round = described(pruner_of(trainer).round, masks)
@@ -111,6 +117,10 @@ class Records(Callback):
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
+        if grows(pruner := pruner_of(trainer)):
+            self._round = described(0, pruner.masks)
+            if trainer.is_global_zero:
+                round_masks.save(self.path.parent, 0, pruner.masks)
         seconds = self._seconds + time.monotonic() - self._since
         record = {
             "kind": self.kind,
@@ -148,6 +158,11 @@ class Records(Callback):
         self._since = time.monotonic()
 
 
-def pruner_of(trainer: Trainer) -> IterativeMagnitudePruning:
-    """The pruning callback of a trainer."""
-    return next(c for c in trainer.callbacks if isinstance(c, IterativeMagnitudePruning))  # type: ignore[attr-defined]
+def pruner_of(trainer: Trainer) -> MaskedTraining:
+    """The callback of a trainer that prunes, or whose masks grow."""
+    return next(c for c in trainer.callbacks if isinstance(c, MaskedTraining))  # type: ignore[attr-defined]
+
+
+def grows(pruner: MaskedTraining) -> bool:
+    """Whether its rounds are updates of the masks of one training, not trainings of their own."""
+    return isinstance(pruner, DynamicSparseTraining)

@@ -4,7 +4,7 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from math import isfinite, nan
@@ -48,17 +48,30 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
     records = [r for r in records if metric in r["metrics"]]
     kinds = kinds_of(records)
     rows = [["round", "weights left", *(label_of(k) for k in kinds)]]
-    for round, by_kind in sorted(by_round(records).items()):
-        left = fmean(r["alive"] / r["total"] for r in next(iter(by_kind.values())))
+    for round, left, by_kind in _alike(records):
         row = [str(round), f"{left:.2%}"]
-        for kind in kinds:  # whose weights left are others than the row says is no part of it
-            its = [r for r in by_kind.get(kind, []) if abs(r["alive"] / r["total"] - left) < 0.02]
+        for kind in kinds:
+            its = by_kind.get(kind, [])
             values = [v for r in its if isfinite(v := r["metrics"][metric])]
             low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
             cell = f"{mean} ({low} to {high})" if len(values) > 1 else mean
             row.append(f"{cell} and {len(its) - len(values)} NaN".strip() if len(its) > len(values) else cell)
         rows.append(row)
     return rows
+
+
+def _alike(records: list[Record]) -> Iterator[tuple[int, float, dict[str, list[Record]]]]:
+    """Records by round, by weights left (those within two points are alike), and by kind."""
+    for round, by_kind in sorted(by_round(records).items()):
+        rest = by_kind
+        while rest:
+            left = fmean(r["alive"] / r["total"] for r in next(iter(rest.values())))
+            near = {k: [r for r in its if abs(r["alive"] / r["total"] - left) < 0.02] for k, its in rest.items()}
+            if not any(near.values()):  # their own mean is far from each of them
+                near = {next(iter(rest)): next(iter(rest.values()))}
+            yield round, left, {k: its for k, its in near.items() if its}
+            taken = {id(r) for its in near.values() for r in its}
+            rest = {k: others for k, its in rest.items() if (others := [r for r in its if id(r) not in taken])}
 
 
 def differences(records: list[Record], metric: str, against: str = "ticket") -> list[list[str]]:

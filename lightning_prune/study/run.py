@@ -20,16 +20,15 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_prune.checks import number, whole
 from lightning_prune.files import write
 from lightning_prune.study import controls
-from lightning_prune.study.configs import CONF, digest, load, plain
+from lightning_prune.study.configs import CONF, build, digest, load, plain
 from lightning_prune.study.locks import locked, sync
-from lightning_prune.study.names import FREE, variant
+from lightning_prune.study.names import FREE, GROWTH, variant
 from lightning_prune.study.objective import objective
 from lightning_prune.study.plan import Plan
 from lightning_prune.study.provenance import provenance
@@ -48,12 +47,25 @@ _WITH_VALUE = (
     "--info",
 )
 _FOR_PLANS = ("hydra.searchpath", "hydra/sweeper", "hydra.sweeper")  # of what is said of Hydra itself
+_APART = (*FREE, *GROWTH)  # of a config, when two runs are compared
 _KEPT = (".hydra", ".lock", "run.log")  # of a run that is started anew
 
 
 OmegaConf.register_new_resolver(
     "workers", lambda threads: max(1, (os.cpu_count() or 1) // threads), replace=True
 )
+
+
+def updates(rounds: int, steps_per_round: int, every: int) -> int:
+    """How many updates a training has whose masks grow for three quarters of its steps.
+
+    >>> updates(0, 1500, 100)
+    11
+    """
+    return max(1, -(-int(0.75 * (rounds + 1) * steps_per_round) // every) - 1)
+
+
+OmegaConf.register_new_resolver("updates", updates, replace=True)
 
 
 def run(cfg: DictConfig) -> Path:
@@ -87,12 +99,12 @@ def state_of(cfg: DictConfig) -> str:
     Raises:
         ValueError: when its folder holds the run of another config.
     """
-    folder, config = folder_of(cfg), plain(cfg, FREE)
+    folder, config = folder_of(cfg), plain(cfg, _APART)
     if (folder / "FAILED").is_file():
         return "failed"
     if not (folder / "config.yaml").is_file():
         return "new"
-    there = plain(load(folder / "config.yaml"), FREE)
+    there = plain(load(folder / "config.yaml"), _APART)
     if changed := sorted(k for k in {**there, **config} if there.get(k) != config.get(k)):
         shown = "; ".join(f"{k}: {there.get(k)} there, {config.get(k)} now" for k in changed[:5])
         raise ValueError(
@@ -127,13 +139,24 @@ def check(cfg: DictConfig) -> None:
             f"kind={cfg.kind}: {cfg.name} is no training in rounds, and has no such runs. Allowed is "
             f"kind={','.join(cfg.kinds)}; give that, or another experiment=."
         )
+    option = HydraConfig.get().runtime.choices.get("growth") if HydraConfig.initialized() else cfg.kind
+    if (growth := cfg.get("growth")) and (cfg.pruner != growth or option != cfg.kind):
+        raise ValueError(
+            f"growth={option}: kind={cfg.kind} is not what such a run is recorded under. Allowed is the kind "
+            f"of the same name. Leave growth out, and give kind=rigl for RigL."
+        )
+    if not growth and (idle := [key for key in GROWTH if cfg.get(key) is not None]):
+        raise ValueError(
+            f"{idle[0]}={cfg[idle[0]]}: kind={cfg.kind} prunes, and this is for kinds whose masks grow. Leave it "
+            "out, or give kind=rigl."
+        )
     if cfg.kinds is None:
         for key in ("pruner", "rewind"):
-            _build(cfg, key)
+            build(cfg, key)
     for key, made_by in cfg.fixed.items():
         if (given := named(OmegaConf.select(cfg, key))) != made_by:
             raise ValueError(
-                f"{key}={given}: kind={cfg.kind} is made by {made_by}, and its runs are recorded under that "
+                f"{key}={given}: kind={cfg.kind} is made by {made_by or f'no {key}'}, and its runs are recorded under that "
                 "name: no other is allowed. Leave that option out, or give kind=ticket with it, and "
                 "name=<another name>."
             )
@@ -145,19 +168,6 @@ def check(cfg: DictConfig) -> None:
         number(
             "optimizer.lr", rate, "are numbers from 0 on, such as 0.001", lambda lr: 0 <= lr < float("inf")
         )
-
-
-def _build(cfg: DictConfig, key: str) -> None:
-    """Build what a key describes, to see whether it can be built."""
-    try:
-        instantiate(cfg[key])
-    except InstantiationException as error:
-        where = str(error).rpartition("full_key: ")[2] or key
-        why = error.__cause__ or error
-        raise ValueError(
-            f"{where.removeprefix('pruner.')} of {cfg.name}, kind={cfg.kind}: {why} It must be built "
-            "before the training. Change this option, or choose another."
-        ) from error
 
 
 def named(node: Any) -> str | None:
@@ -195,7 +205,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     for path in folder.glob("*"):
         if path.is_file():
             sync(path)
-    write(folder / "DONE", digest(plain(cfg, FREE)) + "\n")
+    write(folder / "DONE", digest(plain(cfg, _APART)) + "\n")
     log.info("written: %s", os.path.relpath(folder))
 
 

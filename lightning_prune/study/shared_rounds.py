@@ -11,20 +11,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 from typing_extensions import final, override
 
+from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.evidence import asked
 from lightning_prune.files import replacing
 from lightning_prune.masks import Masks
 from lightning_prune.study.configs import digest, plain
 from lightning_prune.study.locks import locked
-from lightning_prune.study.names import FREE
+from lightning_prune.study.names import FREE, GROWTH
 from lightning_prune.study.provenance import sources
 from lightning_prune.study.recording import VERSION
 from lightning_prune.study.records import read
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
 LATER = [
-    *(*FREE, "kind", "monitor", "name", "oneshot"),
+    *(*FREE, *GROWTH, "kind", "monitor", "name", "oneshot"),
     *("rounds", "rate", "output_rate", "schedule", "criterion", "allocation", "granularity"),
     *(f"pruner.{key}" for key in ("rounds", "schedule", "criterion", "allocate", "granularity")),
 ]
@@ -83,7 +84,7 @@ class DenseRound(Callback):
 
 
 def dense_round(
-    cfg: DictConfig, folder: Path, pruner: IterativeMagnitudePruning, data: str
+    cfg: DictConfig, folder: Path, pruner: MaskedTraining, data: str
 ) -> DenseRound | None:
     """The dense round of a run, if others may share it.
 
@@ -96,6 +97,8 @@ def dense_round(
         pruner: what it prunes with.
         data: a digest of the data.
     """
+    if not isinstance(pruner, IterativeMagnitudePruning):
+        return None
     schedules = pruner.schedule.values() if isinstance(pruner.schedule, dict) else [pruner.schedule]
     if any(asked(schedule) or schedule(0) > 0 for schedule in schedules):
         return None

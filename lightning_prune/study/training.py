@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch.nn.functional import cross_entropy
 from typing_extensions import final, override
 
-from lightning_prune.study.configs import plain
+from lightning_prune.study.configs import build, plain
 from lightning_prune.study.mask_images import MaskImages
 from lightning_prune.study.oneshot import sweep
 from lightning_prune.study.progress import ExperimentProgress, lines_above
@@ -35,7 +35,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
     The folder then holds `records.jsonl`, the masks of each round and the checkpoints.
     """
-    batches, task = instantiate(cfg.batches), built(cfg)
+    batches, task = build(cfg, "batches"), built(cfg)
     fits(cfg, task, batches)
     pruner, *others = _callbacks(cfg)
     dense = dense_round(cfg, folder, pruner, content(batches, plain(cfg.batches)))
@@ -53,7 +53,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
 def built(cfg: DictConfig) -> Any:
     """The network on its task, at the initialization of the run's seed."""
     seed_everything(cfg.seed, verbose=False)
-    return instantiate(cfg.task)
+    return build(cfg, "task")
 
 
 def fits(cfg: DictConfig, task: Any, batches: Any) -> None:
@@ -148,6 +148,24 @@ class Final(Callback):
         trainer.save_checkpoint(self.path)
 
 
+@final
+class Until(Callback):
+    """Ends a training.
+
+    Args:
+        step: after which.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a training costs: time a step, evaluations included, and the size of a checkpoint."""
@@ -162,9 +180,10 @@ def trial(cfg: DictConfig) -> Cost:
     torch.set_num_threads(cfg.threads)
     task, timer = built(cfg), Timer()
     steps = min(cfg.evaluate_every, cfg.steps_per_round)
-    trainer = _trainer(cfg, [*_callbacks(cfg), timer], steps, logger=False, enable_checkpointing=False)
+    whole = (cfg.rounds + 1) * cfg.steps_per_round  # of which updates of masks that grow are a part
+    trainer = _trainer(cfg, [*_callbacks(cfg), timer, Until(steps)], whole, logger=False, enable_checkpointing=False)
     with TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the fit has room for")  # so short is a trial
+        warnings.filterwarnings("ignore", "the fit ended in round")  # so short is a trial
         trainer.fit(task, instantiate(cfg.batches))
         trainer.save_checkpoint(Path(folder, "trial.ckpt"))
         return Cost(timer.time_elapsed("train") / steps, Path(folder, "trial.ckpt").stat().st_size)
