@@ -57,11 +57,7 @@ def test_what_is_no_training_composes_and_instantiates(experiment):
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    [
-        (p.parent.name, p.stem)
-        for p in sorted(CONF.glob("*/*.yaml"))
-        if p.parent.name != "experiment"
-    ],
+    [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "experiment"],
 )
 def test_every_choice_of_every_group_composes(group, name):
     assert group in composed(f"{group}={name}")

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import venv
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,6 +119,23 @@ def test_the_entry_returns_the_objective_also_of_a_run_that_is_finished(own):
     assert entry.main.__wrapped__(cfg) == told
 
 
+def test_modules_in_the_folder_of_the_command_are_found_and_what_is_missing_is_named(tmp_path):
+    shutil.copytree(EXAMPLE, tmp_path / "own")
+    its = ["run", "--config-dir", str(tmp_path / "own" / "conf"), "experiment=own", *SHORT]
+    found = command(tmp_path / "own", *its, PYTHONPATH=str(ROOT))
+    assert found.returncode == 0, found.stderr
+    found = command(tmp_path, *its, PYTHONPATH=str(ROOT))
+    assert found.returncode == 1
+    assert "batches of own, kind=ticket: Error loading 'own_module.Waves'" in found.stderr
+    assert "Give the command in the folder of that module, or PYTHONPATH=<that folder>." in found.stderr
+
+
+def test_a_way_to_grow_under_another_name_is_refused(tmp_path):
+    found = command(tmp_path, "run", "experiment=mnist1d", "kind=rigl", "growth=set", *SHORT)
+    assert found.returncode == 1
+    assert "growth=set: kind=rigl is not what such a run is recorded under." in found.stderr
+
+
 def test_the_command_takes_a_config_dir_wherever_it_stands(tmp_path):
     found = command(tmp_path, "run", "experiment=own", "--config-dir", str(EXAMPLE / "conf"), *SHORT)
     assert found.returncode == 0, found.stderr
@@ -147,25 +168,24 @@ def test_unknown_commands_are_refused_and_help_is_printed(tmp_path):
     reason="hydra-optuna-sweeper is not installed",
 )
 def test_optuna_maximizes_accuracy_over_rate_and_learning_rate(tmp_path):
-    sweep = ["--multirun", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1"]
-    sweep += ["hydra.sweeper.direction=maximize", "objective=test_acc", "objective_at=0.5"]
-    sweep += ["rate=interval(0.1,0.5)", "optimizer.lr=tag(log,interval(0.0005,0.05))"]
+    conf = str(ROOT / "examples" / "search" / "conf")
+    sweep = ["--multirun", "--config-dir", conf, "experiment=search"]
     done = {}
     for trials in (2, 3):  # the same command again goes on: what is finished gives its number at once
-        again = ["hydra.sweeper.sampler.seed=1", f"hydra.sweeper.n_trials={trials}"]
-        found = command(tmp_path, "run", "experiment=mnist1d", *SHORT, *sweep, *again)
+        found = command(tmp_path, "run", *sweep, *SHORT, f"hydra.sweeper.n_trials={trials}")
         assert found.returncode == 0, found.stderr
         assert found.stdout.count("is finished already") == len(done)
         before, done = (
             done,
-            {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/mnist1d/ticket-1,*/DONE")},
+            {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/search/ticket-1,*/DONE")},
         )
         assert len(done) == trials
         assert before.items() <= done.items()
     rows = [read(path.parent / "records.jsonl")[0] for path in done]
     at = [min(its, key=lambda r: abs(r["alive"] / r["total"] - 0.5))["metrics"]["test_acc"] for its in rows]
-    best = yaml.safe_load((tmp_path / "runs" / "mnist1d" / "optimization_results.yaml").read_text())
+    best = yaml.safe_load((tmp_path / "runs" / "search" / "optimization_results.yaml").read_text())
     assert best["best_value"] == pytest.approx(max(at))
+    assert set(best["best_params"]) == {"rate", "optimizer.lr"}
 
 
 # ---------------------------------------------------------------------------------------- nothing stale
@@ -223,51 +243,97 @@ def test_a_run_says_commit_changed_files_processor_and_versions(tmp_path, monkey
 
 # ------------------------------------------------------------------------------------------- from a wheel
 
+PAGE = (ROOT / "docs" / "your-own.md").read_text()
+FILES = dict(re.findall(r'title="([^"]+)"\n--8<-- "([^"]+)"', PAGE))
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+]
 
-@pytest.mark.slow
-def test_a_wheel_outside_any_clone_runs_sweeps_and_reports(tmp_path):
-    """Its dependencies are lent by this environment, so that nothing large is downloaded."""
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    site, work = tmp_path / "site", tmp_path / "work"
-    work.mkdir()
-    zipfile.ZipFile(wheel).extractall(site)
-    (entry,) = (
-        line
-        for line in next(site.glob("*.dist-info/entry_points.txt")).read_text().splitlines()
-        if "=" in line
-    )
-    module, function = entry.split("=")[1].strip().split(":")
-    code = f"from {module} import {function}; {function}()"
-    path = os.pathsep.join([str(site), str(EXAMPLE)])
 
-    def lightning_prune(*arguments):
-        call = [sys.executable, "-c", code, *arguments]
-        found = subprocess.run(
-            call,
-            cwd=work,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert found.returncode == 0, found.stderr
+class Newcomer:
+    """Someone with a wheel, an environment of their own and an empty folder, who follows the page.
+
+    Args:
+        tmp_path: where all of it goes.
+        lent: the environment takes what the package depends on from this one, so that nothing is downloaded.
+    """
+
+    def __init__(self, tmp_path, lent):
+        build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+        subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+        (wheel,) = (tmp_path / "dist").glob("*.whl")
+        self.bin, self.work = tmp_path / "venv" / "bin", tmp_path / "work"
+        venv.create(tmp_path / "venv", with_pip=not lent)
+        self.work.mkdir()
+        if lent:
+            (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+            (site / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+            pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "--no-deps"]
+            subprocess.run([*pip, "--quiet", str(wheel)], check=True)
+        else:
+            (install,) = (command for command in COMMANDS if command.startswith("pip "))
+            assert f"dist/{wheel.name}[experiments]" in install
+            self("pip", "install", "--quiet", f"{wheel}[experiments]")
+        for path, source in FILES.items():
+            (self.work / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / source, self.work / path)
+
+    def __call__(self, command, *arguments):
+        """What a command prints, given in the folder."""
+        without = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+        call = [str(self.bin / command), *arguments]
+        found = subprocess.run(call, cwd=self.work, env=without, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, (arguments, found.stderr)
         return found.stdout + found.stderr
 
-    lightning_prune("run", "experiment=mnist1d", *SHORT)
-    made = json.loads(next(work.glob("runs/mnist1d/*/run.json")).read_text())
+    def follow(self, command, *more):
+        """What a command of the page prints."""
+        return self(*shlex.split(command), *more)
+
+
+def compared(folder, several):
+    """Whether the page's sweep has its runs and the report tells them apart."""
+    assert len(list(folder.glob("runs/own/ticket-*,task.lr=*/DONE"))) == several
+    assert (folder / "report" / "parameter.png").is_file()
+    text = (folder / "report" / "report.md").read_text()
+    assert "task.lr=0.01" in text
+    assert "task.lr=0.1" in text
+
+
+def test_a_wheel_in_an_environment_of_its_own_sweeps_and_reports_as_the_page_says(tmp_path):
+    there = Newcomer(tmp_path, lent=True)
+    sweep, report = (
+        c
+        for c in COMMANDS
+        if ("run --multirun" in c and "kind=" not in c and "own" in c) or "report runs/own" in c
+    )
+    assert "6 jobs" in there.follow(sweep, *SHORT)
+    made = json.loads(next(there.work.glob("runs/own/*/run.json")).read_text())
     assert made["commit"] == "not a git checkout"
-    sweep = [
-        "experiment=own",
-        *SHORT,
-        "task.lr=0.01,0.1",
-        "seed=1,2",
-        f"hydra.searchpath=[file://{EXAMPLE}/conf]",
-    ]
-    assert "4 runs" in lightning_prune("plan", "--multirun", *sweep)
-    lightning_prune("run", "--multirun", *sweep)
-    assert len(list(work.glob("runs/own/*task.lr=*/DONE"))) == 4
-    lightning_prune("report", "runs/own", "--x", "task.lr", "--out", "out")
-    assert (work / "out" / "parameter.png").is_file()
-    assert "task.lr=0.01" in (work / "out" / "report.md").read_text()
+    there.follow(report)
+    compared(there.work, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lent", [True, False])
+def test_every_command_of_the_page_runs_from_a_wheel_outside_any_clone(lent, tmp_path):
+    if not lent and shutil.disk_usage(tmp_path).free < 12e9:
+        pytest.skip("what the package depends on needs 12 GB of disk")
+    there = Newcomer(tmp_path, lent)
+    for command in COMMANDS[1:]:
+        extra = re.search(
+            r"logger=(tensorboard|mlflow|wandb)|experiment=(search)|report runs/(search)", command
+        )
+        needed = extra and (extra[1] or "hydra_plugins.hydra_optuna_sweeper")
+        if needed and not (lent and find_spec(needed.split(".")[0]) and find_spec(needed)):
+            continue  # of an extra that is not installed
+        said = there.follow(command)
+        assert "6 runs" in said or " plan " not in command
+    compared(there.work, 6)
+    assert (there.work / "runs/mnist1d/ticket-1/DONE").is_file()
+    if lent and find_spec("hydra_plugins.hydra_optuna_sweeper"):
+        assert len(list(there.work.glob("runs/search/*/DONE"))) == 20
+        assert "is finished already" in there.follow(next(c for c in COMMANDS if "experiment=search" in c))
+        assert len(list(there.work.glob("runs/search/*/DONE"))) == 20

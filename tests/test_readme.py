@@ -219,7 +219,9 @@ def test_every_control_and_every_way_to_grow_has_a_place():
     kinds = {p.stem for p in (ROOT / "conf" / "kind").glob("*.yaml") if "after: ticket" in p.read_text()}
     assert kinds <= set(re.findall(r"`kind=(\w+)`", EXPERIMENTS))
     growth = {path.name for path in (ROOT / "conf" / "growth").glob("*.yaml")}
-    assert growth - {"none.yaml"} <= set(re.findall(r"conf/growth/([\w.]+)", (ROOT / "docs" / "growth.md").read_text()))
+    assert growth - {"none.yaml"} <= set(
+        re.findall(r"conf/growth/([\w.]+)", (ROOT / "docs" / "growth.md").read_text())
+    )
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""A LightningModule and data of one's own, which know nothing of pruning; `conf/` describes the experiment.
-
-`lightning-prune run experiment=own --config-dir conf`, then `lightning-prune report runs/own`.
-"""
+"""A LightningModule and data of one's own, which know nothing of pruning."""
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule

@@ -51,8 +51,8 @@ def build(cfg: DictConfig, key: str) -> Any:
         if "ModuleNotFoundError" in why:
             do = "Give the command in the folder of that module, or PYTHONPATH=<that folder>."
         raise ValueError(
-            f"{where.removeprefix('pruner.')} of {cfg.name}, kind={cfg.kind}: {why}. It must be built before the "
-            f"training. {do}"
+            f"{where.removeprefix('pruner.')} of {cfg.name}, kind={cfg.kind}: {why}. It must be built before "
+            f"the training. {do}"
         ) from error
 
 

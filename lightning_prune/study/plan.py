@@ -100,7 +100,7 @@ class Plan:
 
 
 def weights_left(weights: dict[str, int], pruner: Any) -> int | None:
-    """How many weights the last round of a pruner has; None when its schedule reads scores, or counts updates.
+    """How many weights the last round has; None when the schedule reads scores, or counts updates.
 
     >>> import lightning_prune as lp
     >>> weights_left({"a": 100, "b": 50}, lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.5), rounds=2))

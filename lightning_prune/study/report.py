@@ -66,12 +66,16 @@ def _alike(records: list[Record]) -> Iterator[tuple[int, float, dict[str, list[R
         rest = by_kind
         while rest:
             left = fmean(r["alive"] / r["total"] for r in next(iter(rest.values())))
-            near = {k: [r for r in its if abs(r["alive"] / r["total"] - left) < 0.02] for k, its in rest.items()}
+            near = {
+                k: [r for r in its if abs(r["alive"] / r["total"] - left) < 0.02] for k, its in rest.items()
+            }
             if not any(near.values()):  # their own mean is far from each of them
                 near = {next(iter(rest)): next(iter(rest.values()))}
             yield round, left, {k: its for k, its in near.items() if its}
             taken = {id(r) for its in near.values() for r in its}
-            rest = {k: others for k, its in rest.items() if (others := [r for r in its if id(r) not in taken])}
+            rest = {
+                k: others for k, its in rest.items() if (others := [r for r in its if id(r) not in taken])
+            }
 
 
 def differences(records: list[Record], metric: str, against: str = "ticket") -> list[list[str]]:

@@ -147,8 +147,8 @@ def check(cfg: DictConfig) -> None:
         )
     if not growth and (idle := [key for key in GROWTH if cfg.get(key) is not None]):
         raise ValueError(
-            f"{idle[0]}={cfg[idle[0]]}: kind={cfg.kind} prunes, and this is for kinds whose masks grow. Leave it "
-            "out, or give kind=rigl."
+            f"{idle[0]}={cfg[idle[0]]}: kind={cfg.kind} prunes, and this is for kinds whose masks grow. "
+            "Leave it out, or give kind=rigl."
         )
     if cfg.kinds is None:
         for key in ("pruner", "rewind"):
@@ -156,9 +156,9 @@ def check(cfg: DictConfig) -> None:
     for key, made_by in cfg.fixed.items():
         if (given := named(OmegaConf.select(cfg, key))) != made_by:
             raise ValueError(
-                f"{key}={given}: kind={cfg.kind} is made by {made_by or f'no {key}'}, and its runs are recorded under that "
-                "name: no other is allowed. Leave that option out, or give kind=ticket with it, and "
-                "name=<another name>."
+                f"{key}={given}: kind={cfg.kind} is made by {made_by or f'no {key}'}, and its runs are "
+                "recorded under that name: no other is allowed. Leave that option out, or give kind=ticket with it, "
+                "and name=<another name>."
             )
     if cfg.after:
         controls.check(cfg)

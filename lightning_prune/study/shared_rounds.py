@@ -83,9 +83,7 @@ class DenseRound(Callback):
         self.release()
 
 
-def dense_round(
-    cfg: DictConfig, folder: Path, pruner: MaskedTraining, data: str
-) -> DenseRound | None:
+def dense_round(cfg: DictConfig, folder: Path, pruner: MaskedTraining, data: str) -> DenseRound | None:
     """The dense round of a run, if others may share it.
 
     It is shared by what starts from the same weights, data, order and settings on one device, whatever it

@@ -181,7 +181,9 @@ def trial(cfg: DictConfig) -> Cost:
     task, timer = built(cfg), Timer()
     steps = min(cfg.evaluate_every, cfg.steps_per_round)
     whole = (cfg.rounds + 1) * cfg.steps_per_round  # of which updates of masks that grow are a part
-    trainer = _trainer(cfg, [*_callbacks(cfg), timer, Until(steps)], whole, logger=False, enable_checkpointing=False)
+    trainer = _trainer(
+        cfg, [*_callbacks(cfg), timer, Until(steps)], whole, logger=False, enable_checkpointing=False
+    )
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the fit ended in round")  # so short is a trial
         trainer.fit(task, instantiate(cfg.batches))
