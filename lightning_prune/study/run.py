@@ -157,8 +157,8 @@ def check(cfg: DictConfig) -> None:
         if (given := named(OmegaConf.select(cfg, key))) != made_by:
             raise ValueError(
                 f"{key}={given}: kind={cfg.kind} is made by {made_by or f'no {key}'}, and its runs are "
-                "recorded under that name: no other is allowed. Leave that option out, or give kind=ticket with it, "
-                "and name=<another name>."
+                "recorded under that name: no other is allowed. Leave that option out, or give kind=ticket "
+                "with it, and name=<another name>."
             )
     if cfg.after:
         controls.check(cfg)
