@@ -79,11 +79,11 @@ def trained(
     trainer.fit(Net(net, partial(torch.optim.SGD, lr=0.01, momentum=0.9)), DataLoader(data, batch))
 
 
-def plan_and_cut(rounds: int) -> None:
-    """Half of ResNet-50's channels by L1: ours, with its trial on a copy, and torch-pruning's own pruner."""
-    from torchvision.models import resnet50
+def plan_and_cut(name: str, aim: float, rounds: int) -> None:
+    """Half of a network's channels by L1: ours, with its trial on a copy, and torch-pruning's own pruner."""
+    import timm
 
-    net, shape = resnet50(), [1, 3, 64, 64]
+    net, shape = timm.create_model(name), [1, 3, 64, 64]
 
     def timed(cut: Any) -> float:
         copy = deepcopy(net)
@@ -92,9 +92,9 @@ def plan_and_cut(rounds: int) -> None:
     ours = partial(lp.prune_channels, sparsity=0.5, example_input=shape)
     theirs = partial(torch_pruning, sparsity=0.5, shape=shape)
     candidates = {"ours": partial(timed, ours), "torch-pruning": partial(timed, theirs)}
-    times = alternated(candidates, rounds)
-    print("plan and cut ResNet-50: " + ", ".join(f"{k} {low(v):.2f} s" for k, v in times.items()))
-    print(f"  ours/torch-pruning {ratio(times['ours'], times['torch-pruning'])}")
+    times = alternated(candidates, rounds, warm_up=1)
+    print(f"plan and cut {name}: " + ", ".join(f"{k} {low(v):.2f} s" for k, v in times.items()))
+    print(f"  ours/torch-pruning {ratio(times['ours'], times['torch-pruning'])} (aim: {aim:g}x)")
 
 
 def half_width(rounds: int) -> None:
@@ -131,7 +131,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
     print(machine())
-    plan_and_cut(rounds)
+    for name, aim in (("resnet50", 2), ("mixnet_s", 5), ("skresnet18", 5)):
+        plan_and_cut(name, aim, rounds)
     half_width(rounds)
     shrinking(rounds)
 

@@ -346,12 +346,13 @@ def _grouped(unit_of: Sequence[int], owner: Sequence[str], places: Mapping[Site,
     units: dict[str, dict[int, int]] = defaultdict(dict)
     sites: dict[str, dict[Site, tuple[list[int], list[int]]]] = defaultdict(dict)
     for site, place in places.items():
+        of_owner: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for index, element in sorted(place.element.items()):
-            unit = unit_of[element]
-            name = owner[unit]
-            indices, numbers = sites[name].setdefault(site, ([], []))
-            indices.append(index)
-            numbers.append(units[name].setdefault(unit, len(units[name])))
+            of_owner[owner[unit_of[element]]].append((index, unit_of[element]))
+        for name, those in of_owner.items():
+            known = units[name]
+            numbers = [known.setdefault(unit, len(known)) for _, unit in those]
+            sites[name][site] = [index for index, _ in those], numbers
     found: Couplings = {}
     for name, lists in sorted(sites.items(), key=lambda item: min(units[item[0]])):
         filters = [site for site in lists if places[site].makes and site[1] == "weight"]

@@ -92,11 +92,15 @@ def cut(
         state.update(values)
 
 
-@contextmanager
-def without(model: nn.Module, what: Cut) -> Generator[None, None, None]:
-    """Inside, a model is cut; afterwards it is as it was. Gradients are left alone."""
+def smaller(model: nn.Module, what: Cut) -> Prepared:
+    """What a model will be after a cut; gradients and optimizers are left alone."""
     kept = _kept(model, what)
-    ready = prepare(model, {id(t): (t, _sliced(t, dims)) for t, dims in kept.values()}, {})
+    return prepare(model, {id(t): (t, _sliced(t, dims)) for t, dims in kept.values()}, {})
+
+
+@contextmanager
+def within(ready: Prepared) -> Generator[None, None, None]:
+    """Inside, what was prepared is in place; afterwards what there was before."""
     before = [(m, {name: getattr(m, name) for name in values}) for m, values in ready.attributes]
     undo = Prepared([(t, t.data, t.grad) for t, _, _ in ready.tensors], before[::-1])
     ready.commit()

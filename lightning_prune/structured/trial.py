@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_prune.masks import Masks
-from lightning_prune.structured.surgery import Cut, without, zeroed
+from lightning_prune.structured.surgery import Cut, Prepared, smaller, within, zeroed
 from lightning_prune.structured.units import Couplings, cut_of, is_maker, out_dimension
 
 TOLERANCE = 1e-5  # of the largest output: float rounding of a sum that has fewer terms
@@ -29,14 +29,19 @@ ROUNDING = 1e-2  # it may be this much in a deep network with drawn weights: the
 # ------------------------------------------------------------------------------------------------ the copy
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, instead: Mapping[int, Tensor] | None = None) -> nn.Module:
     """A deep copy, without the graphs of tensors that its modules keep as attributes or in containers.
+
+    Args:
+        model: any module.
+        instead: tensors by the identities of those in whose place they are to be in the copy.
 
     Raises:
         ValueError: when something in the model cannot be copied.
     """
     try:
-        return deepcopy(model, {id(t): t.detach().clone() for _, t in kept_graphs(model)})
+        kept = {id(t): t.detach().clone() for _, t in kept_graphs(model)}
+        return deepcopy(model, {**kept, **(instead or {})})
     except Exception as error:  # whatever a user's attribute raises
         raise ValueError(
             f"{type(model).__name__} cannot be copied, as is needed: a cut is tried on a copy first "
@@ -62,18 +67,27 @@ def synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
 
     Weights are drawn anew, so that no zero or saturated one hides an error.
     """
-    drawn = copied(model).float()
     generator = torch.Generator().manual_seed(0)
-    draw = lambda t, a, b: t.data.copy_(torch.empty(t.shape).uniform_(a, b, generator=generator))  # noqa: E731
-    for name, p in drawn.named_parameters():
-        if not p.is_floating_point():
+
+    def draw(t: Tensor, low: float, high: float) -> None:
+        if t.device.type == "cpu":
+            t.data.uniform_(low, high, generator=generator)
+        else:  # the same numbers on any device
+            t.data.copy_(torch.empty(t.shape).uniform_(low, high, generator=generator))
+
+    new: dict[int, Tensor] = {}
+    for name, p in model.named_parameters():
+        if type(p) is not nn.Parameter or not p.is_floating_point():
             continue
-        p.requires_grad_(True)
+        new[id(p)] = nn.Parameter(torch.empty_like(p, dtype=torch.float32))
         if p.dim() > 1:  # variance 2 / inputs
             bound = math.sqrt(6 * p.shape[0] / max(1, p.numel()))
-            draw(p, -bound, bound)
+            draw(new[id(p)], -bound, bound)
         else:
-            draw(p, *((0.5, 1.5) if name.endswith("weight") else (-0.2, 0.2)))
+            draw(new[id(p)], *((0.5, 1.5) if name.endswith("weight") else (-0.2, 0.2)))
+    drawn = copied(model, new).float()
+    for p in drawn.parameters():
+        p.requires_grad_(p.is_floating_point())
     for name, buffer in drawn.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             draw(buffer, *((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
@@ -284,7 +298,7 @@ class _Trials:
 
     def _fails(self, couplings: Couplings, removed: Cut) -> tuple[str, set[str]]:
         try:
-            with without(self.model, removed):
+            with within(ready := smaller(self.model, removed)):
                 got = _outputs(self.model, self.example)
         except Exception as error:  # whatever a forward raises on tensors of another size
             return f"without some of them the model fails with {first_line(error)}", self._raised(error)
@@ -302,14 +316,14 @@ class _Trials:
                 set(),
             )
         if not (far := _relative(want, got)) <= TOLERANCE:  # NaN, too
-            suspects = self._differs(removed)
+            suspects = self._differs(removed, ready)
             rounded = far < ROUNDING or not suspects  # which may decide what is selected after the last layer
             if rounded and next(self.model.parameters()).dtype != torch.float64:
                 with suppress(Exception):
                     exact = _floating(self.example, torch.float64)
                     return _Trials(copied(self.model).double(), exact).fails(couplings)
             return "a network without some of them is not that in which they are zero", suspects
-        return self._in_training(removed), set()
+        return self._in_training(ready), set()
 
     @cached_property
     def _trains(self) -> bool:
@@ -320,12 +334,12 @@ class _Trials:
             return False
         return True
 
-    def _in_training(self, removed: Cut) -> str:
-        if self._trains:
-            try:
-                with without(self.model, removed):
-                    run(self.model, self.example, training=True)
-            except Exception as error:
+    def _in_training(self, ready: Prepared) -> str:
+        try:
+            with within(ready):
+                run(self.model, self.example, training=True)
+        except Exception as error:
+            if self._trains:
                 return f"in training mode the model fails without some of them: {first_line(error)}"
         return ""
 
@@ -337,7 +351,7 @@ class _Trials:
             inner = names.get(id(frame.f_locals.get("self")), inner)
         return {name for name in names.values() if name == inner or name.startswith(f"{inner}.")}
 
-    def _differs(self, removed: Cut) -> set[str]:
+    def _differs(self, removed: Cut, ready: Prepared) -> set[str]:
         """The first layer whose outputs are not those of the network in which channels are zero."""
         layers = {name: m for name, m in self.model.named_modules() if is_maker(m)}
 
@@ -354,7 +368,7 @@ class _Trials:
                     hook.remove()
             return seen
 
-        with without(self.model, removed):
+        with within(ready):
             got = outputs()
         self._put_back()
         with zeroed(self.model, removed):
