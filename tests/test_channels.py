@@ -16,6 +16,7 @@ from lightning_prune.structured import discover
 from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
 from lightning_prune.structured.targets import next_units
+from lightning_prune.structured.trial import Through
 from tests.networks import same
 
 ROOT = Path(__file__).parents[1]
@@ -609,6 +610,15 @@ def test_an_example_is_an_input_or_a_shape():
     for example in ([0, 3, 8, 8], [2, -3, 8, 8]):
         with pytest.raises(ValueError, match=r"example_input=\[.*\]: allowed are sizes from 1 on"):
             discover(Residual(), example)
+
+
+def test_dropout_in_training_branches_decides_nothing():
+    class Drops(Residual):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    example = Through(lambda model, batch: model(batch).square().mean(), torch.randn(IMAGE))
+    assert len(discover(Drops(), example)) == 6
 
 
 def test_outputs_may_be_dataclasses():

@@ -237,9 +237,9 @@ class StructuredChannelPruning(MaskedTraining):
         found = self._traced(trainer, pl_module, exclude)
         makers = {name: [parameter(site) for site in c.filters] for name, c in found.items()}
         if held and self.include is None:
-            idle = {name: [m for m in makers[name] if id(params[m]) not in held] for name in found}
-            found = {name: coupling for name, coupling in found.items() if not idle[name]}
-            left = list(dict.fromkeys(weight for name in idle for weight in idle[name]))
+            frozen = {name: [m for m in makers[name] if id(params[m]) not in held] for name in found}
+            found = {name: coupling for name, coupling in found.items() if not frozen[name]}
+            left = list(dict.fromkeys(weight for name in frozen for weight in frozen[name]))
             if not found:
                 raise ValueError(
                     "no optimizer trains the layers whose channels could go: they are frozen, or the "
@@ -255,7 +255,8 @@ class StructuredChannelPruning(MaskedTraining):
         names = [*params, *(name for name, _ in pl_module.named_buffers())]
         own = dict.fromkeys(parameter(site) for coupling in found.values() for site in coupling.sites)
         copies = following(self.follow, list(own), names)
-        others = [name for name in params if name not in own and name not in copies]
+        idle = [name for name, p in params.items() if held and id(p) not in held]
+        others = [name for name in idle if name not in own and name not in copies]
         if alike := look_like_copies(pl_module, list(own), others):
             rank_zero_warn(
                 f"{', '.join(alike)} look like copies of a network that is cut. To cut these, too: "

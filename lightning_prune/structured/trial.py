@@ -14,6 +14,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_prune.masks import Masks
@@ -135,7 +136,7 @@ def run(model: nn.Module, example: Any, training: bool = False) -> Any:
     training = training or isinstance(example, Through)
     for module in model.modules():
         module.training = training and any(True for _ in module.children())
-    with _without_compilation():
+    with _without_compilation(), _WithoutDropout() if training else nullcontext():
         if isinstance(example, Through):
             return example.forward(model, example.batch)
         if isinstance(example, dict):
@@ -146,6 +147,24 @@ def run(model: nn.Module, example: Any, training: bool = False) -> Any:
 def _without_compilation() -> AbstractContextManager[Any]:
     """What torch.compile has compiled hides its layers; where it was never imported, nothing is compiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Functions that drop at random in training do not: what they drop depends on the number of channels."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if name == "scaled_dot_product_attention":
+            args, kwargs["dropout_p"] = (*args[:4], *args[5:6]), 0.0
+            if len(args) > 4:
+                args, kwargs["is_causal"] = args[:4], args[4]
+        elif name == "multi_head_attention_forward":
+            kwargs["training"] = False
+        elif "dropout" in name and (args or "input" in kwargs):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
 
 
 def tensors_in(output: Any) -> list[Tensor]:
