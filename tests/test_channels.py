@@ -312,11 +312,23 @@ def test_channels_that_cannot_go_stay_and_the_rest_is_right(name):
     model.train()(x)
 
 
-def test_a_depthwise_multiplier_stays():
-    model = Around(nn.Conv2d(8, 16, 3, padding=1, groups=8), out=16)
-    with pytest.warns(UserWarning, match="depthwise multipliers"):
-        groups = discover(model, torch.randn(IMAGE))
-    assert list(groups) == ["extra.weight"]
+def test_what_a_depthwise_convolution_makes_of_a_channel_goes_with_it(tmp_path):
+    def make():
+        return Around(nn.Conv2d(8, 16, 3, padding=1, groups=8), out=16)
+
+    model, x = randomized(make()), torch.randn(IMAGE)
+    groups = discover(model, x)
+    assert {name: group.units for name, group in groups.items()} == {"extra.weight": 6, "first.weight": 8}
+    removed = structure.cut_of(groups, alive(groups))
+    twin = masked(model, removed)
+    cut(model, removed)
+    assert relative(model, twin, x) < 1e-5
+    assert (model.middle.out_channels, model.middle.groups) == (
+        2 * model.middle.in_channels,
+        model.first.out_channels,
+    )
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    assert torch.equal(load_pruned(make(), tmp_path / "small.pt").eval()(x), model(x))
 
 
 def test_outputs_may_be_none_or_without_a_gradient():

@@ -265,6 +265,13 @@ def _places(graph: Any, walk: _Walk, names: Mapping[int, str]) -> dict[Site, _Pl
     places: dict[Site, _Place] = {}
     for (node, fn), seen in walk.found.items():
         tensors, reason = _tensors(graph, node, fn)
+        makes = graph.get_pruner_of_module(node.module).prune_out_channels
+        if (many := _multiplier(node.module)) and fn != makes:  # so many outputs of each channel go with it
+            outputs = walk.found.get((node, makes), {})
+            for i, element in seen.items():
+                for j in range(i * many, (i + 1) * many):
+                    walk.join(outputs.get(j, element), element)
+                    reason = reason if j in outputs else LOST
         for tensor, dim, period, makes in tensors:
             if id(tensor) not in names:
                 reason = COMPUTED
@@ -308,8 +315,11 @@ def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, in
         bias = [] if module.bias is None or not makes else [(module.bias, 0, len(module.bias), True)]
         return [(module.weight, dim, module.weight.shape[dim], makes), *bias], ""
     if isinstance(module, Convolution):
-        if module.transposed or (module.groups == module.in_channels != module.out_channels):
-            return [], "grouped transposed convolutions and depthwise multipliers are not supported"
+        if module.transposed:
+            return [], "grouped transposed convolutions are not supported"
+        if _multiplier(module):
+            own = (module.weight, module.bias) if makes else ()
+            return [(t, 0, len(t), True) for t in own if t is not None], ""
         if module.groups == module.in_channels or makes:
             period = module.out_channels // (1 if module.groups == module.in_channels else module.groups)
             own = (module.weight, module.bias)
@@ -327,6 +337,14 @@ def _tensors(graph: Any, node: Any, fn: Any) -> tuple[list[tuple[Tensor, int, in
     if isinstance(module, nn.Embedding):
         return [(module.weight, 1, module.weight.shape[1], False)], ""
     return [], _why_not(node)
+
+
+def _multiplier(module: nn.Module) -> int:
+    """How many outputs a depthwise convolution makes of each channel, if it is more than one; else 0."""
+    if not isinstance(module, Convolution) or module.transposed or module.groups == 1:
+        return 0
+    alone = module.groups == module.in_channels != module.out_channels
+    return module.out_channels // module.in_channels if alone else 0
 
 
 def _why_not(node: Any) -> str:

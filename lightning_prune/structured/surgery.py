@@ -313,8 +313,9 @@ def _attributes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
     if isinstance(module, nn.Linear) and len(weight) == 2:
         return {"out_features": weight[0], "in_features": weight[1]}
     if isinstance(module, Convolution):
-        if 1 < module.groups == module.in_channels == module.out_channels:  # depthwise
-            return dict.fromkeys(("out_channels", "in_channels", "groups"), weight[0])
+        if 1 < module.groups == module.in_channels and not module.transposed:  # depthwise
+            groups = weight[0] * module.in_channels // module.out_channels
+            return {"out_channels": weight[0], "in_channels": groups, "groups": groups}
         first, second = weight[:2]
         if module.transposed:
             return {"in_channels": first, "out_channels": second * module.groups}
