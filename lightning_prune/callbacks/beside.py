@@ -43,12 +43,26 @@ def compare_anew(trainer: Trainer) -> None:
     for stopper in trainer.early_stopping_callbacks:
         stopper.wait_count = 0
         stopper.best_score = _worst("min" if stopper.monitor_op == torch.lt else "max")
-    for checkpoint in trainer.checkpoint_callbacks:
-        if isinstance(checkpoint, ModelCheckpoint) and "{round" in (checkpoint.filename or ""):
-            checkpoint.best_k_models = {}
-            checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
-            checkpoint.best_model_score = checkpoint.current_score = None
-            checkpoint.kth_value = _worst(checkpoint.mode)
+    for checkpoint in _of_rounds(trainer):
+        checkpoint.best_k_models = {}
+        checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
+        checkpoint.best_model_score = checkpoint.current_score = None
+        checkpoint.kth_value = _worst(checkpoint.mode)
+
+
+def best_of_round(trainer: Trainer) -> tuple[float | None, str]:
+    """What the first `ModelCheckpoint` that compares within rounds monitors, at its best, and the file."""
+    for checkpoint in _of_rounds(trainer):
+        if path := checkpoint.best_model_path:
+            score = checkpoint.best_model_score
+            return None if score is None else float(score), str(path)
+    return None, ""
+
+
+def _of_rounds(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Those whose files are named by the round."""
+    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return [c for c in checkpoints if "{round" in (c.filename or "")]
 
 
 def _worst(mode: str) -> Tensor:

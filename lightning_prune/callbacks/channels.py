@@ -93,6 +93,7 @@ class StructuredChannelPruning(MaskedTraining):
             `{"average.module.*": "net.*"}`; they lose the channels of their originals.
         calibrate: number of training batches from which the statistics of batch normalizations are taken anew
             after each pruning; 0: they are left as they are.
+        end_round_on_early_stop: as that of `IterativeMagnitudePruning`.
 
     Channels that layers in no optimizer make stay, unless `include` names them.
 
@@ -131,6 +132,7 @@ class StructuredChannelPruning(MaskedTraining):
         verify: bool = True,
         follow: dict[str, str] | None = None,
         calibrate: int = 0,
+        end_round_on_early_stop: bool = False,
     ) -> None:
         if remove not in ("end", "each_round"):
             raise ValueError(f"remove={remove!r}: allowed are 'end' and 'each_round'.")
@@ -148,6 +150,7 @@ class StructuredChannelPruning(MaskedTraining):
             exclude=exclude,
             save_sparse=save_sparse,
             verify=verify,
+            end_round_on_early_stop=end_round_on_early_stop,
             key={},
         )
         self.schedule = OneShot(0.3) if schedule is None else schedule

@@ -12,6 +12,7 @@ from typing_extensions import final
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.beside import mask_averages
 from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
+from lightning_prune.callbacks.patience import RoundPatience
 from lightning_prune.holding import Handle, check_fit, mixes_weights
 from lightning_prune.masks import Masks
 from lightning_prune.shards import is_sharded
@@ -36,6 +37,7 @@ class Fit:
         looked: whether the dead weights were looked at after the first step of the round.
         late: whether the state of a checkpoint came after the fit had started.
         explained: whether it was said why there are fewer prunings than were asked for.
+        patience: of `EarlyStopping`, where that ends a round.
     """
 
     def __init__(self, trainer: Trainer, before: Mapping[str, Any]) -> None:
@@ -49,6 +51,7 @@ class Fit:
         self.looked = False
         self.explained = False
         self.late = False
+        self.patience: RoundPatience | None = None
         self._handle: Handle | None = None
         self._optimizers: list[optim.Optimizer] = []  # that the hold watches
         self._ours: WholeCheckpointIO | None = None
@@ -104,6 +107,8 @@ class Fit:
 
     def leave(self) -> None:
         """Take away everything that acts on module, optimizers, strategy or trainer."""
+        if self.patience is not None:
+            self.patience.give_back()
         if self._handle is not None:
             self._handle.remove()
         strategy = self.trainer.strategy

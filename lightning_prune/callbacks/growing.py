@@ -89,6 +89,7 @@ class DynamicSparseTraining(MaskedTraining):
     """
 
     _unit = "weights"
+    tabulates = False  # there are many updates
 
     def __init__(
         self,

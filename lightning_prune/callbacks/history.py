@@ -1,8 +1,15 @@
 """History: one row for each round that is over."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_prune.masks import Masks, alive
+from lightning_prune.pruning import budget
+from lightning_prune.tables import table
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,9 @@ class RoundRecord:
         steps: optimizer steps of the fit in which it ended.
         metrics: what was logged last, of one number each. A mean over an epoch within which the fit was
             resumed is over the batches since, as Lightning logs it.
+        best: the best value in it of what a `ModelCheckpoint` monitors that keeps the best of each round,
+            None where none does.
+        checkpoint: the file in which that one kept it; empty where none did.
     """
 
     round: int
@@ -25,10 +35,17 @@ class RoundRecord:
     total: int
     steps: int
     metrics: dict[str, float]
+    best: float | None = None
+    checkpoint: str = ""
 
 
 def with_round(
-    history: list[RoundRecord], round: int, units: Masks, steps: int, metrics: dict[str, float]
+    history: list[RoundRecord],
+    round: int,
+    units: Masks,
+    steps: int,
+    metrics: dict[str, float],
+    kept: tuple[float | None, str] = (None, ""),
 ) -> list[RoundRecord]:
     """The history and a row of this round, as it is now.
 
@@ -41,5 +58,68 @@ def with_round(
     sparsity = (total - left) / total if total else 0.0
     return [
         *(r for r in history if r.round < round),
-        RoundRecord(round, sparsity, left, total, steps, metrics),
+        RoundRecord(round, sparsity, left, total, steps, metrics, *kept),
     ]
+
+
+@dataclass(frozen=True)
+class _Line:
+    round: int
+    sparsity: str
+    alive: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Best:
+    round: int
+    sparsity: str
+    alive: int
+    steps: int
+    best: str
+    checkpoint: str
+
+
+def tell(history: Sequence[RoundRecord]) -> None:
+    """Show the rows as a table, with the best of each round where some round has kept one."""
+    lines: list[_Line | _Best] = []
+    for row in history:
+        line = row.round, f"{100 * row.sparsity:.2f} %", row.alive, row.steps
+        if any(other.checkpoint for other in history):
+            best = "-" if row.best is None else f"{row.best:.4g}"
+            lines.append(_Best(*line, best, Path(row.checkpoint).name or "-"))
+        else:
+            lines.append(_Line(*line))
+    log.info(table("the rounds:", lines).rstrip())
+
+
+def best_checkpoint(history: Sequence[RoundRecord], round: int | None, sparsity: float | None) -> Path:
+    """The file of the best checkpoint of a round, or of the first round that is as sparse as asked for.
+
+    Raises:
+        ValueError: when both are given, there is no such round, or it kept no file.
+    """
+    if round is not None and sparsity is not None:
+        raise ValueError(f"round={round}, sparsity={sparsity}: allowed is one of them. Leave one out.")
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity}: allowed are fractions from 0 to 1, such as 0.9.")
+    rows = [
+        row
+        for row in history
+        if (round is None or row.round == round)
+        and (sparsity is None or row.alive <= budget(sparsity, row.total))
+    ]
+    if not rows:
+        asked = f"round={round}" if sparsity is None else f"sparsity={sparsity}"
+        there = ", ".join(f"{row.round} ({row.sparsity:.4f})" for row in history) or "none"
+        raise ValueError(
+            f"{asked}: no round was so. Allowed are those there were, with their sparsities: {there}."
+        )
+    row = rows[-1] if sparsity is None else rows[0]
+    if not row.checkpoint:
+        raise ValueError(
+            f"round {row.round} has no checkpoint of its own. Allowed are rounds of a fit with a "
+            "ModelCheckpoint that names its files by them. Add ModelCheckpoint(filename='{round:.0f}', "
+            "monitor=<a metric>)."
+        )
+    return Path(row.checkpoint)

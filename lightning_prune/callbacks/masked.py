@@ -17,12 +17,13 @@ from typing_extensions import override
 
 from lightning_prune import doctor
 from lightning_prune.callbacks import _lightning, home, resumption
-from lightning_prune.callbacks.beside import averaging_of, compare_anew, show
+from lightning_prune.callbacks.beside import averaging_of, best_of_round, compare_anew, show
 from lightning_prune.callbacks.checkpoints import make_plain
 from lightning_prune.callbacks.fits import Fit, reads_gradients
-from lightning_prune.callbacks.history import RoundRecord, with_round
+from lightning_prune.callbacks.history import RoundRecord, best_checkpoint, tell, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.networks import taken_up
+from lightning_prune.callbacks.patience import RoundPatience
 from lightning_prune.callbacks.ranks import check_ranks, decided, decided_masks, together
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
@@ -54,6 +55,7 @@ class MaskedTraining(Callback, ABC):
     """
 
     _unit: ClassVar[str]  # what sparsity counts, in the plural
+    tabulates: ClassVar[bool] = True  # whether a fit that ends shows `history`
 
     def __init__(
         self,
@@ -66,7 +68,12 @@ class MaskedTraining(Callback, ABC):
         save_sparse: str | Path | None,
         verify: bool,
         key: Mapping[str, Any],
+        end_round_on_early_stop: bool = False,
     ) -> None:
+        if not isinstance(end_round_on_early_stop, bool):
+            raise ValueError(
+                f"end_round_on_early_stop={end_round_on_early_stop!r}: allowed are True and False. Give one."
+            )
         whole("rounds", rounds, 0)
         whole("every_n_epochs", every_n_epochs, 1)
         if every_n_train_steps is not None:
@@ -82,6 +89,7 @@ class MaskedTraining(Callback, ABC):
         if save_sparse is not None:
             storage.libraries()  # Import now, so that a missing package fails before training.
         self.verify = verify
+        self.end_round_on_early_stop = end_round_on_early_stop
 
         self.masks: Masks = {}
         self.removed = 0
@@ -125,6 +133,23 @@ class MaskedTraining(Callback, ABC):
         if self._counted is None or self._counted[0] is not units:
             self._counted = units, alive(units)
         return self._counted[1]
+
+    @property
+    def varies_rounds(self) -> bool:
+        """Whether rounds may have other lengths than the arguments say."""
+        return self.end_round_on_early_stop
+
+    def best(self, round: int | None = None, sparsity: float | None = None) -> Path:
+        """The file of the best checkpoint of a round, by a `ModelCheckpoint` whose file name has `{round`.
+
+        Args:
+            round: which one; None: the last.
+            sparsity: instead, the first round at least as sparse, in [0, 1].
+
+        Raises:
+            ValueError: when both are given, when there is no such round, and when it kept no file.
+        """
+        return best_checkpoint(self.history, round, sparsity)
 
     @property
     def steps_per_round(self) -> int | float:
@@ -294,12 +319,32 @@ class MaskedTraining(Callback, ABC):
             self._running.late = False
             self.on_fit_start(trainer, pl_module)
         self._running.begun = True
+        self._wait(trainer)
         if self.resumption is None:  # Lightning restores its counters just before this hook.
             self._at = self._at.on(self.clock(trainer), trainer.global_step)
         elif next(c for c in _lightning.callbacks_of(trainer) if isinstance(c, MaskedTraining)) is self:
             self._running.epoch = self.resumption.on_train_start(trainer, pl_module)
         self.resumption = None
         self._say_if_short(trainer)
+
+    def _wait(self, trainer: Trainer) -> None:
+        """Let `EarlyStopping` end this round instead of the fit, if it is to and another one follows."""
+        fit = self._running
+        if fit.patience is not None:
+            fit.patience.give_back()
+        fit.patience = RoundPatience(trainer) if self.end_round_on_early_stop and not self.is_last() else None
+
+    def _patience_is_due(self) -> None:
+        if self._fit is not None and self._fit.patience is not None:
+            self._fit.patience.due = True
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._patience_is_due()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._patience_is_due()
 
     def _say_if_short(self, trainer: Trainer) -> None:
         """Say at the start of a fit that it has no room for all prunings, where that can be known."""
@@ -324,6 +369,7 @@ class MaskedTraining(Callback, ABC):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_epoch(trainer)
+        self._end_if_exhausted(trainer)
         self._begin_round_if_due(trainer, pl_module)
 
     def _begin_epoch(self, trainer: Trainer) -> None:
@@ -344,6 +390,8 @@ class MaskedTraining(Callback, ABC):
             self._open(trainer, pl_module)
         # Here too: rounds in steps begin within an epoch, and a checkpoint of an epoch's last batch resumes
         # here.
+        if self._at.clock is Clock.STEPS:
+            self._end_if_exhausted(trainer)
         self._begin_round_if_due(trainer, pl_module)
         if fit.announce or (trainer.global_step + 1) % _lightning.log_interval(trainer) == 0:
             self._show(trainer)
@@ -364,6 +412,14 @@ class MaskedTraining(Callback, ABC):
             values |= {f"density/{name}": alive({name: m}) / m.numel() for name, m in self.masks.items()}
         fit.announce = False
         show(trainer, {"round": float(self.round), "sparsity": self.sparsity}, values)
+
+    def _end_if_exhausted(self, trainer: Trainer) -> None:
+        """Rounds that `EarlyStopping` ends: this one now, if its patience is; the last has its own length."""
+        patience = self._running.patience
+        if patience is not None and patience.due and patience.is_exhausted(trainer):
+            self._at = self._at.ending(self.clock(trainer))
+        if self.varies_rounds and self.is_last() and self.is_over(trainer):
+            self.stop(trainer, "it has the length of a round.")
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_last() or not self.is_over(trainer):
@@ -422,6 +478,7 @@ class MaskedTraining(Callback, ABC):
     def _begun(self, trainer: Trainer) -> None:
         """A round has begun with its masks on: what is compared from here on, and what is said."""
         compare_anew(trainer)
+        self._wait(trainer)
         left = alive(self._units)
         log.info(
             f"round {self.round} of {self.rounds}: pruned {self.removed}, "
@@ -463,10 +520,11 @@ class MaskedTraining(Callback, ABC):
         together(trainer, lambda: doctor.report(doctor.awake(fit.params, self.masks, advice)))
 
     def _record(self, trainer: Trainer) -> None:
-        """Add the round that is over to the history; a round that goes on in another fit replaces its row."""
+        """Add the round that is over to the history; one that goes on in another fit replaces its row."""
         steps = trainer.global_step - self._at.step
         metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
-        self.history = with_round(self.history, self.round, self._units, steps, metrics)
+        kept = best_of_round(trainer)
+        self.history = with_round(self.history, self.round, self._units, steps, metrics, kept)
 
     # -------------------------------------------------------------------- wherever weights leave the training
 
@@ -483,6 +541,8 @@ class MaskedTraining(Callback, ABC):
             self._fit.apply()
         if self.verify:
             together(trainer, lambda: doctor.report(self._doubts(trainer, checkpoint)))
+        if self._fit and self._fit.patience:
+            self._fit.patience.write(checkpoint)
         if not self.resumption and "callbacks" in checkpoint:
             resumption.complete(trainer, checkpoint["callbacks"][self.state_key]["resumption"], checkpoint)
         make_plain(checkpoint, pl_module)
@@ -513,6 +573,7 @@ class MaskedTraining(Callback, ABC):
         if self.resumption and not self._running.begun:  # a finished run, of which no batch was left
             steps = trainer.global_step - self._at.step
             self.history = with_round(self.history, self.round, self._units, steps, self.resumption.metrics)
+        self._tell_history(trainer)
         self._leave()
         settle(pl_module)
         for name, mask in self.masks.items():  # whatever other callbacks did when training ended
@@ -525,6 +586,15 @@ class MaskedTraining(Callback, ABC):
                 path.parent.mkdir(parents=True, exist_ok=True)
             storage.save_sparse(pl_module.state_dict(), path)
         home.write_home(trainer, self, self._home)
+
+    def _tell_history(self, trainer: Trainer) -> None:
+        """As a fit ends: what its rounds came to. The last checkpoint may have been written just now."""
+        if not self._running.begun or _lightning.is_a_trial(trainer):
+            return
+        best, path = best_of_round(trainer)
+        self.history = [*self.history[:-1], replace(self.history[-1], best=best, checkpoint=path)]
+        if self.round and self.tabulates:
+            tell(self.history)
 
     def _sparse_path(self, trainer: Trainer, given: str | Path) -> Path:
         """Where the sparse file goes: beside the checkpoints, unless the path is absolute."""

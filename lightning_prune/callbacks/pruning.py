@@ -95,12 +95,15 @@ class IterativeMagnitudePruning(MaskedTraining):
             and log are as asked for; a RuntimeError says what is not, and what to do.
         save_sparse: file that gets the model's `state_dict` when a fit ends, as `lightning_prune.save_sparse`
             writes it; in the folder of the checkpoints, or where an absolute path says. None: no file.
+        end_round_on_early_stop: a round but the last ends where the patience of an `EarlyStopping` would end
+            the fit; the last one ends after the length of a round, or by its patience.
 
     Attributes:
         masks: {parameter name: bool tensor, True = alive}; empty before the first fit.
         round: the round in progress.
         removed: how many weights (or units, with a granularity) the last pruning took.
-        history: one row for each round that is over: round, sparsity, alive, total, steps, metrics.
+        history: one row for each round that is over: round, sparsity, alive, total, steps, metrics, and which
+            checkpoint is its best. A fit that ends shows them as a table.
         sparsity: fraction of the prunable weights that is dead.
 
     Raises:
@@ -130,6 +133,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         save_sparse: str | Path | None = None,
         verify: bool = True,
         follow: dict[str, str] | None = None,
+        end_round_on_early_stop: bool = False,
     ) -> None:
         super().__init__(
             rounds=rounds,
@@ -139,6 +143,7 @@ class IterativeMagnitudePruning(MaskedTraining):
             exclude=exclude,
             save_sparse=save_sparse,
             verify=verify,
+            end_round_on_early_stop=end_round_on_early_stop,
             key={} if tuple(layers) == LAYERS else {"layers": list(layers)},
         )
         whole("score_batches", score_batches, 1)

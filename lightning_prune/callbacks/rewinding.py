@@ -213,7 +213,7 @@ class LotteryTicketRewind(Callback):
 
     def _check_averaging(self, trainer: Trainer, pruner: MaskedTraining) -> None:
         """Averaging replaces the scheduler as it starts, so there is no way back from there."""
-        every, regular = pruner.every_n_epochs, not self.varies_rounds
+        every, regular = pruner.every_n_epochs, not (self.varies_rounds or pruner.varies_rounds)
         if pruner.every_n_train_steps is None and regular:
             for averaging in averaging_of(trainer):
                 begin = [r * every for r in range(1, pruner.rounds + 1)]
@@ -240,7 +240,8 @@ class LotteryTicketRewind(Callback):
             fit, round = end_of_fit(trainer, clock), one.end(interval, per_epoch)
             more = fit - (pruner.rounds + 1) * one.first(interval, per_epoch)
             held = self.policy is rewind.fine_tune
-            goes_on = 0 < more < float("inf") and not self.varies_rounds and not held
+            varied = self.varies_rounds or pruner.varies_rounds
+            goes_on = 0 < more < float("inf") and not varied and not held
             spans[interval] = learning_rates.Span(round, round + more if goes_on else round, fit)
         learning_rates.warn_of_schedules(trainer, spans)
 

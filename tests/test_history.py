@@ -1,0 +1,191 @@
+"""What a fit tells of its rounds: history, its table, the best of a round; and patience that ends rounds."""
+
+import re
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+import lightning_prune as lp
+from tests.networks import Net, fitter, same, state
+
+BEST = {"filename": "{round:.0f}-{sparsity:.3f}", "monitor": "score", "mode": "max"}
+
+
+class Scripted(Callback):
+    """Log a score for each epoch, and note the round that it was for."""
+
+    def __init__(self, scores, pruner):
+        self.scores, self.pruner, self.rounds = scores, pruner, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.rounds.append(self.pruner.round)
+        trainer.callback_metrics["score"] = torch.tensor(float(self.scores[trainer.current_epoch]))
+
+
+def pruning(rounds=2, **options):
+    return lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.5), rounds=rounds, **options)
+
+
+def fitted(scores, folder, pruner, *others, epochs=None, ckpt_path=None, model=None):
+    torch.manual_seed(0)
+    script = Scripted(scores, pruner)
+    best = ModelCheckpoint(folder, save_on_train_epoch_end=True, **BEST)
+    trainer = fitter(pruner, script, *others, best, epochs=epochs or len(scores), enable_checkpointing=True)
+    trainer.fit(model or Net(), ckpt_path=ckpt_path)
+    return trainer, script
+
+
+def test_history_names_the_best_checkpoint_of_each_round(tmp_path):
+    pruner = pruning(every_n_epochs=2)
+    fitted([1, 5, 4, 3, 1, 2], tmp_path, pruner)
+    assert [row.best for row in pruner.history] == [5, 4, 2]
+    for row, epoch in zip(pruner.history, [1, 2, 5], strict=True):
+        file = torch.load(pruner.best(round=row.round))
+        assert file["epoch"] == epoch
+        bare = Net()
+        bare.load_state_dict(file["state_dict"])
+        dead = sum(int((bare.get_parameter(name) == 0).sum()) for name in pruner.masks)
+        assert dead >= row.total - row.alive
+    assert pruner.best() == pruner.best(round=2)
+    assert pruner.best(sparsity=0.5) == pruner.best(round=1)
+    assert pruner.best(sparsity=0.6) == pruner.best(round=2)
+    assert pruner.best(sparsity=0) == pruner.best(round=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"round": 3}, r"round=3: no round was so\. Allowed are .*: 0 \(0\.0000\), 1 \(0\.5"),
+        ({"sparsity": 0.9}, r"sparsity=0\.9: no round was so"),
+        ({"sparsity": 1.5}, "sparsity=1.5: allowed are fractions"),
+        ({"round": 1, "sparsity": 0.5}, "allowed is one of them"),
+    ],
+    ids=str,
+)
+def test_a_round_that_was_not_has_no_best(asked, said, tmp_path):
+    pruner = pruning()
+    with pytest.raises(ValueError, match="there were, with their sparsities: none"):
+        pruner.best()
+    fitted([1, 2, 3], tmp_path, pruner)
+    with pytest.raises(ValueError, match=said):
+        pruner.best(**asked)
+
+
+def test_without_a_checkpoint_of_each_round_it_is_said_how_to_have_one():
+    pruner = pruning()
+    fitter(pruner, epochs=3).fit(Net())
+    with pytest.raises(ValueError, match=r"round 2 has no checkpoint.*ModelCheckpoint\(filename='{round"):
+        pruner.best()
+    assert [(row.best, row.checkpoint) for row in pruner.history] == [(None, "")] * 3
+
+
+def test_a_fit_that_ends_shows_its_rounds(tmp_path, caplog):
+    pruner = pruning()
+    with caplog.at_level("INFO", logger="lightning_prune"):
+        fitted([1, 5, 4], tmp_path, pruner)
+    told = caplog.messages[-1].splitlines()
+    assert told[0] == "the rounds:"
+    assert re.split(r"\s{2,}", told[1].strip()) == [
+        "round",
+        "sparsity",
+        "alive",
+        "steps",
+        "best",
+        "checkpoint",
+    ]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in told[3:]]
+    for row, line in zip(pruner.history, rows, strict=True):
+        name = f"round={row.round}-sparsity={row.sparsity:.3f}.ckpt"
+        percent = f"{100 * row.sparsity:.2f} %"
+        assert line == [str(row.round), percent, str(row.alive), "3", f"{row.best:.4g}", name]
+
+
+def test_a_resumed_fit_knows_the_checkpoints_of_earlier_rounds(tmp_path):
+    straight = pruning()
+    fitted([1, 5, 4], tmp_path / "a", straight)
+    resumed = pruning()
+    fitted([1, 5, 4], tmp_path / "a", resumed, ckpt_path=straight.best(round=1))
+    assert [(r.best, r.checkpoint) for r in resumed.history[:2]] == [
+        (r.best, r.checkpoint) for r in straight.history[:2]
+    ]
+
+
+# --- patience that ends rounds ---
+
+
+def stopping(**options):
+    return EarlyStopping("score", mode="max", patience=2, check_on_train_epoch_end=True, **options)
+
+
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 5}, {"every_n_train_steps": 15}], ids=str)
+@pytest.mark.parametrize("rewind", [False, True])
+def test_patience_ends_a_round_and_in_the_last_round_the_fit(clock, rewind, tmp_path):
+    pruner, stopper = pruning(**clock, end_round_on_early_stop=True), stopping()
+    others = [lp.LotteryTicketRewind()] if rewind else []
+    #         round 0    round 1         round 2
+    scores = [5, 4, 3] + [2, 3, 1, 1] + [9, 8, 7] + [0] * 10
+    trainer, script = fitted(scores, tmp_path, pruner, stopper, *others)
+    assert script.rounds == [0] * 3 + [1] * 4 + [2] * 3
+    assert [row.best for row in pruner.history] == [5, 3, 9]
+    assert stopper.patience == 2
+    assert stopper.stopped_epoch == 9
+    assert trainer.current_epoch == 10
+
+
+def test_a_round_that_goes_on_improving_has_its_length_and_so_has_the_last(tmp_path):
+    pruner = pruning(every_n_epochs=3, end_round_on_early_stop=True)
+    _, script = fitted(range(30), tmp_path, pruner, stopping())
+    assert script.rounds == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_rounds_that_patience_ends_are_those_of_a_fit_with_that_length(tmp_path):
+    pruner = pruning(every_n_epochs=9, end_round_on_early_stop=True)
+    trainer, _ = fitted([1, 0, 0] * 3, tmp_path / "a", pruner, stopping(), lp.LotteryTicketRewind())
+    oracle = pruning(every_n_epochs=3)
+    expected, _ = fitted([1, 0, 0] * 3, tmp_path / "b", oracle, lp.LotteryTicketRewind())
+    assert same(pruner.masks, oracle.masks)
+    assert same(state(trainer)["params"], state(expected)["params"])
+
+
+@pytest.mark.parametrize("epoch", range(6))
+def test_resume_equals_straight_run_where_patience_ends_rounds(epoch, tmp_path):
+    def run(folder, ckpt_path=None):
+        pruner = pruning(every_n_epochs=5, end_round_on_early_stop=True)
+        every = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer, _ = fitted([1, 0, 0] * 3, folder, pruner, stopping(), every, ckpt_path=ckpt_path)
+        return pruner, trainer
+
+    straight, trainer = run(tmp_path / "a")
+    saved = tmp_path / "a" / f"epoch={epoch}.ckpt"
+    kept = next(v for k, v in torch.load(saved)["callbacks"].items() if k.startswith("EarlyStopping"))
+    assert kept["patience"] == 2
+    resumed, again = run(tmp_path / "b", saved)
+    assert same(resumed.masks, straight.masks)
+    assert same(state(again)["params"], state(trainer)["params"])
+    assert [(r.round, r.steps) for r in resumed.history] == [(r.round, r.steps) for r in straight.history]
+
+
+def test_what_is_no_matter_of_patience_still_ends_the_fit(tmp_path):
+    pruner = pruning(every_n_epochs=5, end_round_on_early_stop=True)
+    stopper = stopping(check_finite=True)
+    _, script = fitted([1, float("nan"), 1, 1], tmp_path, pruner, stopper)
+    assert script.rounds == [0, 0]
+    assert stopper.patience == 2
+
+
+def test_a_fit_that_fails_gives_patience_back(tmp_path):
+    class Fails(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            raise KeyError("no")
+
+    pruner, stopper = pruning(end_round_on_early_stop=True), stopping()
+    with pytest.raises(KeyError):
+        fitted([1, 1], tmp_path, pruner, stopper, Fails())
+    assert stopper.patience == 2
+
+
+def test_only_yes_or_no_says_whether_patience_ends_rounds():
+    with pytest.raises(ValueError, match="end_round_on_early_stop='yes': allowed are True and False"):
+        pruning(end_round_on_early_stop="yes")
