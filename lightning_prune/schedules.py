@@ -117,6 +117,49 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Amounts:
+    """Prune what a function says: of what is left, a fraction or a number of units.
+
+    It is what Lightning's `ModelPruning` takes as `amount`: called with the round that is over, counted from
+    0, which there is the epoch.
+
+    >>> halves = Amounts(lambda over: 0.5 if over < 2 else 0)
+    >>> [halves(round, scores={"w": torch.rand(100)}) for round in range(4)]
+    [0.0, 0.5, 0.75, 0.75]
+    >>> Amounts(lambda over: 3)(round=2, scores={"w": torch.rand(10)})
+    0.6
+
+    Args:
+        amount: round -> a fraction of what is left, in [0, 1], as float, or a number of units, 0 or more, as
+            int. When nothing would be left, the fit ends.
+
+    Raises:
+        ValueError: when it is no function, or, as it is asked, what it says is not allowed.
+    """
+
+    amount: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        if not callable(self.amount):
+            raise ValueError(
+                f"amount={self.amount!r}: allowed are functions of the round. For the same amount in each, "
+                "take Geometric(rate) for a fraction or TopK(count) for a number."
+            )
+
+    def __call__(self, round: int, scores: Scores) -> float:
+        left = size = _size(scores)
+        for over in range(round):
+            amount = self.amount(over)
+            if isinstance(amount, bool) or not 0 <= amount <= (1 if isinstance(amount, float) else size):
+                raise ValueError(
+                    f"amount({over})={amount!r}: allowed are fractions from 0 to 1 as float, such as 0.2, "
+                    f"and whole numbers from 0 to {size}."
+                )
+            left -= min(left, _of(amount, left))
+        return 1 - left / size if size else 0.0
+
+
+@dataclass(frozen=True)
 class Linear:
     """From `initial` to `sparsity` in equal steps: initial + (sparsity - initial) * x.
 
@@ -371,6 +414,11 @@ class Bucket:
         over = (living.sort().values.cumsum(0) > self.beta).nonzero()
         kept = len(living) - int(over[0]) if len(over) else 0
         return 1 - kept / _size(scores)
+
+
+def _of(amount: float, left: int) -> int:
+    """So many units, or such a fraction of those that are left, rounded as torch rounds it."""
+    return round(amount * left) if isinstance(amount, float) else amount
 
 
 def _size(scores: Scores) -> int:

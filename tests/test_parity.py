@@ -7,6 +7,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 from torch.nn.utils import prune as peer
 
@@ -14,8 +16,10 @@ import lightning_prune as lp
 from lightning_prune.allocation import AtLeast, uniform
 from lightning_prune.criteria import Random
 from lightning_prune.granularity import Filter
+from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks
 from tests import reference_methods as oracle
+from tests.networks import Net, fitter
 
 LAYERS = [lambda: nn.Linear(40, 30), lambda: nn.Conv2d(6, 10, 3), lambda: nn.Conv1d(8, 10, 5)]
 AMOUNTS = [0.1, 0.25, 0.5, 0.9]
@@ -117,3 +121,57 @@ def test_open_lth_removes_one_weight_more_and_is_the_same_otherwise():
         extra = {n: ours[n] & ~expected[n] for n in ours}
         assert [float(weights[n][e].abs()) for n, e in extra.items() if bool(e.any())] == [cut]
         assert not any(bool((expected[n] & ~ours[n]).any()) for n in ours)
+
+
+class Counted(Callback):
+    """How many weights are alive as each epoch but the first begins."""
+
+    def __init__(self, count):
+        self.count, self.seen = count, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not batch_idx and trainer.current_epoch:
+            self.seen.append(self.count(pl_module))
+
+
+@pytest.mark.parametrize("lottery", [False, True])
+@pytest.mark.parametrize(
+    ("amount", "schedule"),
+    [
+        (0.2, lp.schedules.Geometric(0.2)),
+        (60, lp.schedules.TopK(60)),
+        (
+            lambda epoch: 0.5 if epoch < 2 else 0.1,
+            lp.schedules.Amounts(lambda over: 0.5 if over < 2 else 0.1),
+        ),
+        (lambda epoch: [50, 0.25, 0, 7][epoch], lp.schedules.Amounts(lambda over: [50, 0.25, 0, 7][over])),
+    ],
+    ids=["fraction", "number", "function", "fractions and numbers"],
+)
+def test_the_sparsities_of_model_pruning_epoch_by_epoch(amount, schedule, lottery):
+    """With `lottery` weights are reset after each pruning, which changes no count."""
+    model = Net()
+    layers = [(model.get_submodule(name), "weight") for name in ("stem", "body", "head")]
+    theirs = Counted(lambda m: sum(int(b.sum()) for n, b in m.named_buffers() if n.endswith("weight_mask")))
+    peer = ModelPruning("l1_unstructured", layers, amount=amount, use_lottery_ticket_hypothesis=lottery)
+    quiet = {"epochs": 4, "enable_checkpointing": False}
+    fitter(peer, theirs, **quiet).fit(model)
+    pruner = lp.IterativeMagnitudePruning(schedule, rounds=3)
+    ours = Counted(lambda m: alive(pruner.masks))
+    fitter(pruner, *[lp.LotteryTicketRewind()] * lottery, ours, **quiet).fit(Net())
+    assert ours.seen == theirs.seen
+    assert len(set(ours.seen)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("amount", "said"),
+    [
+        (0.2, "amount=0.2: allowed are functions of the round.*Geometric"),
+        (lambda over: 1.5, r"amount\(0\)=1.5: allowed are fractions from 0 to 1 as float"),
+        (lambda over: -1, r"amount\(0\)=-1: .* whole numbers from 0 to 10"),
+        (lambda over: True, r"amount\(0\)=True: allowed"),
+    ],
+)
+def test_amounts_that_are_none(amount, said):
+    with pytest.raises(ValueError, match=said):
+        lp.schedules.Amounts(amount)(1, {"w": torch.rand(10)})
