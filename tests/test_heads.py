@@ -149,6 +149,26 @@ def test_what_each_head_has_of_its_own_goes_with_it(name):
     assert far(model, twin, x) < 1e-5
 
 
+def test_what_is_kept_for_evaluation_is_that_of_the_cut_network():
+    """Biases of positions, which are computed once in evaluation."""
+    timm = pytest.importorskip("timm")
+    model, x = (
+        randomized(timm.create_model("tiny_vit_5m_224", depths=(1, 1, 1, 1))),
+        torch.randn(1, 3, 64, 64),
+    )
+    outputs(model, x)
+    kept = [m for m in model.modules() if getattr(m, "attention_bias_cache", None)]
+    assert kept
+    found = couplings(model, x)
+    assert any(c.structure == ("heads",) for c in found.values())
+    removed = structure.cut_of(found, one_less(found))
+    twin = masked(model, removed)
+    twin.train().eval()  # which forgets
+    cut(model, removed)
+    assert not any(m.training for m in model.modules())
+    assert far(model, twin, x) < 1e-5
+
+
 # ---------------------------------------------------------------------------- nn.MultiheadAttention
 
 

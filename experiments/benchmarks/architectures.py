@@ -144,7 +144,11 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Phi3": {**WORDS, "num_key_value_heads": 2},
     "Qwen2": {**WORDS, "num_key_value_heads": 2},
     "Qwen3": {**WORDS, "num_key_value_heads": 2, "head_dim": 12},
-    "StableLm": WORDS,
+    "StableLm": {
+        **WORDS,
+        "num_key_value_heads": 4,
+        "hidden_size": 64,
+    },
     "Starcoder2": {**WORDS, "num_key_value_heads": 2},
 }
 VISION: dict[str, dict[str, Any]] = {
@@ -385,6 +389,7 @@ def one(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
     randomize(model.eval())
     kinds = {type(m).__name__.lower() for m in model.modules()}
     normed = any("layernorm" in kind or "rmsnorm" in kind for kind in kinds)
+    normed |= any(isinstance(m, nn.GroupNorm) and m.num_groups == 1 for m in model.modules())
     attentions = [m for m in model.modules() if "attention" in type(m).__name__.lower()]
     attends = any(True for m in attentions for _ in m.parameters())
     record: dict[str, Any] = {"name": name, "expected": "15 %" if normed or attends else "35 %"}

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structured.multihead import FewerHeads
-from lightning_prune.structured.surgery import Site
+from lightning_prune.structured.surgery import Site, forget
 from lightning_prune.structured.trial import copied, run, tensors_in
 from lightning_prune.structured.units import HEADS, Coupling, Couplings, is_maker, out_dimension, parameter
 
@@ -36,6 +36,8 @@ def attention_heads(model: nn.Module, example: Any) -> Couplings:
     """
     with torch.no_grad(), _Watch(_batch(example)) as watch:
         run(model, example)
+    for module in model.modules():
+        forget(module)
     if not watch.multiplied:
         return _multihead(model)
     model = copied(model)  # which may keep a graph of what follows

@@ -29,7 +29,7 @@ NOT_SLICED = (optim.LBFGS, optim.Adafactor)
 # What attentions call the number of their heads, and the channels that all of these have together.
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_key_value_heads")
 WIDTHS = ("attn_dim", "all_head_size", "all_head_dim", "split_size", "inner_dim", "inner_kv_dim")
-HEADS = (*COUNTS, *WIDTHS, "key_attn_dim", "val_attn_dim")
+HEADS = (*COUNTS, *WIDTHS, "key_attn_dim", "val_attn_dim", "out_dim")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ class Prepared:
         for module, values in self.attributes:
             for name, value in values.items():
                 setattr(module, name, value)
+            forget(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Let a module drop what it keeps for evaluation, as it does in `train()`: biases of attention, say."""
+    if type(module).train is not nn.Module.train:
+        modes = [(part, part.training) for part in module.modules()]
+        module.train()
+        for part, mode in modes:
+            part.training = mode
 
 
 @torch.no_grad()
