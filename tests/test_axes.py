@@ -14,10 +14,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
+from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.growing import DynamicSparseTraining
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.study import configs
 from lightning_prune.study.records import read
+from lightning_prune.study.report import report
 from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.run import check, folder_of, run
 from tests.networks import same
@@ -213,13 +215,19 @@ def test_a_kind_whose_masks_grow_is_one_round_of_its_sparsity(kind, tmp_path, im
     (row,) = read(folder / "records.jsonl")[0]
     (masks,) = masks_of(folder).values()
     assert sum(int(mask.sum()) for mask in masks.values()) == row["alive"] == 0.1 * row["total"]
+    assert same(load_masks(folder / "final.ckpt"), masks)  # a second training may start from them
     state = torch.load(folder / "final.ckpt", weights_only=True)["state_dict"]
     assert not any(bool(state[name][~mask].any()) for name, mask in masks.items())
+    report(folder.parent, out=tmp_path / "out")
+    assert "| 0 | 10.00% | " in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["seed=abc"], r"seed='?abc'?: allowed are whole numbers from 0 on"),
+        (["batch_size=0"], r"batch_size=0: allowed are whole numbers from 1 on"),
+        (["steps_per_round=0.5"], r"steps_per_round=0\.5: allowed are whole numbers from 1 on"),
         (["growth=set"], r"growth=.*: kind=ticket is not .* recorded under\. .* give kind=rigl"),
         (["kind=rigl", "criterion=movement"], r"criterion=.*movement: kind=rigl is made by no criterion"),
         (["kind=rigl", "rewind=weights"], r"rewind=.*: kind=rigl is made by no rewind"),
@@ -228,7 +236,7 @@ def test_a_kind_whose_masks_grow_is_one_round_of_its_sparsity(kind, tmp_path, im
         (["kind=rigl"], r"every_n_train_steps=100: masks stay from step 4 on, .* Lower it"),
     ],
 )
-def test_what_growth_does_not_go_with_is_refused_and_named(overrides, message, tmp_path):
+def test_what_does_not_go_together_or_is_no_number_is_refused_and_named(overrides, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(composed(*SHORT, f"runs={tmp_path}", *overrides))
     assert not list(tmp_path.glob("*/*/resume.ckpt"))

@@ -520,6 +520,63 @@ def test_a_sweep_is_reported_with_its_parameter_on_the_axis_and_claims_for_each_
     assert "Give a folder to write to" in capsys.readouterr().err
 
 
+def test_a_run_that_says_what_is_the_default_is_counted_once(swept, caplog):
+    one = swept / "ticket-1,optimizer.lr=0.001"
+    shutil.copytree(one, swept / "ticket-1,optimizer.lr=0.001,rate=0.2")
+    runs = report.load(swept)
+    assert len(runs.runs) == 8
+    assert re.search(r"is the same run as .*, and counted once", caplog.text)
+    assert all(len(runs.of(kind)) == 2 for kind in records.kinds_of(runs.records))
+
+
+def test_networks_of_several_sizes_are_reported_together(swept, capsys):
+    """A sweep over the width of a network: masks of other shapes have no overlap, all else is shown."""
+    for folder in swept.glob("*lr=0.01"):
+        for r, masks in {r: dict(its) for r, its in round_masks.masks_of(folder).items()}.items():
+            round_masks.save(folder, r, {n: m[:, :9].clone() for n, m in masks.items()})
+    out = swept.parent / "out"
+    report.main([str(swept), "--out", str(out)])
+    assert (out / "report.html").is_file()
+    charts = specs((out / "report.html").read_text())
+    whole = [
+        s for key, s in charts.items() if "overlap" in key and s.get("title") == "last round, every pair"
+    ]
+    cells = whole[0]["data"]["values"]
+    pairs = {(cell["mask"].split(" ")[-2], cell["other mask"].split(" ")[-2]) for cell in cells}
+    assert pairs == {(lr, lr) for lr in ("optimizer.lr=0.001", "optimizer.lr=0.01")}
+
+
+def test_names_that_are_long_are_whole_in_a_legend(swept):
+    out = swept.parent / "out"
+    report.main([str(swept), "--out", str(out)])
+    charts = specs((out / "report.html").read_text())
+    text = json.dumps(charts["figure-0"])
+    assert '"columns": 1' in text
+    assert "re-initialised \\u00b7 optimizer.lr=0.001" in text
+
+
+def test_a_metric_of_ones_own_is_what_the_report_shows(tmp_path):
+    folder = written(tmp_path, kinds=("ticket",), seeds=(1, 2), rounds=2)
+    for path in folder.glob("*/records.jsonl"):
+        rows = records.read(path)[0]
+        for row in rows:
+            its = {k.replace("val_loss", "val/mae"): v for k, v in row["metrics"].items() if "_acc" not in k}
+            row["metrics"] = {**its, "val/mae_at_early_stop": its["val/mae"]}
+        records.write(path, rows)
+    for path in folder.glob("*/config.yaml"):
+        path.write_text(path.read_text().replace("monitor: val_loss", "monitor: val/mae"))
+    shown = report.panels(report.load(folder))
+    assert shown == {
+        "val/mae_at_early_stop": "the lowest val/mae",
+        "val/mae": "val/mae at the end of the round",
+        "early_stop_step": "step of the lowest val/mae",
+    }
+    report.main([str(folder), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "The lowest val/mae, mean over 2 seeds" in text
+    assert "the lowest val/mae" in report.listed(report.load(folder))[0]
+
+
 def test_data_orders_of_one_seed_are_told_apart_as_seeds_are(tmp_path):
     folder = written(tmp_path, kinds=("ticket",), seeds=(1,), rounds=1)
     config = (folder / "ticket-1" / "config.yaml").read_text()

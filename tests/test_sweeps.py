@@ -341,21 +341,22 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
     assert float(cells[1][4].split()[0]) == pytest.approx(expected / 1e6, rel=0.1)
 
 
-def launched(launcher, tmp_path, *more):
-    log = tmp_path / "log"
-    short = ["rounds=1", "steps_per_round=40", "kind=ticket", "seed=1,2", *more]
+def launched(launcher, tmp_path, jobs=2):
+    log, seeds = tmp_path / "log", range(1, jobs + 1)
+    short = ["rounds=1", "steps_per_round=40", "kind=ticket", f"seed={','.join(map(str, seeds))}"]
     finished(multirun(log, tmp_path / "runs", *short, launcher=launcher), log)
-    assert set(results(tmp_path / "runs")) == {"ticket-1", "ticket-2"}
+    assert set(results(tmp_path / "runs")) == {f"ticket-{seed}" for seed in seeds}
 
 
 @posix
 @pytest.mark.parametrize(
-    ("launcher", "package"), [("parallel", "joblib"), ("submitit", "submitit"), ("ray_local", "ray")]
+    ("launcher", "package", "jobs"),
+    [("parallel", "joblib", 2), ("submitit", "submitit", 2), ("ray_local", "ray", 8)],
 )
-def test_a_sweep_runs_with_every_launcher(launcher, package, tmp_path):
+def test_a_sweep_runs_with_every_launcher(launcher, package, jobs, tmp_path):
     if find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
         pytest.skip(f"hydra-{package}-launcher is not installed")
-    launched(launcher, tmp_path)
+    launched(launcher, tmp_path, jobs)
 
 
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="there is no Slurm here")

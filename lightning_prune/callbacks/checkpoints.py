@@ -106,13 +106,14 @@ def _plain(value: Any) -> Any:
 
 
 def load_masks(path: str | Path) -> Masks:
-    """The masks in a checkpoint of an `IterativeMagnitudePruning` run, or in a file of {name: bool tensor}.
+    """The masks in a checkpoint of a callback that prunes or grows, or in a file of {name: bool tensor}.
 
     Raises:
         ValueError: when the file holds neither.
     """
     error = ValueError(
-        f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning, or a file in "
+        f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning or "
+        "DynamicSparseTraining, or a file in "
         'which torch.save put {parameter name: bool tensor}; or "zeros". Name one of these.'
     )
     try:
@@ -122,7 +123,7 @@ def load_masks(path: str | Path) -> Masks:
     if not isinstance(stored, dict):
         raise error
     for key, state in stored.get("callbacks", {}).items():
-        if key.startswith("IterativeMagnitudePruning"):
+        if key.startswith(("IterativeMagnitudePruning", "DynamicSparseTraining")):
             return unpack(state["masks"])
     if stored and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in stored.values()):
         return stored

@@ -62,13 +62,9 @@ DARK = (
     "#c9c95a",
     "#ab98e0",
 )
-PANELS = {
-    "test_acc": "test accuracy at the end of the round",
-    "test_acc_at_early_stop": "test accuracy at minimum validation loss",
-    "early_stop_step": "step of minimum validation loss",
-}
 DIFFERENCES = (-80, -40, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 40)  # ticks, in points
 HEIGHT, WIDTH = 240, 320
+LONG = 24  # letters of a name that two columns of a legend have no room for
 SEEDS = 5  # as many of a kind are compared with each other
 KINDS = 6  # as many have charts of their own
 
@@ -123,9 +119,20 @@ def finite(node: Any) -> Any:
 
 def panels(runs: Runs) -> dict[str, str]:
     """The metrics that a report shows first, {metric: label}: as the config says, or those that there are."""
+    if tables := runs.config.get("tables"):
+        return dict(tables)
     there = dict.fromkeys(name for record in runs.records for name in record["metrics"])
+    monitor = runs.config.get("monitor") or "val_loss"
+    lowest = "minimum validation loss" if monitor == "val_loss" else f"the lowest {monitor}"
+    panels = {
+        "test_acc": "test accuracy at the end of the round",
+        "test_acc_at_early_stop": f"test accuracy at {lowest}",
+    }
+    if not panels.keys() & there:
+        panels = {f"{monitor}_at_early_stop": lowest, monitor: f"{monitor} at the end of the round"}
+    panels["early_stop_step"] = f"step of {lowest}"
     own = {name: name for name in there if not name.endswith("_early_stop") and name != "censored"}
-    return dict(runs.config.get("tables") or {}) or {k: v for k, v in PANELS.items() if k in there} or own
+    return {name: label for name, label in panels.items() if name in there} or own
 
 
 # ------------------------------------------------------------------------------------------------- lines
@@ -189,7 +196,9 @@ def colour(kinds: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> alt.Color
     names, drawn = labels(kinds), {row["kind"] for row in rows}
     scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
     there = [name for name in names if name in drawn]
-    where = alt.Legend(title=None, orient="bottom", symbolOpacity=1, values=there)
+    long = max(map(len, there), default=0) > LONG  # one below another, so that each can be read whole
+    room = {"columns": 1, "labelLimit": WIDTH} if long else {}
+    where = alt.Legend(title=None, orient="bottom", symbolOpacity=1, values=there, **room)
     return alt.Color("kind:N", scale=scale, legend=where)
 
 
@@ -742,11 +751,12 @@ def overlap(runs: Runs) -> Figure | None:
     """How much masks of different seeds have in common."""
     shared: list[dict[str, Any]] = []
     chance: list[dict[str, Any]] = []
-    last: dict[str, Masks] = {}
+    last: dict[str, Mapping[int, Masks]] = {}
     charts: list[Any] = []
     for kind in kinds_of(runs.records):
         name = label_of(kind)
         its = {run.seed: run.masks for run in runs.of(kind) if run.masks}
+        its = {seed: masks for seed, masks in its.items() if _alike(masks, next(iter(its.values())))}
         its = dict(list(its.items())[:SEEDS])
         if len(its) < 2 or len(charts) == KINDS:
             continue
@@ -768,7 +778,7 @@ def overlap(runs: Runs) -> Figure | None:
             for s in some
         ]
         charts.append(heat(between, "round", "round of another seed", name, "overlap", (0, 1), "%"))
-        last |= {f"{name} {seed}": masks[max(records)] for seed, masks in its.items()}
+        last |= {f"{name} {seed}": {0: masks[max(records)]} for seed, masks in its.items()}
     if not shared:
         return None
     y = Axis("alive in both / in either", "%")
@@ -777,9 +787,10 @@ def overlap(runs: Runs) -> Figure | None:
     tip = alt.Tooltip("y:Q", title="by chance", format=".2%")
     charts.insert(0, line + expected.encode(x="x:Q", y="y:Q", tooltip=tip))
     whole = [
-        {"mask": m, "other mask": n, "overlap": jaccard(a, b)}
+        {"mask": m, "other mask": n, "overlap": jaccard(a[0], b[0])}
         for m, a in last.items()
         for n, b in last.items()
+        if _alike(a, b)
     ]
     charts.append(
         heat(whole, "mask", "other mask", "last round, every pair", "overlap", (0, 1), "%", list(last))
@@ -787,9 +798,15 @@ def overlap(runs: Runs) -> Figure | None:
     caption = (
         "Jaccard overlap of the masks of different seeds: weights alive in both over weights alive in "
         "either. Mean over pairs and 95 % interval; crosses: masks as dense in each layer, drawn at random. "
-        f"At most {SEEDS} seeds of a kind."
+        f"At most {SEEDS} seeds of a kind. Masks of networks of different sizes have none."
     )
     return Figure("overlap", "Mask overlap", caption, charts)
+
+
+def _alike(a: Mapping[int, Masks], b: Mapping[int, Masks]) -> bool:
+    """Whether the masks by round are of networks of the same weights."""
+    one, other = ({name: mask.shape for name, mask in next(iter(masks.values())).items()} for masks in (a, b))
+    return one == other
 
 
 @dataclass(frozen=True)

@@ -138,15 +138,18 @@ def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
 def listed(runs: Runs) -> list[dict[str, Cell]]:
     """A row for each run."""
     rows: list[dict[str, Cell]] = []
+    metric, label = "test_acc", "test accuracy"
+    if not any(metric in r["metrics"] for r in runs.records):
+        metric, label = next(iter(panels(runs).items()), (metric, label))
     for run in runs.runs:
         last = run.records[-1] if run.records else None
         metrics = last["metrics"] if last else {}
-        accuracy = metrics.get("test_acc")
+        value = metrics.get(metric)
         row: dict[str, Cell] = {"kind": plain_kind(run.kind), **run.parameters, "seed": run.seed}
         row["state"] = run.state
         row["rounds trained"] = len({r["round"] for r in run.records})
         row["weights left"] = f"{last['alive'] / last['total']:.2%}" if last else None
-        row["test accuracy"] = None if accuracy is None else f"{accuracy:.2%}"
+        row[label] = None if value is None else shown(metric, value)
         row["minutes"] = round(sum(r.get("seconds") or 0 for r in run.records) / 60, 1)
         row["started"] = str(run.made.get("date", ""))[:16].replace("T", " ")
         row["commit"] = str(run.made.get("commit", ""))[:10] + ("+" if run.made.get("changed") else "")
@@ -316,12 +319,16 @@ def judged(runs: Runs) -> list[Verdict]:
 
 def about(runs: Runs) -> str:
     """Of what a figure is: the experiment, and how many seeds each kind has."""
+    return f"{runs.name}, n = {_seeds_of_each(runs)}"
+
+
+def _seeds_of_each(runs: Runs) -> str:
     # What is no training names its records otherwise than its run.
     kinds = (
         kinds_of(runs.records) if any(map(runs.of, kinds_of(runs.records))) else [r.kind for r in runs.runs]
     )
     n = sorted({len({run.seed for run in runs.of(kind)}) for kind in kinds} - {0})
-    return f"{runs.name}, n = {n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} seed{'s' if n[-1] > 1 else ''}"
+    return f"{n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} seed{'s' if n[-1] > 1 else ''}"
 
 
 def seeds(runs: Runs) -> list[tuple[Any, Any]]:
@@ -358,10 +365,10 @@ def sources_of_variation(runs: Runs, metric: str) -> list[list[str]]:
 
 def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
     """The report in Markdown: tables and claims."""
-    n = len({r["seed"] for r in runs.records})
+    each = _seeds_of_each(runs)
     parts = [f"# {runs.name}\n"]
     for metric, label in tables(runs).items():
-        spread = f", mean over {n} seeds (lowest to highest)" if n > 1 else ""
+        spread = "" if each == "1 seed" else f", mean over {each} (lowest to highest)"
         parts += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(runs.records, metric))]
     metric, label = next(iter(tables(runs).items()))
     if len(rows := differences(runs.records, metric)) > 1:

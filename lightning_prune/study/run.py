@@ -134,6 +134,11 @@ def check(cfg: DictConfig) -> None:
             "it a value: "
             f"{' '.join(f'{key}=...' for key in missing)}."
         )
+    for key, such_as in (("evaluate_every", 100), ("steps_per_round", 1500), ("batch_size", 100)):
+        if key in cfg:
+            whole(key, cfg[key], 1, such_as)
+    for key in ("seed", "order_seed"):
+        whole(key, cfg[key], 0)
     if cfg.kinds is not None and cfg.kind not in cfg.kinds:
         raise ValueError(
             f"kind={cfg.kind}: {cfg.name} is no training in rounds, and has no such runs. Allowed is "
@@ -162,7 +167,6 @@ def check(cfg: DictConfig) -> None:
             )
     if cfg.after:
         controls.check(cfg)
-    whole("evaluate_every", cfg.evaluate_every, 1, such_as=100)
     whole("checkpoint_every_n_epochs", cfg.checkpoint_every_n_epochs, 0)
     if (rate := OmegaConf.select(cfg, "optimizer.lr")) is not None:
         number(

@@ -12,8 +12,9 @@ from typing import Any
 from typing_extensions import final
 
 from lightning_prune.masks import Masks
+from lightning_prune.study.configs import flattened, renamed
 from lightning_prune.study.configs import load as load_config
-from lightning_prune.study.configs import renamed
+from lightning_prune.study.names import FREE
 from lightning_prune.study.parameters import values, varying
 from lightning_prune.study.records import SEPARATOR, Record, plain_kind, read
 from lightning_prune.study.round_masks import masks_of
@@ -141,6 +142,7 @@ def load(*places: Path | str) -> Runs:
         raise SystemExit(
             f"{', '.join(map(str, places))}: no records. Run an experiment first: lightning-prune run"
         )
+    runs = once(runs)
     configured = [run for run in runs if run.config]
     kinds = [(run.kind, run.seed, run.config) for run in configured]
     keys = varying(kinds)
@@ -152,6 +154,25 @@ def load(*places: Path | str) -> Runs:
     measured = [json.loads(line) for folder in folders for line in _lines(folder / "measured.jsonl")]
     names = dict.fromkeys(run.config.get("name", config.name) for run in runs)
     return Runs(", ".join(names), runs, config, broken, measured)
+
+
+def once(runs: Sequence[Run]) -> list[Run]:
+    """These runs without those that are the same as another: of the same config, in another folder.
+
+    A command that says what is the default anyway has a folder of its own. Counted twice such a run would
+    look like another seed. The one with more records stays.
+    """
+    kept: dict[Any, Run] = {}
+    for n, run in enumerate(runs):
+        its = flattened({key: value for key, value in run.config.items() if key not in FREE})
+        same = (run.kind, run.seed, frozenset((k, str(v)) for k, v in its.items())) if its else n
+        other = kept.setdefault(same, run)
+        if other is run:
+            continue
+        if (run.state == "finished", len(run.records)) > (other.state == "finished", len(other.records)):
+            kept[same], run, other = run, other, run
+        log.warning("%s is the same run as %s, and counted once.", run.folder, other.folder)
+    return list(kept.values())
 
 
 def orders(runs: Sequence[Run]) -> None:
