@@ -197,7 +197,7 @@ def colour(kinds: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> alt.Color
     scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
     there = [name for name in names if name in drawn]
     long = max(map(len, there), default=0) > LONG  # one below another, so that each can be read whole
-    room = {"columns": 1, "labelLimit": WIDTH} if long else {}
+    room: dict[str, Any] = {"columns": 1, "labelLimit": WIDTH} if long else {}
     where = alt.Legend(title=None, orient="bottom", symbolOpacity=1, values=there, **room)
     return alt.Color("kind:N", scale=scale, legend=where)
 

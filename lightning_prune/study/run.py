@@ -135,7 +135,7 @@ def check(cfg: DictConfig) -> None:
             f"{' '.join(f'{key}=...' for key in missing)}."
         )
     for key, such_as in (("evaluate_every", 100), ("steps_per_round", 1500), ("batch_size", 100)):
-        if key in cfg:
+        if cfg.get(key) is not None:  # what is no training may have none
             whole(key, cfg[key], 1, such_as)
     for key in ("seed", "order_seed"):
         whole(key, cfg[key], 0)
