@@ -305,10 +305,6 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"up_block_types": ("UpDecoderBlock2D",) * 2},
         {"sample": (1, 3, 16, 16)},
     ),
-    "UNet1DModel": (
-        {"sample_size": 64, "block_out_channels": (32, 32, 64)},
-        {"sample": (1, 2, 64), "timestep": ()},
-    ),
     "DiTTransformer2DModel": (
         {
             "num_attention_heads": 4,
