@@ -445,6 +445,7 @@ def test_the_difference_from_dense_is_paired_by_seed_and_has_a_scale_of_its_own(
         less = [100 * (accs[kind, s, 2] - accs["ticket", s, 0]) for s in (1, 2, 3)]
         assert rows[label, 2] == pytest.approx(statistics.fmean(less))
     assert '"type":"symlog"' in json.dumps(specs(html)["from_dense-0"], separators=(",", ":"))
+    assert '"labelOverlap": false' in json.dumps(specs(html)["from_dense-0"])  # the tick at 0 stays
 
 
 def test_a_picture_says_of_which_runs_it_is_how_many_and_what_the_band_means(reported):
@@ -544,6 +545,15 @@ def test_networks_of_several_sizes_are_reported_together(swept, capsys):
     cells = whole[0]["data"]["values"]
     pairs = {(cell["mask"].split(" ")[-2], cell["other mask"].split(" ")[-2]) for cell in cells}
     assert pairs == {(lr, lr) for lr in ("optimizer.lr=0.001", "optimizer.lr=0.01")}
+
+
+def test_a_network_that_is_sparse_from_the_first_step_is_no_dense_one(tmp_path):
+    folder = written(tmp_path, kinds=("rigl",), seeds=(1, 2), rounds=0)
+    for path in folder.glob("*/records.jsonl"):
+        records.write(path, [{**row, "alive": row["total"] // 10} for row in records.read(path)[0]])
+    runs = report.load(folder)
+    assert figures.from_dense(runs) is None
+    assert figures.relative_loss(runs) is None
 
 
 def test_names_that_are_long_are_whole_in_a_legend(swept):

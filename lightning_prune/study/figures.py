@@ -62,9 +62,9 @@ DARK = (
     "#c9c95a",
     "#ab98e0",
 )
-DIFFERENCES = (-80, -40, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 40)  # ticks, in points
+DIFFERENCES = (-80, -40, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40)  # ticks, in points
 HEIGHT, WIDTH = 240, 320
-LONG = 24  # letters of a name that two columns of a legend have no room for
+LONG = 28  # letters of a name that two columns of a legend have no room for
 SEEDS = 5  # as many of a kind are compared with each other
 KINDS = 6  # as many have charts of their own
 
@@ -160,6 +160,8 @@ class Axis:
         if self.limits is not None:
             scale |= {"domain": list(self.limits)}
         axis: dict[str, Any] = {"values": list(self.values)} if self.values else {}
+        if self.linear_within:
+            axis["labelOverlap"] = False  # else every other tick goes, and 0 may be among them
         axis |= {"format": self.format or "~g"} if self.format or self.log else {}
         return {"title": self.title, "scale": alt.Scale(**scale), "axis": alt.Axis(**axis)}
 
@@ -538,7 +540,7 @@ def from_dense(runs: Runs) -> Figure | None:
         dense = {
             (r["kind"], r["seed"]): r["metrics"][metric]
             for r in runs.records
-            if r["round"] == 0 and metric in r["metrics"]
+            if r["alive"] == r["total"] and metric in r["metrics"]
         }
 
         def less(record: Record, metric: str = metric, dense: Mapping[Any, float] = dense) -> float | None:
@@ -565,7 +567,8 @@ def from_dense(runs: Runs) -> Figure | None:
 
 def relative_loss(runs: Runs) -> Figure | None:
     """The test loss as a multiple of the unpruned network's, against sparsity."""
-    dense = {(r["kind"], r["seed"]): r["metrics"].get("test_loss") for r in runs.records if r["round"] == 0}
+    whole = [r for r in runs.records if r["alive"] == r["total"]]
+    dense = {(r["kind"], r["seed"]): r["metrics"].get("test_loss") for r in whole}
 
     def ratio(record: Record) -> float | None:
         loss, reference = record["metrics"].get("test_loss"), dense.get((record["kind"], record["seed"]))
