@@ -278,7 +278,7 @@ class StructuredChannelPruning(MaskedTraining):
                 errors.append(error)
         if len({str(error) for error in errors}) == 1 and pl_module.automatic_optimization:
             raise errors[0]
-        raise ValueError(_no_example(pl_module, errors[0], errors[-1])) from errors[0]
+        raise _no_example(pl_module, errors[0], errors[-1]) from errors[0]
 
     def _examples(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         """Inputs to try: the one that is given, or else what a batch of training may be."""
@@ -308,7 +308,7 @@ class StructuredChannelPruning(MaskedTraining):
                 errors.append(error)
             else:
                 return example
-        raise ValueError(_no_example(pl_module, errors[0], errors[-1])) from errors[0]
+        raise _no_example(pl_module, errors[0], errors[-1]) from errors[0]
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -420,7 +420,8 @@ class StructuredChannelPruning(MaskedTraining):
         if kept and self.remove == "each_round":
             raise ValueError(
                 f"{', '.join(kept)}: a graph of the network before the cut is kept, by which no backward "
-                "pass can go any more. Detach what you keep of a forward pass, or use remove='end'."
+                "pass can go any more. Allowed is to keep what is detached. Detach what you keep of a "
+                "forward pass, or use remove='end'."
             )
 
     @override
@@ -470,7 +471,7 @@ class StructuredChannelPruning(MaskedTraining):
         self._couplings, self.channels, self._left = of_state(state_dict)
 
 
-def _no_example(pl_module: LightningModule, *errors: Exception) -> str:
+def _no_example(pl_module: LightningModule, *errors: Exception) -> ValueError:
     name = type(pl_module).__name__
     first, *_, last = (str(error).partition(". Allowed")[0] for error in (*errors, errors[-1]))
     step = (
@@ -479,9 +480,10 @@ def _no_example(pl_module: LightningModule, *errors: Exception) -> str:
         else "and training_step steps its optimizers itself (automatic_optimization=False), so that no batch "
         "can be traced through it"
     )
-    return (
+    return ValueError(
         f"{name}: channels cannot be found with the first of a batch as the input of forward ({first}), "
-        f"{step}. Give example_input=, or set example_input_array of {name}, to what forward takes."
+        f"{step}. Allowed is what forward takes. Give it as example_input=, or set example_input_array of "
+        f"{name} to it."
     )
 
 

@@ -113,7 +113,8 @@ def best_checkpoint(history: Sequence[RoundRecord], round: int | None, sparsity:
         asked = f"round={round}" if sparsity is None else f"sparsity={sparsity}"
         there = ", ".join(f"{row.round} ({row.sparsity:.4f})" for row in history) or "none"
         raise ValueError(
-            f"{asked}: no round was so. Allowed are those there were, with their sparsities: {there}."
+            f"{asked}: no round was so. Allowed are those there were; with their sparsities: {there}. "
+            "Ask for one of these, or fit first."
         )
     row = rows[-1] if sparsity is None else rows[0]
     if not row.checkpoint:

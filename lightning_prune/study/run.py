@@ -152,7 +152,7 @@ def check(cfg: DictConfig) -> None:
         )
     if not growth and (idle := [key for key in GROWTH if cfg.get(key) is not None]):
         raise ValueError(
-            f"{idle[0]}={cfg[idle[0]]}: kind={cfg.kind} prunes, and this is for kinds whose masks grow. "
+            f"{idle[0]}={cfg[idle[0]]}: kind={cfg.kind} prunes. Allowed is this for kinds whose masks grow. "
             "Leave it out, or give kind=rigl."
         )
     if cfg.kinds is None:
