@@ -120,7 +120,7 @@ def misfit(rates: list[list[float]], round: int, last: int, every: int, interval
         every: how many batches, or epochs, make one of its steps.
         interval: which of the two it counts.
     """
-    length = f"{round * every} {interval}s"
+    length = f"{round * every} {interval}{'' if round * every == 1 else 's'}"
     if len(rates) <= round < LOOK_AHEAD:
         return (
             f"a round takes it to {length}, and it ends after {(len(rates) - 1) * every}. Make it for "

@@ -28,6 +28,8 @@ FREE = (
         "unnamed",
         "variant",
     ),
+    # Where data that everybody has alike lie on this machine.
+    *(f"{of}.{key}" for of in ("data", "batches.splits") for key in ("root", "download")),
 )
 # What a kind whose masks grow is told; what it makes of them stands in `pruner`.
 GROWTH = ("sparsity", "every_n_train_steps", "updates")
@@ -43,7 +45,7 @@ def variant(overrides: Sequence[str], without: Sequence[str] = ()) -> str:
 
     >>> variant(["seed=2", "optimizer.lr=1e-3", "batch_size=60", "logger=csv"])
     ',batch_size=60,optimizer.lr=0.001'
-    >>> variant(["experiment=mnist1d", "kind=reinit"])
+    >>> variant(["experiment=mnist1d", "kind=reinit", "data.root=/somewhere"])
     ''
     >>> variant(["data.path=a/b.npz"])
     ',data.path=a-b.npz-ea9ec5'
