@@ -1,6 +1,6 @@
 """Arguments that are numbers or paths: an error says what was given, what is allowed, and an example."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 
@@ -38,6 +38,36 @@ def number(name: str, value: object, allowed: str, within: Callable[[float], boo
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not within(float(value)):
         raise ValueError(f"{name}={value!r}: allowed {allowed}.")
+
+
+def yes_or_no(name: str, value: object) -> None:
+    """Make sure that a value is True or False.
+
+    >>> yes_or_no("verify", "no")
+    Traceback (most recent call last):
+    ValueError: verify='no': allowed are True and False. Give one of them.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: allowed are True and False. Give one of them.")
+
+
+def by_name(name: str, value: object, example: str) -> None:
+    """Make sure that a value is a mapping whose keys are text, or None.
+
+    >>> by_name("follow", "net.*", "{'target.*': 'net.*'}")
+    Traceback (most recent call last):
+    ValueError: follow='net.*': allowed are dicts whose keys are text. Give one, such as ...
+
+    Raises:
+        ValueError: when it is none.
+    """
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise ValueError(
+            f"{name}={value!r}: allowed are dicts whose keys are text. Give one, such as {example}."
+        )
 
 
 def check_path(name: str, value: object) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Concatenate
 
 import torch
+from torch import Tensor
 
 from lightning_prune.checks import number, whole
 from lightning_prune.selection import DEAD, Scores, count_above
@@ -150,10 +151,12 @@ class Amounts:
         left = size = _size(scores)
         for over in range(round):
             amount = self.amount(over)
-            if isinstance(amount, bool) or not 0 <= amount <= (1 if isinstance(amount, float) else size):
+            amount = amount.item() if isinstance(amount, Tensor) and amount.numel() == 1 else amount
+            highest = 1 if isinstance(amount, float) else size
+            if type(amount) not in (int, float) or not 0 <= amount <= highest:
                 raise ValueError(
-                    f"amount({over})={amount!r}: allowed are fractions from 0 to 1 as float, such as 0.2, "
-                    f"and whole numbers from 0 to {size}."
+                    f"schedule=Amounts: amount({over})={amount!r}: allowed are fractions from 0 to 1 as "
+                    f"float, and whole numbers from 0 to {size}. Let it return one, such as 0.2."
                 )
             left -= min(left, _of(amount, left))
         return 1 - left / size if size else 0.0

@@ -297,6 +297,7 @@ def test_momentum_that_is_not_there_is_refused_by_name():
         fitter(dst(grow=criteria.momentum), epochs=4, gradient_clip_val=1.0).fit(Net(SGD))
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight is dead as training begins")
 def test_an_update_leaves_the_training_that_it_watches_undisturbed():
     """With a grow criterion that runs the model and one that does not, dropout and batch norm go on alike."""
     ends = []

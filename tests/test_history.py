@@ -60,13 +60,16 @@ def test_history_names_the_best_checkpoint_of_each_round(tmp_path):
         ({"round": 3}, r"round=3: no round was so\. Allowed are .*: 0 \(0\.0000\), 1 \(0\.5"),
         ({"sparsity": 0.9}, r"sparsity=0\.9: no round was so"),
         ({"sparsity": 1.5}, "sparsity=1.5: allowed are fractions"),
+        ({"sparsity": "a"}, "sparsity='a': allowed are fractions"),
+        ({"round": "a"}, "round='a': allowed are whole numbers"),
+        ({"round": True}, "round=True: allowed are whole numbers"),
         ({"round": 1, "sparsity": 0.5}, "allowed is one of them"),
     ],
     ids=str,
 )
 def test_a_round_that_was_not_has_no_best(asked, said, tmp_path):
     pruner = pruning()
-    with pytest.raises(ValueError, match="with their sparsities: none"):
+    with pytest.raises(ValueError, match="no round is over yet; allowed is after a fit"):
         pruner.best()
     fitted([1, 2, 3], tmp_path, pruner)
     with pytest.raises(ValueError, match=said):

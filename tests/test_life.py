@@ -539,6 +539,44 @@ def test_a_resumed_run_with_other_settings_is_refused_naming_both(pruner, rewind
     assert other[0].masks == {}
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (lp.LotteryTicketRewind, {"until": 3}, "until=3: allowed are instances of .*EarlyBird"),
+        (lp.LotteryTicketRewind, {"until": EarlyBird}, "until=<class .*: allowed are instances"),
+        (lp.LotteryTicketRewind, {"same_batches": 1}, "same_batches=1: allowed are True and False"),
+        (pruning, {"verify": "yes"}, "verify='yes': allowed are True and False"),
+        (pruning, {"verify": None}, "verify=None: allowed are True and False"),
+        (pruning, {"stop_below": 0.5}, "stop_below=0.5: allowed are dicts"),
+        (pruning, {"follow": "a"}, "follow='a': allowed are dicts"),
+        (lp.StructuredChannelPruning, {"follow": "a"}, "follow='a': allowed are dicts"),
+        (
+            lp.IterativeMagnitudePruning,
+            {"schedule": {1: Geometric(0.2)}},
+            "schedule={1: .*: allowed are dicts",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused_as_they_are_given(make, options, said):
+    with pytest.raises(ValueError, match=said):
+        make(**options)
+
+
+@pytest.mark.parametrize("returned", [None, 5])
+def test_a_policy_that_returns_no_snapshot_is_named(returned):
+    rewind = lp.LotteryTicketRewind(policy=lambda early: returned)
+    with pytest.raises(ValueError, match=f"policy=.*it returned {returned}; allowed are snapshots"):
+        fitter(pruning(rounds=1), rewind, epochs=2).fit(Net())
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.0}, {"masks": "zeros"}], ids=str)
+def test_growth_of_a_dense_network_is_said_to_exchange_nothing(options):
+    pruner = lp.DynamicSparseTraining(every_n_train_steps=2, **options)
+    with pytest.warns(UserWarning, match="no weight is dead as training begins"):
+        fitter(pruner, epochs=2).fit(Net())
+
+
 def grows(**options):
     return lp.DynamicSparseTraining(0.8, every_n_train_steps=2, include=["body*"], **options)
 

@@ -37,7 +37,12 @@ def seen_at(hook, look, model=None, *callbacks, ckpt_path=None, **options):
     return seen
 
 
-OF_A_RESUMPTION = {"go_on_from", "load_places", "Place"}  # which the tests of tests/test_resume.py go through
+OF_A_RESUMPTION = {
+    "go_on_from",
+    "load_places",
+    "prepare_for_weights",
+    "Place",
+}  # which the tests of tests/test_resume.py go through
 
 
 def test_every_touch_has_a_test_here():

@@ -170,8 +170,17 @@ def test_the_sparsities_of_model_pruning_epoch_by_epoch(amount, schedule, lotter
         (lambda over: 1.5, r"amount\(0\)=1.5: allowed are fractions from 0 to 1 as float"),
         (lambda over: -1, r"amount\(0\)=-1: .* whole numbers from 0 to 10"),
         (lambda over: True, r"amount\(0\)=True: allowed"),
+        (lambda over: "a", r"amount\(0\)='a': allowed"),
+        (lambda over: None, r"amount\(0\)=None: allowed"),
+        (lambda over: torch.rand(2), r"amount\(0\)=tensor.*: allowed"),
     ],
 )
 def test_amounts_that_are_none(amount, said):
     with pytest.raises(ValueError, match=said):
         lp.schedules.Amounts(amount)(1, {"w": torch.rand(10)})
+
+
+def test_an_amount_may_be_a_tensor():
+    scores = {"w": torch.rand(10)}
+    assert lp.schedules.Amounts(lambda over: torch.tensor(0.2))(1, scores) == pytest.approx(0.2)
+    assert lp.schedules.Amounts(lambda over: torch.tensor(3))(1, scores) == pytest.approx(0.3)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_prune as lp
 from tests.interrupted import CLOCKS, EPOCHS, REWINDS, Stopped, run, run_to_file
 from tests.modes import a_mode, train
-from tests.networks import Net, fitter, same, samples
+from tests.networks import Net, fitter, same, samples, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
 
@@ -315,3 +315,51 @@ def test_a_finished_run_resumed_with_more_epochs_goes_on(straight, tmp_path):
     assert expected[0] == 4
     assert go(3)[0] == 2
     assert same(go(5, tmp_path / "epoch=2.ckpt"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("rewind_first", [False, True])
+@pytest.mark.parametrize("to_epoch", [0, 1])
+def test_resume_equals_straight_run_within_any_epoch_of_the_same_batches(
+    accumulate, rewind_first, to_epoch, tmp_path
+):
+    def run(folder, ckpt_path=None):
+        torch.manual_seed(5)
+        model = Net(batch=4, n=28)
+        pruner = lp.IterativeMagnitudePruning(
+            lp.schedules.Geometric(0.3), rounds=2, every_n_epochs=1 + to_epoch
+        )
+        rewind = lp.LotteryTicketRewind(to_epoch=to_epoch, same_batches=True)
+        callbacks = [rewind, pruner] if rewind_first else [pruner, rewind]
+        every = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        options = {"accumulate_grad_batches": accumulate, "enable_checkpointing": True}
+        trainer = fitter(*callbacks, every, epochs=3 + 3 * to_epoch, **options)
+        trainer.fit(model, ckpt_path=ckpt_path)
+        return state(trainer)["params"]
+
+    straight, saved = run(tmp_path / "a"), tmp_path / "a"
+    different = [path.stem for path in saved.glob("*.ckpt") if not same(run(tmp_path / "b", path), straight)]
+    assert not different
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_resume_equals_straight_run_in_float64(masked, tmp_path):
+    """Lightning alone rounds the weights of the checkpoint; should it cease to, ours is no longer needed."""
+
+    class Double(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0].double(), batch[1]], batch_idx)
+
+    def run(ckpt_path=None):
+        torch.manual_seed(5)
+        pruner = [lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.3), rounds=2)] if masked else []
+        trainer = fitter(*pruner, epochs=3, precision="64-true")
+        trainer.fit(Double(dropout=0.0), ckpt_path=ckpt_path)
+        return trainer
+
+    straight = run()
+    straight.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = run(tmp_path / "x.ckpt")
+    assert state(straight)["params"]["head.weight"].dtype == torch.float64
+    assert same(state(resumed)["params"], state(straight)["params"]) is masked

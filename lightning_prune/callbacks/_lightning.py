@@ -35,6 +35,15 @@ def is_a_trial(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
+def prepare_for_weights(trainer: Trainer, module: nn.Module) -> None:
+    """Make a module float64 before a checkpoint is loaded, with `precision="64-true"`.
+
+    Lightning 2.6.6 does so only afterwards, in every fit, and rounds the weights to float32 in between.
+    """
+    if trainer.precision == "64-true":
+        module.double()
+
+
 def averages_of(trainer: Trainer) -> list[nn.Module]:
     """The averaged copies of the module that `WeightAveraging` and `StochasticWeightAveraging` keep."""
     found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]

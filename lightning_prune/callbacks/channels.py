@@ -24,7 +24,7 @@ from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.pruning import trained_by
 from lightning_prune.callbacks.rounds import Rounds
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import number, whole
+from lightning_prune.checks import by_name, number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import inputs, undisturbed
 from lightning_prune.masks import Masks
@@ -164,6 +164,7 @@ class StructuredChannelPruning(MaskedTraining):
         self.round_to = round_to
         self.at_least = at_least
         self.slimming = slimming
+        by_name("follow", follow, "{'average.module.*': 'net.*'}")
         self.follow = dict(follow or {})
         self.calibrate = calibrate
         self.channels: Masks = {}

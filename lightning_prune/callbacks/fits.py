@@ -33,6 +33,7 @@ class Fit:
         followed: {name of a copy: name of the weight that it copies}; copies are held, too.
         begun: whether training has begun.
         epoch: what it takes to draw the batches of the epoch under way again.
+        noted: the epoch whose order another callback has drawn, of which `epoch` is.
         announce: whether the round is to be logged with the next batch.
         looked: whether the dead weights were looked at after the first step of the round.
         late: whether the state of a checkpoint came after the fit had started.
@@ -47,6 +48,7 @@ class Fit:
         self.followed: dict[str, str] = {}
         self.begun = False
         self.epoch: dict[str, Any] | None = None
+        self.noted: int | None = None
         self.announce = True
         self.looked = False
         self.explained = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from typing_extensions import final, override
 
@@ -212,6 +213,13 @@ class DynamicSparseTraining(MaskedTraining):
             first = self._first_masks(params)
             check_fit(first, params)
             self.masks = first
+            none = not callable(self.target) and not self.target
+            if none if self._start_from is None else alive(first) == sum(m.numel() for m in first.values()):
+                rank_zero_warn(
+                    "DynamicSparseTraining: no weight is dead as training begins, so updates have nothing to "
+                    "exchange. Give sparsity= above 0, or masks= of a network that is sparse.",
+                    stacklevel=2,
+                )
         return params
 
     def _plan_updates(self, trainer: Trainer) -> None:

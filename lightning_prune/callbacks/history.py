@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_prune.checks import number, whole
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import budget
 from lightning_prune.tables import table
@@ -101,8 +102,15 @@ def best_checkpoint(history: Sequence[RoundRecord], round: int | None, sparsity:
     """
     if round is not None and sparsity is not None:
         raise ValueError(f"round={round}, sparsity={sparsity}: allowed is one of them. Leave one out.")
-    if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity}: allowed are fractions from 0 to 1, such as 0.9.")
+    if sparsity is not None:
+        number("sparsity", sparsity, "are fractions from 0 to 1, such as 0.9", lambda v: 0 <= v <= 1)
+    if round is not None:
+        whole("round", round, 0)
+    if not history:
+        raise ValueError(
+            "best: no round is over yet; allowed is after a fit. Fit with a ModelCheckpoint that names its "
+            "files by rounds: ModelCheckpoint(filename='{round:.0f}', monitor=<a metric>)."
+        )
     rows = [
         row
         for row in history
@@ -111,7 +119,7 @@ def best_checkpoint(history: Sequence[RoundRecord], round: int | None, sparsity:
     ]
     if not rows:
         asked = f"round={round}" if sparsity is None else f"sparsity={sparsity}"
-        there = ", ".join(f"{row.round} ({row.sparsity:.4f})" for row in history) or "none"
+        there = ", ".join(f"{row.round} ({row.sparsity:.4f})" for row in history)
         raise ValueError(
             f"{asked}: no round was so. Allowed are those there were; with their sparsities: {there}. "
             "Ask for one of these, or fit first."

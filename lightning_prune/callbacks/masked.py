@@ -29,7 +29,7 @@ from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
 from lightning_prune.callbacks.shortfall import ended_early, without_room
 from lightning_prune.callbacks.state import VERSION, check_begun, check_settings, check_version
-from lightning_prune.checks import check_path, whole
+from lightning_prune.checks import check_path, whole, yes_or_no
 from lightning_prune.deploy import storage
 from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
 from lightning_prune.shards import is_sharded, like, settle
@@ -70,10 +70,8 @@ class MaskedTraining(Callback, ABC):
         key: Mapping[str, Any],
         end_round_on_early_stop: bool = False,
     ) -> None:
-        if not isinstance(end_round_on_early_stop, bool):
-            raise ValueError(
-                f"end_round_on_early_stop={end_round_on_early_stop!r}: allowed are True and False. Give one."
-            )
+        yes_or_no("end_round_on_early_stop", end_round_on_early_stop)
+        yes_or_no("verify", verify)
         whole("rounds", rounds, 0)
         whole("every_n_epochs", every_n_epochs, 1)
         if every_n_train_steps is not None:
@@ -269,6 +267,7 @@ class MaskedTraining(Callback, ABC):
         if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
             self._fit.leave()
         self._fit = Fit(trainer, vars(self))
+        _lightning.prepare_for_weights(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -373,9 +372,16 @@ class MaskedTraining(Callback, ABC):
         self._begin_round_if_due(trainer, pl_module)
 
     def _begin_epoch(self, trainer: Trainer) -> None:
-        self._running.before = {}
-        self._running.epoch = resumption.beginning(trainer)
-        self._running.announce = True
+        fit = self._running
+        fit.before = {}
+        if fit.noted != trainer.current_epoch:
+            fit.epoch = resumption.beginning(trainer)
+        fit.announce = True
+
+    def note_order(self, trainer: Trainer) -> None:
+        """As an epoch starts: its order is about to be drawn with the random numbers as they are now."""
+        self._running.epoch = resumption.undrawn(trainer)
+        self._running.noted = trainer.current_epoch
 
     @override
     def on_train_batch_start(

@@ -21,7 +21,7 @@ from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import number, whole
+from lightning_prune.checks import by_name, number, whole
 from lightning_prune.copies import copied, gathered
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked
@@ -149,6 +149,9 @@ class IterativeMagnitudePruning(MaskedTraining):
         whole("score_batches", score_batches, 1)
         allowed = "is above 0 and at most 1, such as 0.95"
         number("max_sparsity", max_sparsity, allowed, lambda v: 0 < v <= 1)
+        by_name("stop_below", stop_below, "{'val_acc': 0.9}")
+        by_name("follow", follow, "{'target.*': 'net.*'}")
+        by_name("schedule", schedule if isinstance(schedule, Mapping) else None, "{'*': Geometric(0.2)}")
         for metric, lowest in (stop_below or {}).items():
             number(f"stop_below[{metric!r}]", lowest, "are numbers, such as 0.9", lambda v: v == v)
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.one_round import OneRound
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
 from lightning_prune.callbacks.state import VERSION, check_settings, check_version, named
 from lightning_prune.callbacks.strategies import check_optimizers
-from lightning_prune.checks import whole
+from lightning_prune.checks import whole, yes_or_no
 from lightning_prune.evidence import asked, call
 from lightning_prune.masks import Masks, pack, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
@@ -79,6 +79,12 @@ class LotteryTicketRewind(Callback):
             )
         if shorten is not None and not isinstance(shorten, bool):
             raise ValueError(f"shorten={shorten!r}: allowed are True, False and None. Give one of them.")
+        if until is not None and not isinstance(until, EarlyBird):
+            raise ValueError(
+                f"until={until!r}: allowed are instances of lightning_prune.rewind.EarlyBird, and None. Give "
+                "EarlyBird(), say."
+            )
+        yes_or_no("same_batches", same_batches)
         self.to_step = to_step
         self.to_epoch = to_epoch
         self.policy = policy
@@ -254,6 +260,7 @@ class LotteryTicketRewind(Callback):
         if self.same_batches and self._random is None and self._now(trainer) == self._k:
             self._random = generators.capture(trainer)
             if trainer.current_epoch == 0:  # Lightning has drawn the order of this one epoch before
+                _pruner(trainer).note_order(trainer)
                 _lightning.draw_anew(trainer)
 
     @override
@@ -364,6 +371,11 @@ class LotteryTicketRewind(Callback):
         parts = _parts(trainer, pl_module)
         final = Snapshot.take(*parts) if "final" in asked(self.policy) else None
         state = call(self.policy, self.snapshot, final=final)
+        if not isinstance(state, Snapshot):
+            raise ValueError(
+                f"policy={self.policy!r}: it returned {state!r}; allowed are snapshots. Return the one that "
+                "it was called with, or a changed copy."
+            )
         state.restore(*parts)
         if state.schedulers is None:
             learning_rates.check_held(trainer, self.policy)
@@ -374,6 +386,7 @@ class LotteryTicketRewind(Callback):
         self._drawn = []
         if self.same_batches and self._random is not None:
             generators.restore(trainer, self._random)
+            pruner.note_order(trainer)
             if trainer.current_epoch == 0:  # a second fit
                 _lightning.draw_anew(trainer)
 
