@@ -556,7 +556,7 @@ def test_what_cannot_be_traced_says_why_and_what_to_give():
         def forward(self, x, noise):
             return super().forward(x + noise)
 
-    with pytest.raises(ValueError, match=r"noise.*automatic_optimization=False.*Give example_input="):
+    with pytest.raises(ValueError, match=r"noise.*automatic_optimization=False.*Give it as example_input="):
         fitter(gradual(), epochs=2).fit(Adversarial())
 
     class Broken(Batches):

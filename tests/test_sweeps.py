@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from lightning_prune.study import configs, locks, records
-from lightning_prune.study.names import FREE, shared, variant
+from lightning_prune.study.names import FREE, GROWTH, shared, variant
 from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.run import run, state_of
 from lightning_prune.study.tasks import Classification
@@ -120,9 +120,9 @@ def test_done_is_written_last_and_holds_the_hash_of_the_config(tmp_path, monkeyp
     folder = run(cfg)
     assert {"records.jsonl", "final.ckpt", "resume.ckpt"} <= set(on_disk)
     assert not (tmp_path / "mnist1d" / "ticket-1" / "FAILED").exists()
-    assert (folder / "DONE").read_text().strip() == configs.digest(configs.plain(cfg, FREE))
+    assert (folder / "DONE").read_text().strip() == configs.digest(configs.plain(cfg, (*FREE, *GROWTH)))
     other = config(tmp_path, "rounds=0", "batch_size=50")
-    assert configs.digest(configs.plain(other, FREE)) != (folder / "DONE").read_text().strip()
+    assert configs.digest(configs.plain(other, (*FREE, *GROWTH))) != (folder / "DONE").read_text().strip()
     assert state_of(config(tmp_path, "rounds=0", "progress=true")) == "finished"
     (folder / "DONE").write_text("0123456789abcdef\n")
     with pytest.raises(ValueError, match="DONE is that of another config"):
