@@ -1,8 +1,10 @@
-"""Arguments that are numbers or paths: an error says what was given, what is allowed, and an example."""
+"""Arguments of a kind, such as numbers: an error says what was given, what is allowed, and what to do."""
 
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
+
+_ROOMS = {"allocate": "allocation", "granularity": "granularity"}  # of what an argument may be given
 
 
 def whole(name: str, value: object, lowest: int, such_as: int | None = None) -> None:
@@ -67,6 +69,24 @@ def by_name(name: str, value: object, example: str) -> None:
     if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
         raise ValueError(
             f"{name}={value!r}: allowed are dicts whose keys are text. Give one, such as {example}."
+        )
+
+
+def check_callable(name: str, given: object) -> None:
+    """Refuse an argument that is no function, or a class where one of its instances is meant.
+
+    Raises:
+        ValueError: then.
+    """
+    if isinstance(given, type):
+        raise ValueError(
+            f"{name}={given.__name__}: a class is given; allowed are its instances. Give {given.__name__}()."
+        )
+    if not callable(given):
+        raise ValueError(
+            f"{name}={given!r}: allowed are functions, such as those of "
+            f"lightning_prune.{_ROOMS.get(name, 'criteria')}. Give one; "
+            "from a Hydra config with `_target_: hydra.utils.get_method`."
         )
 
 

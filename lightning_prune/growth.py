@@ -12,6 +12,15 @@ from lightning_prune.masks import Masks, alive, count
 from lightning_prune.selection import Scores, select
 
 
+def updates_before(step: int, every: int) -> int:
+    """How many updates are due before a step, the first of them after `every` steps.
+
+    >>> updates_before(1125, 100), updates_before(100, 100)
+    (11, 0)
+    """
+    return max(0, -(-step // every) - 1)
+
+
 def exchanged(masks: Masks, number: Mapping[str, int], drop: Scores, grow: Scores) -> Masks:
     """Exchange connections in each tensor: so many of the living go, and as many of the dead come.
 

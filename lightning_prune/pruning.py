@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
-from lightning_prune.checks import number
+from lightning_prune.checks import check_callable, number
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked, call, mean_gradients, parameters_of, run, undisturbed
 from lightning_prune.granularity import Granularity, single
@@ -454,6 +454,9 @@ def prune(
             "layer_by_layer=True",
             "Allowed is to prune before the model is sharded. Prune there, or leave it out.",
         )
+    for name, function in (("criterion", criterion), ("allocate", allocate), ("granularity", granularity)):
+        if function is not None:  # allocate=None: one that goes with the criterion
+            check_callable(name, function)
     there = _dense(params) if masks is None else {**_dense(params), **masks_of(params, masks, "prunable")}
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):

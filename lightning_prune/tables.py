@@ -13,7 +13,7 @@ _GAP = "  "
 _NARROWEST = 8  # width that a column keeps in any case
 
 
-def table(title: str, rows: Sequence[Any]) -> str:
+def table(title: str, rows: Sequence[Any], without: Sequence[str] = ()) -> str:
     """One line for each row, one column for each field of the rows' dataclass.
 
     The text is as wide as it has to be, and no wider than the terminal (`COLUMNS` says how wide that is where
@@ -22,9 +22,10 @@ def table(title: str, rows: Sequence[Any]) -> str:
     Args:
         title: the line above.
         rows: instances of one dataclass.
+        without: fields that have no column.
     """
-    names, cells = _grid(rows)
-    numeric = [_are_numbers(rows, name) for name in _fields(rows)]
+    names, cells = _grid(rows, without)
+    numeric = [_are_numbers(rows, name) for name in _fields(rows, without)]
     widths = _fit([max(map(len, column)) for column in zip(names, *cells, strict=True)])
     rule = ["-" * width for width in widths]
     lines = [line for row in (names, rule, *cells) for line in _wrap(row, widths)]
@@ -49,12 +50,12 @@ def html_table(title: str, rows: Sequence[Any]) -> str:
     )
 
 
-def _fields(rows: Sequence[Any]) -> list[str]:
-    return [field.name for row in rows[:1] for field in fields(row)]
+def _fields(rows: Sequence[Any], without: Sequence[str] = ()) -> list[str]:
+    return [field.name for row in rows[:1] for field in fields(row) if field.name not in without]
 
 
-def _grid(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
-    names = _fields(rows)
+def _grid(rows: Sequence[Any], without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    names = _fields(rows, without)
     return [name.replace("_", " ") for name in names], [
         [_cell(getattr(row, name)) for name in names] for row in rows
     ]

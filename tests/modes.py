@@ -1,6 +1,6 @@
 """Ways to run a training, drawn at random: lengths of epochs, evaluations, checkpoints, clocks, loaders."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,8 @@ class Mode:
     schedule: str
     patience: int | None = None  # of EarlyStopping
     manual: bool = False
+    ends_rounds: bool = False  # the patience
+    same_batches: bool = False
 
 
 def a_mode(draw):
@@ -146,6 +148,18 @@ def a_mode(draw):
         draw.choice(list(SCHEDULES)),
         draw.choice([None, None, None, 1, 2]),
     )
+
+
+def a_mode_of_rounds(draw):
+    """One in which patience ends rounds, or every round sees the same batches."""
+    while True:
+        mode = a_mode(draw)
+        if draw.random() < 0.5 and not mode.manual:
+            return replace(
+                mode, patience=draw.choice([1, 2]), ends_rounds=True, to_step=draw.choice([None, 0])
+            )
+        if "every_n_epochs" in mode.clock and not mode.manual:
+            return replace(mode, to_step=0, same_batches=True)
 
 
 class Trace(Callback):
@@ -224,8 +238,10 @@ def train(mode, folder, resume=None, before=(), **options):
             return configured
 
     model = Task() if mode.manual else Task(schedule=schedule)
-    pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.3), rounds=3, **mode.clock)
-    rewinder = [] if mode.to_step is None else [lp.LotteryTicketRewind(mode.to_step)]
+    options_of_rounds = {**mode.clock, "end_round_on_early_stop": mode.ends_rounds}
+    pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.3), rounds=3, **options_of_rounds)
+    again = {"same_batches": mode.same_batches}
+    rewinder = [] if mode.to_step is None else [lp.LotteryTicketRewind(mode.to_step, **again)]
     stopper = [EarlyStopping("val_loss", patience=mode.patience, strict=False)] if mode.patience else []
     if "everywhere" in mode.saves:
         saver = Everywhere(folder)

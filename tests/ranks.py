@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -286,6 +286,14 @@ class Alone(Net):
 def stopped_by_a_metric_of_each_rank(world, rank, folder):
     pruner = pruning(rounds=5, stop_below={"own": 0.5})
     return fit(pruner, model=Alone(rank), world=world, epochs=6)
+
+
+@run
+def patience_of_each_rank(world, rank, folder):
+    """On rank 1 the metric is no better in the second epoch, on rank 0 only in the third."""
+    stopper = EarlyStopping("own", patience=1)
+    pruner = pruning(rounds=1, every_n_epochs=9, end_round_on_early_stop=True)
+    return fit(pruner, stopper, model=Alone(rank), world=world, epochs=4)
 
 
 def trouble_of_one_rank(world, rank, *others, **options):

@@ -16,6 +16,7 @@ from tests.ranks import POLICIES, RUNS, Loaded, drawn, processes, pruning, still
 from tests.reference import global_selection
 
 ONLY_2 = ["channels", "gradients_in_buckets", "unused_parameters", "stopped_by_a_metric_of_each_rank"]
+ONLY_2 += ["patience_of_each_rank"]
 TROUBLE = {  # of rank 1: what it says, the round it is in, and rows of history
     "one_rank_fails_in_on_prune": ("OSError: no space left", 0, 0),
     "one_rank_fails_in_on_round_start": ("OSError: no space left", 1, 1),  # the rewind has been by then
@@ -194,6 +195,12 @@ def test_all_ranks_stop_where_the_first_one_does(seen):
     ranks = seen[2]["stopped_by_a_metric_of_each_rank"]
     assert equal(ranks, "masks", "round", "prunings")
     assert ranks[0]["round"] == 1  # by its own metric, rank 1 would have gone on to round 2
+
+
+def test_a_round_ends_for_all_ranks_where_the_patience_of_one_does(seen):
+    ranks = seen[2]["patience_of_each_rank"]
+    assert equal(ranks, "masks", "round", "prunings")
+    assert all(rank["round"] == 1 and len(rank["prunings"]) == 1 for rank in ranks)
 
 
 @pytest.mark.parametrize("name", TROUBLE)

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import lightning_prune as lp
-from tests.networks import Net, fitter, same, state
+from tests.networks import Net, fitter, loader, same, state
 
 BEST = {"filename": "{round:.0f}-{sparsity:.3f}", "monitor": "score", "mode": "max"}
 
@@ -115,7 +115,47 @@ def test_a_resumed_fit_knows_the_checkpoints_of_earlier_rounds(tmp_path):
     ]
 
 
+def test_a_finished_run_that_is_resumed_still_knows_the_best_of_its_last_round(tmp_path):
+    straight = pruning()
+    trainer, _ = fitted([1, 5, 4], tmp_path / "a", straight)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = pruning()
+    fitted([1, 5, 4], tmp_path / "a", resumed, ckpt_path=tmp_path / "end.ckpt")
+    assert resumed.best() == straight.best()
+    assert [(r.round, r.best) for r in resumed.history] == [(r.round, r.best) for r in straight.history]
+
+
+@pytest.mark.parametrize("look", ["test", "validate"])
+def test_what_is_looked_at_later_changes_nothing_of_the_history(look, tmp_path):
+    pruner = pruning()
+    model = Net()
+    model.test_step = lambda batch, batch_idx: None
+    trainer, _ = fitted([1, 5, 4], tmp_path, pruner, model=model)
+    expected, best = list(pruner.history), pruner.best()
+    for round in (1, 0, 2):
+        path = pruner.best(round=round)
+        getattr(trainer, look)(trainer.lightning_module, loader(shuffle=False), ckpt_path=path, verbose=False)
+        assert pruner.history == expected
+        assert pruner.best() == best
+        assert pruner.round == round  # masks and round go with the weights
+
+
+def test_updates_of_growth_have_no_best_of_their_own(tmp_path):
+    pruner = lp.DynamicSparseTraining(0.5, every_n_train_steps=2, include=["body*"])
+    fitted([1, 5, 4], tmp_path, pruner)
+    assert {(row.best, row.checkpoint) for row in pruner.history} == {(None, "")}
+    with pytest.raises(ValueError, match=r"updates of one training, and no rounds.*best_model_path"):
+        pruner.best()
+
+
 # --- patience that ends rounds ---
+
+
+def test_patience_that_can_end_no_round_is_said():
+    with pytest.warns(
+        UserWarning, match="end_round_on_early_stop=True ends no round: there is no EarlyStopp"
+    ):
+        fitter(pruning(rounds=1, end_round_on_early_stop=True), epochs=2).fit(Net())
 
 
 def stopping(**options):
@@ -176,6 +216,14 @@ def test_what_is_no_matter_of_patience_still_ends_the_fit(tmp_path):
     _, script = fitted([1, float("nan"), 1, 1], tmp_path, pruner, stopper)
     assert script.rounds == [0, 0]
     assert stopper.patience == 2
+
+
+def test_patience_ends_rounds_of_channels(tmp_path):
+    pytest.importorskip("torch_pruning")
+    schedule = lp.schedules.Linear(0.5, rounds=2)
+    pruner = lp.StructuredChannelPruning(schedule, 2, every_n_epochs=5, end_round_on_early_stop=True)
+    _, script = fitted([1, 0, 0] * 3, tmp_path, pruner, stopping())
+    assert script.rounds == [0] * 3 + [1] * 3 + [2] * 3
 
 
 def test_a_fit_that_fails_gives_patience_back(tmp_path):

@@ -328,3 +328,21 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         del model, masks
 """
     in_a_process(code, millions)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"criterion": "magnitude"}, "criterion='magnitude': allowed are functions"),
+        ({"criterion": lp.criteria.Random}, "criterion=Random: a class is given"),
+        ({"allocate": 3}, "allocate=3: allowed are functions, such as those of lightning_prune.allocation"),
+        ({"granularity": lp.granularity.Block}, "granularity=Block: a class is given"),
+    ],
+    ids=str,
+)
+def test_functions_are_checked_before_anything_is_pruned(options, said):
+    layer = nn.Linear(4, 3)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=said):
+        lp.prune(layer, 0.5, **options)
+    assert torch.equal(layer.weight, before)

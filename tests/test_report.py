@@ -530,6 +530,21 @@ def test_a_run_that_says_what_is_the_default_is_counted_once(swept, caplog):
     assert all(len(runs.of(kind)) == 2 for kind in records.kinds_of(runs.records))
 
 
+def test_where_data_lie_tells_no_runs_apart(swept):
+    config = swept / "ticket-1,optimizer.lr=0.001" / "config.yaml"
+    before = report.load(swept)
+    there = OmegaConf.load(config)
+    for place in (there.data, there.batches.splits):
+        place.root = "/another/place"
+    OmegaConf.save(there, config)
+    moved = report.load(swept)
+    assert [run.parameters for run in moved.runs] == [run.parameters for run in before.runs]
+    shutil.copytree(config.parent, swept / "ticket-1,optimizer.lr=0.001,rate=0.2")
+    there.data.root = there.batches.splits.root = "/a/third"
+    OmegaConf.save(there, config)
+    assert len(report.load(swept).runs) == len(before.runs)  # the copy is the same run, elsewhere
+
+
 def test_networks_of_several_sizes_are_reported_together(swept, capsys):
     """A sweep over the width of a network: masks of other shapes have no overlap, all else is shown."""
     for folder in swept.glob("*lr=0.01"):

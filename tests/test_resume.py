@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightning_prune as lp
 from tests.interrupted import CLOCKS, EPOCHS, REWINDS, Stopped, run, run_to_file
-from tests.modes import a_mode, train
+from tests.modes import a_mode, a_mode_of_rounds, train
 from tests.networks import Net, fitter, same, samples, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
@@ -89,6 +89,15 @@ def test_resume_equals_straight_run_in_any_mode(seed, tmp_path):
     draw = random.Random(seed)
     mode = a_mode(draw)
     assert unlike_the_straight_run(mode, tmp_path, draw) == [], mode
+
+
+@in_any_mode
+@pytest.mark.parametrize(
+    "seed", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 120))]
+)
+def test_resume_equals_straight_run_in_any_mode_of_rounds(seed, tmp_path):
+    mode = a_mode_of_rounds(random.Random(seed))
+    assert unlike_the_straight_run(mode, tmp_path) == [], mode
 
 
 @pytest.mark.slow
@@ -363,3 +372,17 @@ def test_resume_equals_straight_run_in_float64(masked, tmp_path):
     resumed = run(tmp_path / "x.ckpt")
     assert state(straight)["params"]["head.weight"].dtype == torch.float64
     assert same(state(resumed)["params"], state(straight)["params"]) is masked
+
+
+def test_what_is_validated_of_a_checkpoint_in_float64_is_what_was_trained(tmp_path):
+    def trainer():
+        pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.3), rounds=1)
+        return fitter(pruner, epochs=2, precision="64-true")
+
+    trained, fresh = Net(), Net()
+    first, loaded = trainer(), trainer()
+    trained.loader = DataLoader([(x.double(), y) for x, y in samples(8)], 4)
+    first.fit(trained, trained.loader)
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    loaded.validate(fresh, trained.loader, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert same(dict(fresh.named_parameters()), dict(trained.named_parameters()))

@@ -38,7 +38,7 @@ def is_a_trial(trainer: Trainer) -> bool:
 def prepare_for_weights(trainer: Trainer, module: nn.Module) -> None:
     """Make a module float64 before a checkpoint is loaded, with `precision="64-true"`.
 
-    Lightning 2.6.6 does so only afterwards, in every fit, and rounds the weights to float32 in between.
+    Lightning 2.6.6 does so only afterwards, whatever it is to do: the weights are rounded to float32 before.
     """
     if trainer.precision == "64-true":
         module.double()

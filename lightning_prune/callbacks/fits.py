@@ -39,6 +39,7 @@ class Fit:
         late: whether the state of a checkpoint came after the fit had started.
         explained: whether it was said why there are fewer prunings than were asked for.
         patience: of `EarlyStopping`, where that ends a round.
+        varies: whether rounds may have other lengths than the arguments say, and the last one has its own.
     """
 
     def __init__(self, trainer: Trainer, before: Mapping[str, Any]) -> None:
@@ -54,6 +55,7 @@ class Fit:
         self.explained = False
         self.late = False
         self.patience: RoundPatience | None = None
+        self.varies = False
         self._handle: Handle | None = None
         self._optimizers: list[optim.Optimizer] = []  # that the hold watches
         self._ours: WholeCheckpointIO | None = None

@@ -18,14 +18,14 @@ from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
-from lightning_prune.callbacks.pruning import check_callable, trained
+from lightning_prune.callbacks.pruning import trained
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import number, whole
+from lightning_prune.checks import check_callable, number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import asked, mean_gradients
-from lightning_prune.growth import exchanged, in_exchange, regrown
+from lightning_prune.growth import exchanged, in_exchange, regrown, updates_before
 from lightning_prune.holding import check_fit
 from lightning_prune.layers import LAYERS, prunable
 from lightning_prune.masks import Masks, alive, pack, unpack
@@ -90,7 +90,7 @@ class DynamicSparseTraining(MaskedTraining):
     """
 
     _unit = "weights"
-    tabulates = False  # there are many updates
+    compares = False  # An update begins nothing that would be compared anew.
 
     def __init__(
         self,
@@ -173,6 +173,18 @@ class DynamicSparseTraining(MaskedTraining):
         """The sparsity that the weights have after an update; 0: as training begins."""
         return self.target(update) if callable(self.target) else self.target
 
+    @override
+    def best(self, round: int | None = None, sparsity: float | None = None) -> Path:
+        """Refused: there are no rounds, which would be trained and compared on their own.
+
+        Raises:
+            ValueError: naming what there is.
+        """
+        raise ValueError(
+            f"best(round={round}, sparsity={sparsity}): DynamicSparseTraining has updates of one training, "
+            "and no rounds; allowed is with callbacks that prune. Use best_model_path of the ModelCheckpoint."
+        )
+
     # ----------------------------------------------------------------------------------------- the fit starts
 
     @override
@@ -213,8 +225,8 @@ class DynamicSparseTraining(MaskedTraining):
             first = self._first_masks(params)
             check_fit(first, params)
             self.masks = first
-            none = not callable(self.target) and not self.target
-            if none if self._start_from is None else alive(first) == sum(m.numel() for m in first.values()):
+            size = sum(mask.numel() for mask in first.values())
+            if self.target == 0 if self._start_from is None else alive(first) == size:
                 rank_zero_warn(
                     "DynamicSparseTraining: no weight is dead as training begins, so updates have nothing to "
                     "exchange. Give sparsity= above 0, or masks= of a network that is sparse.",
@@ -235,7 +247,7 @@ class DynamicSparseTraining(MaskedTraining):
                     )
                 self._last = int(self.until * steps)
         assert self.every_n_train_steps is not None
-        self.rounds = max(0, -(-self._last // self.every_n_train_steps) - 1)
+        self.rounds = updates_before(self._last, self.every_n_train_steps)
         if not self.rounds and (callable(self.fraction) or self.fraction or callable(self.target)):
             raise ValueError(
                 f"every_n_train_steps={self.every_n_train_steps}: masks stay from step {self._last} on, so "

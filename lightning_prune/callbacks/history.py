@@ -51,10 +51,12 @@ def with_round(
     """The history and a row of this round, as it is now.
 
     A round that goes on in another fit has one row, so this one takes the place of that round's earlier row,
-    whose metrics stay where nothing was logged since.
+    whose metrics, and best checkpoint, stay where nothing was logged, or kept, since.
     """
-    earlier = next((row.metrics for row in history if row.round == round), {})
-    metrics = {**earlier, **metrics}
+    earlier = next((row for row in history if row.round == round), None)
+    if earlier is not None:
+        metrics = {**earlier.metrics, **metrics}
+        kept = kept if kept[1] else (earlier.best, earlier.checkpoint)
     left, total = alive(units), sum(mask.numel() for mask in units.values())
     sparsity = (total - left) / total if total else 0.0
     return [
@@ -69,29 +71,25 @@ class _Line:
     sparsity: str
     alive: int
     steps: int
-
-
-@dataclass(frozen=True)
-class _Best:
-    round: int
-    sparsity: str
-    alive: int
-    steps: int
     best: str
     checkpoint: str
 
 
 def tell(history: Sequence[RoundRecord]) -> None:
     """Show the rows as a table, with the best of each round where some round has kept one."""
-    lines: list[_Line | _Best] = []
-    for row in history:
-        line = row.round, f"{100 * row.sparsity:.2f} %", row.alive, row.steps
-        if any(other.checkpoint for other in history):
-            best = "-" if row.best is None else f"{row.best:.4g}"
-            lines.append(_Best(*line, best, Path(row.checkpoint).name or "-"))
-        else:
-            lines.append(_Line(*line))
-    log.info(table("the rounds:", lines).rstrip())
+    lines = [
+        _Line(
+            row.round,
+            f"{100 * row.sparsity:.2f} %",
+            row.alive,
+            row.steps,
+            "-" if row.best is None else f"{row.best:.4g}",
+            Path(row.checkpoint).name or "-",
+        )
+        for row in history
+    ]
+    kept = any(row.checkpoint for row in history)
+    log.info(table("the rounds:", lines, without=() if kept else ("best", "checkpoint")).rstrip())
 
 
 def best_checkpoint(history: Sequence[RoundRecord], round: int | None, sparsity: float | None) -> Path:

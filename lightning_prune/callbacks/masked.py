@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
@@ -55,7 +56,7 @@ class MaskedTraining(Callback, ABC):
     """
 
     _unit: ClassVar[str]  # what sparsity counts, in the plural
-    tabulates: ClassVar[bool] = True  # whether a fit that ends shows `history`
+    compares: ClassVar[bool] = True  # whether a round is compared within itself, and shown as a fit ends
 
     def __init__(
         self,
@@ -262,12 +263,12 @@ class MaskedTraining(Callback, ABC):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _lightning.prepare_for_weights(trainer, pl_module)
         if stage != "fit":
             return
         if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
             self._fit.leave()
         self._fit = Fit(trainer, vars(self))
-        _lightning.prepare_for_weights(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -318,11 +319,16 @@ class MaskedTraining(Callback, ABC):
             self._running.late = False
             self.on_fit_start(trainer, pl_module)
         self._running.begun = True
+        others = _lightning.callbacks_of(trainer)
+        self._running.varies = any(getattr(other, "varies_rounds", False) for other in others)
         self._wait(trainer)
+        self._say_if_idle(trainer)
         if self.resumption is None:  # Lightning restores its counters just before this hook.
             self._at = self._at.on(self.clock(trainer), trainer.global_step)
         elif next(c for c in _lightning.callbacks_of(trainer) if isinstance(c, MaskedTraining)) is self:
             self._running.epoch = self.resumption.on_train_start(trainer, pl_module)
+        if self.resumption and self._has_had_its_length(trainer) and not _lightning.is_within_epoch(trainer):
+            trainer.should_stop = True  # The fit had ended; no other epoch begins.
         self.resumption = None
         self._say_if_short(trainer)
 
@@ -332,6 +338,15 @@ class MaskedTraining(Callback, ABC):
         if fit.patience is not None:
             fit.patience.give_back()
         fit.patience = RoundPatience(trainer) if self.end_round_on_early_stop and not self.is_last() else None
+
+    def _say_if_idle(self, trainer: Trainer) -> None:
+        """Say that no round can end early, where it was asked for."""
+        if self.end_round_on_early_stop and not trainer.early_stopping_callbacks:
+            rank_zero_warn(
+                "end_round_on_early_stop=True ends no round: there is no EarlyStopping. Add one, or leave it "
+                "out.",
+                stacklevel=2,
+            )
 
     def _patience_is_due(self) -> None:
         if self._fit is not None and self._fit.patience is not None:
@@ -347,8 +362,7 @@ class MaskedTraining(Callback, ABC):
 
     def _say_if_short(self, trainer: Trainer) -> None:
         """Say at the start of a fit that it has no room for all prunings, where that can be known."""
-        others = _lightning.callbacks_of(trainer)
-        if _lightning.is_a_trial(trainer) or any(getattr(other, "varies_rounds", False) for other in others):
+        if _lightning.is_a_trial(trainer) or self._running.varies:
             return
         if said := without_room(trainer, self._at, self.rounds):
             self._running.explained = True
@@ -380,7 +394,7 @@ class MaskedTraining(Callback, ABC):
 
     def note_order(self, trainer: Trainer) -> None:
         """As an epoch starts: its order is about to be drawn with the random numbers as they are now."""
-        self._running.epoch = resumption.undrawn(trainer)
+        self._running.epoch = {**resumption.beginning(trainer), "drawn": False}
         self._running.noted = trainer.current_epoch
 
     @override
@@ -420,14 +434,18 @@ class MaskedTraining(Callback, ABC):
         show(trainer, {"round": float(self.round), "sparsity": self.sparsity}, values)
 
     def _end_if_exhausted(self, trainer: Trainer) -> None:
-        """Rounds that `EarlyStopping` ends: this one now, if its patience is; the last has its own length."""
+        """Let the round end now if the patience of an `EarlyStopping` is over that ends rounds."""
         patience = self._running.patience
         if patience is not None and patience.due and patience.is_exhausted(trainer):
             self._at = self._at.ending(self.clock(trainer))
-        if self.varies_rounds and self.is_last() and self.is_over(trainer):
-            self.stop(trainer, "it has the length of a round.")
+
+    def _has_had_its_length(self, trainer: Trainer) -> bool:
+        """Rounds of several lengths: whether the last one has come to its own."""
+        return self._running.varies and self.is_last() and self.is_over(trainer)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._has_had_its_length(trainer):
+            self.stop(trainer, "it has had the length of a round, and rounds may end early in this fit.")
         if self.is_last() or not self.is_over(trainer):
             return
         if any(trainer.current_epoch > averaging.swa_end for averaging in averaging_of(trainer)):
@@ -529,7 +547,7 @@ class MaskedTraining(Callback, ABC):
         """Add the round that is over to the history; one that goes on in another fit replaces its row."""
         steps = trainer.global_step - self._at.step
         metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
-        kept = best_of_round(trainer)
+        kept = best_of_round(trainer) if self.compares else (None, "")
         self.history = with_round(self.history, self.round, self._units, steps, metrics, kept)
 
     # -------------------------------------------------------------------- wherever weights leave the training
@@ -578,7 +596,8 @@ class MaskedTraining(Callback, ABC):
         self._say_if_fewer(trainer)
         if self.resumption and not self._running.begun:  # a finished run, of which no batch was left
             steps = trainer.global_step - self._at.step
-            self.history = with_round(self.history, self.round, self._units, steps, self.resumption.metrics)
+            metrics, kept = self.resumption.metrics, best_of_round(trainer)
+            self.history = with_round(self.history, self.round, self._units, steps, metrics, kept)
         self._tell_history(trainer)
         self._leave()
         settle(pl_module)
@@ -597,9 +616,11 @@ class MaskedTraining(Callback, ABC):
         """As a fit ends: what its rounds came to. The last checkpoint may have been written just now."""
         if not self._running.begun or _lightning.is_a_trial(trainer):
             return
+        if not self.compares:
+            return
         best, path = best_of_round(trainer)
         self.history = [*self.history[:-1], replace(self.history[-1], best=best, checkpoint=path)]
-        if self.round and self.tabulates:
+        if self.round:
             tell(self.history)
 
     def _sparse_path(self, trainer: Trainer, given: str | Path) -> Path:
@@ -683,6 +704,11 @@ class MaskedTraining(Callback, ABC):
         if self._fit is not None and self._fit.trainer is not trainer:
             checkpoint["callbacks"].pop(self.state_key, None)  # A second trainer validates in mid-fit.
             return
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is not None and self.history and trainer.state.fn != TrainerFn.FITTING:
+            # Masks go with the weights that are looked at; what the rounds of the fit came to stays known.
+            history = [asdict(record) for record in self.history]
+            checkpoint["callbacks"][self.state_key] = {**state, "history": history}
         there = [key for key in checkpoint["callbacks"] if key.startswith(type(self).__qualname__)]
         if there and self.state_key not in there:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Patience: `EarlyStopping` that ends a round, and not the fit."""
 
+import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -23,7 +24,7 @@ class RoundPatience:
         self.due = True
         self._given = [(stopper, stopper.patience) for stopper in trainer.early_stopping_callbacks]
         for stopper, _ in self._given:
-            stopper.patience = float("inf")  # type: ignore[assignment]
+            stopper.patience = sys.maxsize
 
     def is_exhausted(self, trainer: Trainer) -> bool:
         """Whether one of them, in any process, would have ended the fit. All processes ask together."""

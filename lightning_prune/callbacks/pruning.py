@@ -21,7 +21,7 @@ from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import by_name, number, whole
+from lightning_prune.checks import by_name, check_callable, number, whole
 from lightning_prune.copies import copied, gathered
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked
@@ -448,24 +448,3 @@ def trained_by(trainer: Trainer) -> set[int]:
     """The ids of the parameters that the optimizers train."""
     groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
     return {id(p) for group in groups for p in group["params"] if p.requires_grad}
-
-
-def check_callable(name: str, given: object) -> None:
-    """Refuse an argument that is no function, or a class where one of its instances is meant.
-
-    Raises:
-        ValueError: then.
-    """
-    if isinstance(given, type):
-        raise ValueError(
-            f"{name}={given.__name__}: a class is given; allowed are its instances. Give {given.__name__}()."
-        )
-    if not callable(given):
-        raise ValueError(
-            f"{name}={given!r}: allowed are functions, such as those of "
-            f"lightning_prune.{_ROOMS.get(name, 'criteria')}. Give one; "
-            "from a Hydra config with `_target_: hydra.utils.get_method`."
-        )
-
-
-_ROOMS = {"allocate": "allocation", "granularity": "granularity"}

@@ -19,11 +19,6 @@ def beginning(trainer: Trainer) -> dict[str, Any]:
     return {**generators.capture(trainer), "drawn": _lightning.has_drawn(trainer)}
 
 
-def undrawn(trainer: Trainer) -> dict[str, Any]:
-    """The same where the order of this epoch is still to be drawn, or drawn anew."""
-    return {**generators.capture(trainer), "drawn": False}
-
-
 def capture(trainer: Trainer | None, epoch: dict[str, Any] | None) -> dict[str, Any]:
     """What a checkpoint written now has to give back, in plain containers.
 

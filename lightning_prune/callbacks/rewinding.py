@@ -256,7 +256,6 @@ class LotteryTicketRewind(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before = {}
-        self._end_if_over(trainer)
         if self.same_batches and self._random is None and self._now(trainer) == self._k:
             self._random = generators.capture(trainer)
             if trainer.current_epoch == 0:  # Lightning has drawn the order of this one epoch before
@@ -268,7 +267,6 @@ class LotteryTicketRewind(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._resumed, self._before = False, {}
-        self._end_if_over(trainer)
         if self._may_hold and not self._held:
             self._rates = learning_rates.rates_of(trainer)
         if self.snapshot is None:
@@ -316,13 +314,6 @@ class LotteryTicketRewind(Callback):
             self._drawn = [*self._drawn, pruner.drawn(trainer, pl_module)][-self.until.masks :]
             if self.until(self._drawn):
                 pruner.end_round(trainer)
-
-    def _end_if_over(self, trainer: Trainer) -> None:
-        """Rounds of several lengths: the last one has its own, whatever the fit was made for."""
-        if self.varies_rounds:
-            pruner = _pruner(trainer)
-            if pruner.is_last() and pruner.is_over(trainer):
-                pruner.stop(trainer, "it has the length of a round.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

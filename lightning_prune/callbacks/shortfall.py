@@ -42,8 +42,8 @@ def ended_early(rounds: Rounds, asked: int, sparsity: float, trained: bool) -> s
     what = f"after {rounds.number} of {asked} prunings and at sparsity {sparsity:.4f}"
     if trained:
         return (
-            f"the fit ended in round {rounds.number}, {what}. Train longer, or let EarlyStopping wait "
-            "longer; a later fit goes on from here."
+            f"the fit ended in round {rounds.number}, {what}. Train longer, let EarlyStopping wait longer, "
+            "or end rounds by it, with end_round_on_early_stop=True; a later fit goes on from here."
         )
     return (
         f"the fit ended in round {rounds.number} without a step, {what}: this training was at its end. Raise "

@@ -62,7 +62,15 @@ def plain(cfg: DictConfig | Any, without: Sequence[str] = ()) -> dict[str, Any]:
     >>> plain(OmegaConf.create({"a": {"b": 1, "c": 2}, "d": "${a.b}"}), without=["a.c"])
     {'a.b': 1, 'd': 1}
     """
-    flat = flattened(OmegaConf.to_container(cfg, resolve=True))
+    return left_of(flattened(OmegaConf.to_container(cfg, resolve=True)), without)
+
+
+def left_of(flat: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    """What is left of {dotted key: value} without some keys and what is below them.
+
+    >>> left_of({"data.root": "data", "data.seed": 1, "logger.name": "csv"}, ["data.root", "logger"])
+    {'data.seed': 1}
+    """
     return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{out}.") for out in without)}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from lightning_prune.study.configs import flattened
+from lightning_prune.study.configs import flattened, left_of
 from lightning_prune.study.names import FREE
 
 # Of these a report keeps account on its own, or they follow from the kind of a run.
@@ -72,7 +72,7 @@ def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _swept(config: Config) -> dict[str, Any]:
-    return flattened({key: _plain(value) for key, value in config.items() if key not in _NOT_SWEPT})
+    return left_of(flattened({key: _plain(value) for key, value in config.items()}), _NOT_SWEPT)
 
 
 def _plain(node: Any) -> Any:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_prune.checks import number, whole
 from lightning_prune.files import write
+from lightning_prune.growth import updates_before
 from lightning_prune.study import controls
 from lightning_prune.study.configs import CONF, build, digest, load, plain
 from lightning_prune.study.locks import locked, sync
@@ -62,7 +63,7 @@ def updates(rounds: int, steps_per_round: int, every: int) -> int:
     >>> updates(0, 1500, 100)
     11
     """
-    return max(1, -(-int(0.75 * (rounds + 1) * steps_per_round) // every) - 1)
+    return max(1, updates_before(int(0.75 * (rounds + 1) * steps_per_round), every))
 
 
 OmegaConf.register_new_resolver("updates", updates, replace=True)

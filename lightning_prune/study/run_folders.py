@@ -12,7 +12,7 @@ from typing import Any
 from typing_extensions import final
 
 from lightning_prune.masks import Masks
-from lightning_prune.study.configs import flattened, renamed
+from lightning_prune.study.configs import flattened, left_of, renamed
 from lightning_prune.study.configs import load as load_config
 from lightning_prune.study.names import FREE
 from lightning_prune.study.parameters import values, varying
@@ -164,7 +164,7 @@ def once(runs: Sequence[Run]) -> list[Run]:
     """
     kept: dict[Any, Run] = {}
     for n, run in enumerate(runs):
-        its = flattened({key: value for key, value in run.config.items() if key not in FREE})
+        its = left_of(flattened(run.config), FREE)
         same = (run.kind, run.seed, frozenset((k, str(v)) for k, v in its.items())) if its else n
         other = kept.setdefault(same, run)
         if other is run:
