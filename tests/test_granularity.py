@@ -338,8 +338,8 @@ def test_bad_parameters_are_refused(make, message):
 @pytest.mark.parametrize(
     ("granularity", "message"),
     [
-        ("filter", r"granularity: 'filter' is given; allowed are .* instances such as Filter\(\)"),
-        (NM, r"granularity: the class NM is given; .* instances such as NM\(\)"),
+        ("filter", r"granularity='filter': allowed are functions, such as those of .*granularity"),
+        (NM, r"granularity=NM: a class is given; allowed are its instances. Give NM\(\)"),
         (None, "granularity: None is given"),
         (lambda scores: scores, "gave Tensor; a pair"),
         (lambda scores: (scores, lambda mask: mask[:1]), r"expands to torch.bool of the shape \(1, 6\)"),
