@@ -6,7 +6,7 @@ Nothing is added to the model, and the hooks go when the hold is removed.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakMethod, WeakSet, finalize, ref
 
 import torch
@@ -66,7 +66,7 @@ class Handle:
         self._steps: WeakKeyDictionary[optim.Optimizer, int] = WeakKeyDictionary()  # ours -> its groups
         self._wrapped: WeakSet[optim.Optimizer] = WeakSet()  # whose `step` torch has not prepared
         self._bits: dict[str, Tensor] = {}
-        self._views: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._views: list[_View] = []
         self._hooks: list[Any] = []
         self._gradients = False
         check_fit(masks, self._params)
@@ -129,13 +129,14 @@ class Handle:
 
     def apply(self) -> None:
         """Set dead weights to +0.0."""
-        if not self._views or any(_address(p) != view.data_ptr() for p, view, _ in self._views):
+        for address, at, _, _ in self._views:
+            if address() != at:
+                self._views = []
+                break
+        if not self._views:
             # made once: on a small network making them costs as much as the masking itself
-            self._views = [
-                (p, local(p).view(alive_bits.dtype), alive_bits)
-                for p, alive_bits in ((self._params[name], b) for name, b in self._bits.items())
-            ]
-        for _, view, alive_bits in self._views:
+            self._views = [_view(self._params[name], alive_bits) for name, alive_bits in self._bits.items()]
+        for _, _, view, alive_bits in self._views:
             view.bitwise_and_(alive_bits)
 
     def _mask_gradient(self, name: str) -> Any:
@@ -163,8 +164,14 @@ class Handle:
         _sweep()
 
 
-def _address(p: Tensor) -> int:
-    return local(p).data_ptr() if is_sharded(p) else p.data_ptr()
+# What tells where a weight lies now, where it lay, its memory as integers, its mask as integers.
+_View: TypeAlias = tuple[Callable[[], int], int, Tensor, Tensor]
+
+
+def _view(p: nn.Parameter, alive_bits: Tensor) -> _View:
+    # A shard of a parameter may be another tensor later; a parameter stays itself, whatever its memory is.
+    address = (lambda: local(p).data_ptr()) if is_sharded(p) else p.data_ptr
+    return address, address(), local(p).view(alive_bits.dtype), alive_bits
 
 
 # Hooks of holds that nobody removed before they died. Python may collect one at any moment, also while torch

@@ -98,10 +98,7 @@ class Fit:
 
     def has_new_optimizers(self) -> bool:
         """Whether the trainer has other optimizers than those that are watched: they were made anew."""
-        now = self.trainer.optimizers
-        return len(now) != len(self._optimizers) or any(
-            a is not b for a, b in zip(now, self._optimizers, strict=True)
-        )
+        return self.trainer.optimizers != self._optimizers  # an optimizer equals itself alone
 
     def watch(self, gradients: bool) -> None:
         """Hold the masks under the optimizers that the trainer has now."""

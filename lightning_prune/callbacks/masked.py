@@ -444,9 +444,11 @@ class MaskedTraining(Callback, ABC):
         return self._running.varies and self.is_last() and self.is_over(trainer)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._has_had_its_length(trainer):
-            self.stop(trainer, "it has had the length of a round, and rounds may end early in this fit.")
-        if self.is_last() or not self.is_over(trainer):
+        if self.is_last():
+            if self._has_had_its_length(trainer):
+                self.stop(trainer, "it has had the length of a round, and rounds may end early in this fit.")
+            return
+        if not self.is_over(trainer):
             return
         if any(trainer.current_epoch > averaging.swa_end for averaging in averaging_of(trainer)):
             return  # an epoch that trains nothing: the statistics of the averaged network
