@@ -30,19 +30,23 @@ def copied(value: Any) -> Any:
     return deepcopy(value)
 
 
-def gathered(value: Any) -> Any:
-    """The same with whole tensors on the CPU, for a checkpoint; all processes must call it for shards.
+def gathered(value: Any, keep: Callable[[Tensor], Any]) -> Any:
+    """The same with whole tensors, for one file; all processes must call it for shards.
 
     One process after the other would keep everything: only process 0 keeps what was sharded, and the others
-    have empty tensors in its place.
+    have empty tensors in its place. One tensor after the other is whole.
+
+    Args:
+        value: nested dicts, lists and tuples.
+        keep: what process 0 keeps of a tensor that was sharded.
     """
     if is_sharded(value):
         tensor = whole(value)
-        return tensor.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0, dtype=tensor.dtype)
+        return keep(tensor) if torch.distributed.get_rank() == 0 else torch.empty(0, dtype=tensor.dtype)
     if type(value) in (list, tuple):
-        return type(value)(gathered(v) for v in value)
+        return type(value)(gathered(v, keep) for v in value)
     if type(value) is dict:
-        return {k: gathered(v) for k, v in value.items()}
+        return {k: gathered(v, keep) for k, v in value.items()}
     return value
 
 

@@ -16,6 +16,7 @@ receives, by keyword, what its signature names (what has a default there is opti
 - `generator`: a seeded `torch.Generator`, equal on all ranks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate
@@ -29,7 +30,7 @@ from lightning_prune.evidence import Forward, Loss, differentiable, gradients, i
 from lightning_prune.layers import Layout, layouts
 from lightning_prune.masks import Masks
 from lightning_prune.selection import DEAD, Scores, keep_top
-from lightning_prune.shards import like
+from lightning_prune.shards import indices_of, is_sharded, local, placed
 from lightning_prune.updates import inverse_root, is_plain, obs
 
 Params = dict[str, Tensor]
@@ -95,9 +96,31 @@ class Random:
 
     def __call__(self, params: Params) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
-        return {
-            name: like(torch.rand(w.shape, generator=generator).to(w.device), w) for name, w in params.items()
-        }
+        return {name: _uniform(w, generator) for name, w in params.items()}
+
+
+_PIECE = 1 << 16  # numbers that are drawn together where only a part of them is kept
+
+
+def _uniform(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform numbers of a weight's shape, lying as it does.
+
+    Of shards each process draws those of all, or the masks would not be those of one process; but it holds
+    no more than its own and a few rows.
+    """
+    if not is_sharded(weight):
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+    mine, (first, *others) = indices_of(weight), weight.shape
+    part = torch.empty([len(indices) for indices in mine])
+    step = max(1, _PIECE // max(1, math.prod(others)))
+    for start in range(0, first, step):
+        rows = torch.rand((min(step, first - start), *others), generator=generator)
+        here = ((mine[0] >= start) & (mine[0] < start + len(rows))).nonzero().flatten()
+        rows = rows[mine[0][here] - start]
+        for dim, indices in enumerate(mine[1:], 1):
+            rows = rows.index_select(dim, indices)
+        part[here] = rows
+    return placed(part.to(local(weight).device), weight)
 
 
 # ------------------------------------------------------------ of the weights now and at the start: w and w0

@@ -88,7 +88,10 @@ def zero_dead_(tensor: Tensor, alive_bits: Tensor) -> None:
     local(tensor).view(alive_bits.dtype).bitwise_and_(alive_bits)
 
 
-def pack(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor | list[int]]]:
+Packed = dict[str, Tensor | list[int]]
+
+
+def pack(masks: Mapping[str, Tensor]) -> dict[str, Packed]:
     """Masks at one bit a weight, in plain containers and tensors; all processes must call it for shards.
 
     >>> packed = pack({"w": torch.tensor([[True, False, True]])})
@@ -97,19 +100,27 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor | list[int]]
     >>> unpack(packed)
     {'w': tensor([[ True, False,  True]])}
     """
-    return {
-        name: {
-            "shape": list(mask.shape),
-            "bits": torch.from_numpy(np.packbits(whole(mask).detach().cpu().reshape(-1).numpy())),
-        }
-        for name, mask in masks.items()
-    }
+    return {name: pack_one(whole(mask)) for name, mask in masks.items()}
 
 
-def unpack(packed: Mapping[str, Mapping[str, Tensor | list[int]]]) -> Masks:
-    """The masks that `pack` stored."""
+def pack_one(mask: Tensor) -> Packed:
+    """A whole mask at one bit a weight."""
+    flat = mask.detach().cpu().reshape(-1).numpy()
+    return {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(flat))}
+
+
+def pack_whole(masks: Mapping[str, Tensor]) -> dict[str, Packed | Tensor]:
+    """The same, with the masks that are sharded as they are: each process has its part."""
+    return {name: mask if is_sharded(mask) else pack_one(mask) for name, mask in masks.items()}
+
+
+def unpack(packed: Mapping[str, Mapping[str, Tensor | list[int]] | Tensor]) -> Masks:
+    """The masks that `pack` or `pack_whole` stored."""
     masks: Masks = {}
     for name, its in packed.items():
+        if isinstance(its, Tensor):
+            masks[name] = its
+            continue
         shape = torch.Size([int(n) for n in its["shape"]])
         flat = np.unpackbits(torch.as_tensor(its["bits"]).numpy(), count=shape.numel())
         masks[name] = torch.from_numpy(flat).view(torch.bool).view(shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_prune.checks import number, whole
-from lightning_prune.copies import copied, gathered, put_back
+from lightning_prune.copies import copied, put_back
 from lightning_prune.masks import Masks, count
 from lightning_prune.shards import is_sharded, like
 
@@ -101,8 +101,8 @@ class Snapshot:
                 scheduler.load_state_dict(copied(state))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and whole tensors, for a checkpoint. All processes must call it for shards."""
-        return {f.name: gathered(getattr(self, f.name)) for f in fields(self)}
+        """Plain containers and tensors, sharded ones as they are."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def cut(self, model: nn.Module, optimizers: Sequence[optim.Optimizer] = ()) -> "Snapshot":
         """The snapshot with each tensor sharded as what it is to be restored into, if that is sharded."""

@@ -50,6 +50,20 @@ def placed(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def evenly(tensor: Tensor) -> "DTensor":
+    """An empty tensor of this shape and dtype on the CPU, of which each of all processes has as many rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, empty
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return empty(
+        tensor.shape,
+        dtype=tensor.dtype,
+        device_mesh=mesh,
+        placements=[Shard(0) if tensor.dim() else Replicate()],
+    )
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor of the shape of `other`, lying as that one does. A whole one is cut here, nothing is sent.
 
@@ -71,6 +85,9 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. All processes must call it where it is sharded."""
     if not is_sharded(tensor):
         return tensor
+    here, device = tensor.to_local(), tensor.device_mesh.device_type
+    if here.device.type != device:  # a snapshot is on the CPU, and processes may talk by their GPUs only
+        return whole(placed(here.to(device), tensor))
     with torch.no_grad():
         return tensor.full_tensor()
 

@@ -178,6 +178,18 @@ def many_cases(world, rank, folder):
     return cases(world, rank, folder, {2: 40, 4: 40}[world])
 
 
+@run
+def drawn(world, rank, folder):
+    """Random scores are drawn piece by piece; the pieces here are smaller than the tensors."""
+    wrong = []
+    for way in WAYS[world]:
+        plain = linears((8, 260, 300, 4))
+        sharded = way(deepcopy(plain))
+        scores = [lp.criteria.Random(4)(dict(m.named_parameters())) for m in (plain, sharded)]
+        wrong += [f"{way.__name__} {n}" for n, s in scores[0].items() if not same(whole(scores[1][n]), s)]
+    return wrong
+
+
 def loop(model, masks, optimizers, way, steps=4):
     """Train, with clipping and accumulation; the dead are looked at after every step."""
     wrong, handle = [], lp.hold(model, optimizers, masks)
@@ -421,6 +433,23 @@ def resumed(world, rank, folder):
     found = [fit("fsdp", world, ckpt_path=folder / f"step={step}.ckpt") for step in (5, 8, 9, 17)]
     distributed.barrier()
     return {"straight": straight, "resumed": found}
+
+
+@run
+def resumed_folders(world, rank, folder):
+    """The same from folders to which each process writes its part."""
+    folder = folder / "folders"
+    straight = fit("fsdp", world, folder, save=True)
+    found = [fit("fsdp", world, ckpt_path=folder / f"step={step}.ckpt", save=True) for step in (8, 17)]
+    distributed.barrier()
+    return {"straight": straight, "resumed": found}
+
+
+@run
+def resumed_from_two(world, rank, folder):
+    """What two processes wrote, on other numbers of them, and sharded in another way."""
+    ways = {2: ("tensor",), 4: ("fsdp", "both")}[world]
+    return [fit(way, world, ckpt_path=folder / "folders" / "step=8.ckpt", save=True) for way in ways]
 
 
 @run

@@ -22,7 +22,7 @@ PACKAGE = Path(lightning_prune.__file__).parent
 # The floors, from the ground up. A room is a file or a folder of the package; it imports from its own floor
 # and from those below.
 FLOORS = (
-    {"masks", "checks", "copies", "files", "rng", "models", "shards", "tables"},
+    {"masks", "checks", "copies", "files", "folders", "rng", "models", "shards", "tables"},
     {
         "selection",
         "criteria",

@@ -5,12 +5,17 @@ import warnings
 import pytest
 import torch
 
+import lightning_prune as lp
+from lightning_prune import folders
 from tests.networks import same
 from tests.ranks import processes
 from tests.sharded import ENDS, RUNS, Whole, fit, work
 
-FAST = ["parts", "cases", "held", "put_on", "refused", "tickets", "resumed", "stored", "documented"]
-SLOW = [name for name in RUNS if name not in ("cases", "documented")]
+FAST = [
+    *("parts", "cases", "held", "put_on", "refused", "tickets", "resumed", "resumed_folders", "stored"),
+    *("drawn", "documented"),
+]
+SLOW = [name for name in RUNS if name not in ("cases", "documented", "resumed_from_two")]
 
 
 def ran(world, folder, names):
@@ -68,6 +73,11 @@ def test_masks_on_shards_are_those_of_one_process(two):
 
 def test_dead_weights_stay_dead_on_shards(two):
     check_held(two)
+
+
+def test_random_scores_of_shards_are_those_of_the_whole(two):
+    for rank in two["drawn"]:
+        assert rank == []
 
 
 def test_masks_are_put_on_shards(two):
@@ -147,6 +157,46 @@ def test_a_checkpoint_of_shards_goes_on_with_one_process_and_in_the_bare_model(t
     assert [what for what in ENDS if not same(alone[what], two["resumed"][0]["straight"][what])] == []
     state = torch.load(path, weights_only=True)["state_dict"]
     Whole().load_state_dict(state, strict=True)
+
+
+def test_a_run_that_is_resumed_from_a_folder_of_shards_ends_with_the_same_bits(two):
+    check_resumed(two["resumed_folders"])
+
+
+def test_a_folder_of_shards_goes_on_with_one_process_and_in_the_bare_model(two):
+    path = two["folder"] / "folders" / "step=8.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # generators of two processes, and here is one
+        alone = fit(None, 1, ckpt_path=path)
+    straight = two["resumed_folders"][0]["straight"]
+    assert [what for what in ENDS if not same(alone[what], straight[what])] == []
+    model, other = Whole(), Whole()
+    with pytest.raises(ValueError, match="read by pickle"):
+        lp.load_pruned(model, path)
+    path = path.with_name("step=17.ckpt")
+    lp.load_pruned(model, path, weights_only=False)
+    other.load_state_dict(folders.whole(path)["state_dict"], strict=True)
+    dead = sum((layer.weight == 0).sum() for layer in model.net)
+    assert dead >= 51  # which were pruned before
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
+    assert not same(dict(model.state_dict()), dict(Whole().state_dict()))
+
+
+def test_a_folder_of_shards_goes_on_in_another_way_to_shard(two):
+    check_moved(two, ran(2, two["folder"], ["resumed_from_two"]))
+
+
+def check_moved(two, seen):
+    straight = two["resumed_folders"][0]["straight"]
+    for rank in seen["resumed_from_two"]:
+        for its in rank:
+            assert [what for what in ENDS if not same(its[what], straight[what])] == []
+            assert not its["wrong"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_two_processes_goes_on_with_four(two):
+    check_moved(two, ran(4, two["folder"], ["resumed_from_two"]))
 
 
 def test_a_sparse_file_of_shards_is_that_of_one_process(two):

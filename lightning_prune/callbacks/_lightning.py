@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -229,6 +230,12 @@ def lets_module_fetch(trainer: Trainer) -> bool:
 def show_metrics(trainer: Trainer, metrics: dict[str, Any]) -> None:
     """Let `trainer.callback_metrics` have these, as if they were logged."""
     trainer._logger_connector._callback_metrics.update(metrics)
+
+
+def writes_folders(trainer: Trainer) -> bool:
+    """Whether checkpoints are folders to which each process writes its part."""
+    strategy = trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
 def batch_before_transfer(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

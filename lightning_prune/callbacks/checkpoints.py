@@ -9,12 +9,15 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import final, override
 
+from lightning_prune import folders
+from lightning_prune.callbacks import _lightning
+from lightning_prune.copies import gathered
 from lightning_prune.files import replacing
-from lightning_prune.masks import Masks, unpack
+from lightning_prune.masks import Masks, pack_one, unpack
 
 
 @final
@@ -58,8 +61,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
+        if (local := _local(path)) is not None and folders.is_folder(local):
+            return folders.whole(local, weights_only)
         try:
-            if (local := _local(path)) is not None and local.is_file():
+            if local is not None and local.is_file():
                 _compare_checksums(local)
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
         except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
@@ -86,6 +91,32 @@ def _compare_checksums(path: Path) -> None:
     with zipfile.ZipFile(path) as file:  # as torch.save writes them
         if torch.serialization.get_crc32_options() and (broken := file.testzip()):
             raise zipfile.BadZipFile(f"the checksum of {broken} is another")
+
+
+def write_shards(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """As a checkpoint is written: let it have what is sharded in the state of a callback.
+
+    Of callbacks Lightning writes what process 0 has. A checkpoint in a folder gets the shards beside those of
+    the optimizers, each process writes its own, and Lightning reads only what it has an optimizer for; a
+    checkpoint in one file gets them gathered, as Lightning gathers the weights, masks at one bit a weight.
+    """
+    if key not in checkpoint.get("callbacks", {}):
+        return
+    states = checkpoint["callbacks"]
+    if _lightning.writes_folders(trainer):
+        states[key], shards = folders.set_apart(states[key], key)
+        if shards:
+            checkpoint.setdefault("optimizer_states", []).append({"callbacks": shards})
+    else:
+        states[key] = gathered(states[key], lambda t: pack_one(t) if t.dtype == torch.bool else t.cpu())
+
+
+def read_shards(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """As a checkpoint is read: give the state of a callback what `write_shards` set apart, in even shards."""
+    path = trainer.strategy.broadcast(trainer.ckpt_path)
+    if key in checkpoint["callbacks"] and path and (local := _local(path)) and folders.is_folder(local):
+        state = checkpoint["callbacks"][key]
+        checkpoint["callbacks"][key] = folders.put_together(state, local, shards=trainer.world_size > 1)
 
 
 def make_plain(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_prune import doctor
 from lightning_prune.callbacks import _lightning, home, resumption
 from lightning_prune.callbacks.beside import averaging_of, best_of_round, compare_anew, show
-from lightning_prune.callbacks.checkpoints import make_plain
+from lightning_prune.callbacks.checkpoints import make_plain, read_shards, write_shards
 from lightning_prune.callbacks.fits import Fit, reads_gradients
 from lightning_prune.callbacks.history import RoundRecord, best_checkpoint, tell, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
@@ -32,7 +32,7 @@ from lightning_prune.callbacks.shortfall import ended_early, without_room
 from lightning_prune.callbacks.state import VERSION, check_begun, check_settings, check_version
 from lightning_prune.checks import check_path, whole, yes_or_no
 from lightning_prune.deploy import storage
-from lightning_prune.masks import Masks, alive, bits, pack, unpack, zero_dead_
+from lightning_prune.masks import Masks, alive, bits, pack_whole, unpack, zero_dead_
 from lightning_prune.shards import is_sharded, like, settle
 
 log = logging.getLogger(__name__)
@@ -571,6 +571,7 @@ class MaskedTraining(Callback, ABC):
             self._fit.patience.write(checkpoint)
         if not self.resumption and "callbacks" in checkpoint:
             resumption.complete(trainer, checkpoint["callbacks"][self.state_key]["resumption"], checkpoint)
+        write_shards(trainer, checkpoint, self.state_key)
         make_plain(checkpoint, pl_module)
 
     def _doubts(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
@@ -693,7 +694,7 @@ class MaskedTraining(Callback, ABC):
             "begun_with": self._begun_with(),
             "rounds": self._at_now().state_dict(),
             "seed": self._seed,
-            "masks": pack(self.masks),
+            "masks": pack_whole(self.masks),
             "removed": self.removed,
             "history": [asdict(record) for record in self.history],
             "resumption": self.resumption.state if self.resumption else resumption.capture(*under_way),
@@ -706,6 +707,7 @@ class MaskedTraining(Callback, ABC):
         if self._fit is not None and self._fit.trainer is not trainer:
             checkpoint["callbacks"].pop(self.state_key, None)  # A second trainer validates in mid-fit.
             return
+        read_shards(trainer, checkpoint, self.state_key)
         state = checkpoint["callbacks"].get(self.state_key)
         if state is not None and self.history and trainer.state.fn != TrainerFn.FITTING:
             # Masks go with the weights that are looked at; what the rounds of the fit came to stays known.

@@ -22,7 +22,7 @@ from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import by_name, check_callable, number, whole
-from lightning_prune.copies import copied, gathered
+from lightning_prune.copies import copied
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked
 from lightning_prune.granularity import Granularity, single
@@ -414,7 +414,7 @@ class IterativeMagnitudePruning(MaskedTraining):
     @override
     def state_dict(self) -> dict[str, Any]:
         logged = self._logged(self._fit.trainer) if self._fit else {}
-        return {**super().state_dict(), "initial": gathered(self._initial), "metrics": self._metrics | logged}
+        return {**super().state_dict(), "initial": self._initial, "metrics": self._metrics | logged}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

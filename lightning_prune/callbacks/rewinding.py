@@ -11,6 +11,7 @@ from typing_extensions import final, override
 from lightning_prune import rewind
 from lightning_prune.callbacks import _lightning, generators, home, learning_rates
 from lightning_prune.callbacks.beside import averaging_of
+from lightning_prune.callbacks.checkpoints import read_shards, write_shards
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.one_round import OneRound
@@ -19,7 +20,7 @@ from lightning_prune.callbacks.state import VERSION, check_settings, check_versi
 from lightning_prune.callbacks.strategies import check_optimizers
 from lightning_prune.checks import whole, yes_or_no
 from lightning_prune.evidence import asked, call
-from lightning_prune.masks import Masks, pack, unpack
+from lightning_prune.masks import Masks, pack_whole, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
 from lightning_prune.structured.surgery import Cut, cut_snapshot
 
@@ -410,10 +411,16 @@ class LotteryTicketRewind(Callback):
             "behind": self._behind,
             "rates": copied(self._rates),
             "held": self._held,
-            "drawn": [pack(masks) for masks in self._drawn],
+            "drawn": [pack_whole(masks) for masks in self._drawn],
             "checked": self._checked,
             "random": self._random,
         }
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        write_shards(trainer, checkpoint, self.state_key)
 
     @override
     def on_load_checkpoint(
@@ -421,6 +428,7 @@ class LotteryTicketRewind(Callback):
     ) -> None:
         if self._trainer is not None and self._trainer is not trainer:
             checkpoint["callbacks"].pop(self.state_key, None)  # A second trainer validates in mid-fit.
+        read_shards(trainer, checkpoint, self.state_key)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

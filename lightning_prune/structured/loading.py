@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune import folders
 from lightning_prune.deploy.storage import load_sparse
 from lightning_prune.structured import surgery
 from lightning_prune.structured.trial import first_line
@@ -28,7 +29,8 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
 
     Args:
         model: the model as it was built before pruning; changed in place.
-        path: a Lightning checkpoint, a file with a `state_dict`, or one of `save_sparse`.
+        path: a Lightning checkpoint, a file with a `state_dict`, or one of `save_sparse`. With
+            weights_only=False also the folder that several processes wrote their shards to.
         weights_only: False allows a checkpoint with other objects in it than tensors and plain containers,
             such as hyper-parameters that are enums or paths. That runs code from the file: only for files
             that you trust.
@@ -49,6 +51,14 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
 
 
 def _read(path: Path, weights_only: bool) -> Mapping[str, Any]:
+    if folders.is_folder(path):
+        if not weights_only:
+            return folders.whole(path, weights_only)
+        raise ValueError(
+            f"path={str(path)!r}: it is a folder of torch.distributed.checkpoint, which is read by pickle. "
+            "Allowed are files of tensors and plain containers. If you trust it, load it with "
+            "weights_only=False, which runs code from it."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file. Allowed is {ALLOWED}; name one.")
     with path.open("rb") as file:
