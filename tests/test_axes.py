@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.growing import DynamicSparseTraining
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
-from lightning_prune.study import configs
+from lightning_prune.study import configs, training
 from lightning_prune.study.records import read
 from lightning_prune.study.report import report
 from lightning_prune.study.round_masks import masks_of
@@ -33,7 +33,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GRID = [(e, axis, option) for e in EXPERIMENTS for axis, options in OPTIONS.items() for option in options]
 # What these options leave open, and a command has to say.
 OPEN = {"rewind=step": "rewind.to_step", "rewind=epoch": "rewind.to_epoch", "data=npz": "data.path"}
-GROWN = {*OPTIONS["growth"]} & {*OPTIONS["kind"]}
+GROWN = ({*OPTIONS["growth"]} & {*OPTIONS["kind"]}) | {"rigl-5x", "static-5x"}
 REMEDY = r"[Gg]ive|[Aa]llowed|[Cc]hoose|[Ll]eave"
 
 
@@ -171,10 +171,14 @@ def trains(experiment, axis, option, folder, images):
         return False
     found, ticket = (folder_of(composed(*its, f"kind={kind}")) for kind in (kind, "ticket"))
     rows = read(found / "records.jsonl")[0]
-    assert [r["round"] for r in rows] == list(range(min(cfg.rounds, 2) + 1))
     if option in GROWN:
-        assert rows[0]["alive"] == round((1 - cfg.sparsity) * rows[0]["total"])
+        asked_for = {k: s for k, s in enumerate(cfg.sparsities or [cfg.sparsity]) if s}
+        assert {r["round"]: r["alive"] for r in rows} == {
+            k: round((1 - s) * rows[0]["total"]) for k, s in asked_for.items()
+        }
         assert cfg.sparsity == 0.9
+    else:
+        assert [r["round"] for r in rows] == list(range(min(cfg.rounds, 2) + 1))
     assert all(0 < a["alive"] >= b["alive"] for a, b in pairwise(rows))
     if cfg.after:
         sizes = [r["alive"] for r in read(ticket / "records.jsonl")[0]]
@@ -265,3 +269,36 @@ def test_growth_goes_on_after_a_kill_to_the_same_weights(tmp_path, monkeypatch):
         for f in (again, straight)
     ]
     assert without[0] == without[1]
+
+
+@pytest.mark.parametrize(("experiment", "kind"), [("dst_mnist1d", "rigl"), ("dst_lenet", "granet")])
+def test_masks_grow_once_for_each_density_beside_the_rounds_of_a_ticket(experiment, kind, tmp_path, images):
+    assert trains(experiment, "kind", kind, tmp_path, images)
+    (folder,) = (path.parent for path in tmp_path.glob(f"*/{kind}-1*/DONE"))
+    rows, masks = read(folder / "records.jsonl")[0], masks_of(folder)
+    for row in rows:
+        assert sum(int(mask.sum()) for mask in masks[row["round"]].values()) == row["alive"]
+        assert 1 - row["sparsity"] <= row["metrics"]["explored"] <= 1
+    assert not list(folder.glob("round-*"))
+
+
+def test_a_density_that_was_cut_short_goes_on_and_those_before_it_are_left_alone(tmp_path, monkeypatch):
+    its = [*SHORT, "experiment=dst_mnist1d", "kind=rigl", "every_n_train_steps=2", "sparsities=[0.0,0.5,0.8]"]
+    straight = run(composed(*its, f"runs={tmp_path}/straight"))
+    with monkeypatch.context() as broken:
+        calls, trained = [], training.train
+
+        def interrupted(cfg, folder):
+            calls.append(cfg.sparsity)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            trained(cfg, folder)
+
+        broken.setattr(training, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(composed(*its, f"runs={tmp_path}/again"))
+        assert calls == [0.5, 0.8]
+    again = run(composed(*its, f"runs={tmp_path}/again"))
+    one, other = ([{**r, "seconds": 0} for r in read(f / "records.jsonl")[0]] for f in (straight, again))
+    assert one == other
+    assert all(same(a, b) for a, b in zip(masks_of(straight).values(), masks_of(again).values(), strict=True))

@@ -25,7 +25,8 @@ class Records(Callback):
 
     Every so many steps of a round, and at its end, wherever that lies on Lightning's own grid of batches. The
     masks of a round are written to a file of their own when it begins; `round_masks` reads them. A training
-    whose masks grow is one round, and its line and masks are those of its end.
+    whose masks grow is one round; its line and masks are those of its end, and the line's metrics say `explored`,
+    the fraction of the weights that was ever alive.
 
     A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, curve {metric: its
     values at the steps of the round's evaluations}, seconds. Early stopping is read off the evaluations of
@@ -117,7 +118,9 @@ class Records(Callback):
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
-        if grows(pruner := pruner_of(trainer)):
+        metrics = summary(self._evaluations, self.monitor)
+        if isinstance(pruner := pruner_of(trainer), DynamicSparseTraining):
+            metrics["explored"] = pruner.explored
             self._round = described(0, pruner.masks)
             if trainer.is_global_zero:
                 round_masks.save(self.path.parent, 0, pruner.masks)
@@ -126,7 +129,7 @@ class Records(Callback):
             "kind": self.kind,
             "seed": self.seed,
             **self._round,
-            "metrics": summary(self._evaluations, self.monitor),
+            "metrics": metrics,
         }
         record |= {"curve": curve(self._evaluations), "seconds": round(seconds, 3)}
         if trainer.is_global_zero:

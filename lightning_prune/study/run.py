@@ -146,7 +146,8 @@ def check(cfg: DictConfig) -> None:
             f"kind={','.join(cfg.kinds)}; give that, or another experiment=."
         )
     option = HydraConfig.get().runtime.choices.get("growth") if HydraConfig.initialized() else cfg.kind
-    if (growth := cfg.get("growth")) and (cfg.pruner != growth or option != cfg.kind):
+    growth, names = cfg.get("growth"), (cfg.kind, cfg.kind.partition("-")[0])  # rigl-5x is RigL for longer
+    if growth and (cfg.pruner != growth or option not in names):
         raise ValueError(
             f"growth={option}: kind={cfg.kind} is not what such a run is recorded under. Allowed is the kind "
             f"of the same name. Leave growth out, and give kind=rigl for RigL."

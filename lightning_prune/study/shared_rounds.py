@@ -25,7 +25,7 @@ from lightning_prune.study.records import read
 
 # What a dense round does not depend on. A key that is not named here is taken to matter.
 LATER = [
-    *(*FREE, *GROWTH, "kind", "monitor", "name", "oneshot"),
+    *(*FREE, *GROWTH, "sparsities", "kind", "monitor", "name", "oneshot"),
     *("rounds", "rate", "output_rate", "schedule", "criterion", "allocation", "granularity"),
     *(f"pruner.{key}" for key in ("rounds", "schedule", "criterion", "allocate", "granularity")),
 ]
