@@ -25,8 +25,8 @@ class Records(Callback):
 
     Every so many steps of a round, and at its end, wherever that lies on Lightning's own grid of batches. The
     masks of a round are written to a file of their own when it begins; `round_masks` reads them. A training
-    whose masks grow is one round; its line and masks are those of its end, and the line's metrics say `explored`,
-    the fraction of the weights that was ever alive.
+    whose masks grow is one round; its line and masks are those of its end, and the line's metrics say
+    `explored`, the fraction of the weights that was ever alive.
 
     A line: round, kind, seed, sparsity, alive, total, layers {name: density}, metrics, curve {metric: its
     values at the steps of the round's evaluations}, seconds. Early stopping is read off the evaluations of
