@@ -122,6 +122,43 @@ def per_output(
     return keep
 
 
+@dataclass(frozen=True)
+class EvenOutputs:
+    """As many in each tensor as another allocation says, and within it equally many in every output.
+
+    Outputs of a tensor differ by at most one, the earlier ones have one more: constant fan-in.
+
+    >>> import torch
+    >>> scores = {"a": torch.rand(3, 4), "b": torch.rand(2, 4)}
+    >>> EvenOutputs(of=uniform)(scores, total=11)
+    {'a': tensor([3, 2, 2]), 'b': tensor([2, 2])}
+
+    Args:
+        of: the allocation that says how many of each tensor.
+
+    Reference: Lasby et al. (2024), arXiv:2305.02299, Section 3.1.
+    """
+
+    of: Allocation
+
+    def __call__(
+        self,
+        scores: Scores,
+        total: int,
+        *,
+        params: Mapping[str, Tensor] | None = None,
+        masks: Masks | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> dict[str, Tensor]:
+        counts = evidence.call(self.of, scores, total, params=params, masks=masks, layouts=layouts)
+        return {
+            name: evenly(
+                survivors(count), candidates_per_row((layouts or {}).get(name, Layout()).rows(scores[name]))
+            )
+            for name, count in counts.items()
+        }
+
+
 def evenly(total: int, caps: Tensor) -> Tensor:
     """Split `total` into equal parts, within one, the earlier ones larger, none above its cap.
 

@@ -124,17 +124,27 @@ class NM:
             )
 
     def __call__(self, scores: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:
-        rows = layout.split(scores).movedim(2, -1)
-        full = rows.shape[-1] // self.m * self.m
-        groups = rows[..., :full].reshape(math.prod(rows.shape[:2]), -1, self.m)
+        groups, expand = self.rows(scores, layout)
         rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        outputs = math.prod(layout.split(scores).shape[:2])
+        return groups.masked_fill(rank >= self.n, DEAD).reshape(outputs, -1, self.m), expand
+
+    def rows(self, weight: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:
+        """A matrix of one row for each group, and how a mask of it becomes one of the weight.
+
+        >>> NM(1, 2).rows(torch.tensor([[1, 2, 3, 4, 5]]))[0]
+        tensor([[1, 2],
+                [3, 4]])
+        """
+        rows = layout.split(weight).movedim(2, -1)
+        full = rows.shape[-1] // self.m * self.m
 
         def expand(mask: Tensor) -> Tensor:
-            weights = torch.ones(rows.shape, dtype=torch.bool, device=scores.device)
-            weights[..., :full] = mask.view(*rows.shape[:-1], full)
-            return layout.join(weights.movedim(-1, 2), scores.shape)
+            weights = torch.ones(rows.shape, dtype=torch.bool, device=weight.device)
+            weights[..., :full] = mask.reshape(*rows.shape[:-1], full)
+            return layout.join(weights.movedim(-1, 2), weight.shape)
 
-        return groups.masked_fill(rank >= self.n, DEAD), expand
+        return rows[..., :full].reshape(-1, self.m), expand
 
 
 @dataclass(frozen=True)

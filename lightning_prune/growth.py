@@ -5,11 +5,18 @@ what grows.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lightning_prune.allocation import Allocation
+from lightning_prune.checks import number as check_number
+from lightning_prune.granularity import NM, Expand
+from lightning_prune.layers import Layout
 from lightning_prune.masks import Masks, alive, count
-from lightning_prune.selection import Scores, select
+from lightning_prune.selection import DEAD, Scores, keep_top, keep_top_of_rows, select
 
 
 def updates_before(step: int, every: int) -> int:
@@ -54,6 +61,126 @@ def exchanged(masks: Masks, number: Mapping[str, int], drop: Scores, grow: Score
     )
     come = select(grow, dead, sum(number.values()), _as_many(number))
     return {name: stay[name] | come[name] for name in masks}
+
+
+@dataclass(frozen=True)
+class FanIn:
+    """Constant fan-in: in a layer every output that is alive has equally many living weights, within one.
+
+    Outputs are neurons, or channels of a convolution. One that few weights speak for is ablated: all of its
+    weights die, and the others of its layer share as many; it comes back when enough of them are wanted.
+    Biases, and the layers after it, stay as they are. The outputs of the network's last layer are kept.
+
+    >>> FanIn(ablate=0.3).rows(torch.tensor([[1, 2], [3, 4]]))[0]
+    tensor([[1, 2],
+            [3, 4]])
+
+    Args:
+        ablate: an output is ablated that has fewer salient weights than this fraction of the fan-in, in
+            [0, 1]. Salient are the weights that stay at an update, and the dead ones that would grow without
+            this granularity. 0: none is ablated. The paper has 0.3 for convolutional networks, 0.95 for
+            vision transformers.
+
+    Reference: Lasby et al. (2024), arXiv:2305.02299, Section 3.1 (SRigL).
+    """
+
+    ablate: float = 0.3
+
+    def __post_init__(self) -> None:
+        allowed = "are fractions from 0 to 1, such as 0.3"
+        check_number("ablate", self.ablate, allowed, lambda v: 0 <= v <= 1)
+
+    def rows(self, weight: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:
+        """A matrix of one row for each output, and how a mask of it becomes one of the weight."""
+        return layout.rows(weight), lambda mask: layout.from_rows(mask, weight.shape)
+
+
+def exchanged_in_rows(mask: Tensor, number: int, drop: Tensor, grow: Tensor, ablate: float = 0.0) -> Tensor:
+    """Exchange connections of one layer so that every row that is alive keeps equally many, within one.
+
+    The `number` living of the lowest `drop` scores of the layer go. Each row then grows those of its dead
+    with the highest `grow` scores until it is full; what just went comes back only where a row has no others.
+    Of equal scores the one of the lower index lives.
+
+    >>> mask = torch.tensor([[True, True, False, False], [True, True, False, False]])
+    >>> drop = torch.tensor([[5.0, 1.0, 0.0, 0.0], [4.0, 3.0, 0.0, 0.0]])
+    >>> grow = torch.tensor([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 9.0, 9.0]])
+    >>> exchanged_in_rows(mask, 1, drop, grow)
+    tensor([[ True, False, False,  True],
+            [ True,  True, False, False]])
+
+    Args:
+        mask: who is alive, a matrix: of N:M a row for each group, of constant fan-in one for each output.
+        number: how many go; at most as many as are alive, and as are dead.
+        drop: scores, higher = keep; those of the dead do not matter.
+        grow: scores, higher = grow; those of the living do not matter.
+        ablate: of the fan-in, the living weights of a row that is alive: a row with fewer salient weights
+            than this fraction of it dies. Salient is what stays, and the `number` dead with the highest
+            `grow` scores. As many rows as the living need are kept, those with the most salient weights.
+
+    Returns:
+        A new mask with as many alive as before.
+
+    Reference: Lasby et al. (2024), arXiv:2305.02299, Section 3.1.
+    """
+    total, width = count(mask), mask.shape[1]
+    if not total:
+        return mask.clone()
+    stays = keep_top(drop.masked_fill(~mask, DEAD), total - number)
+    lives = mask.any(1)
+    if ablate:
+        salient = (stays | keep_top(grow.masked_fill(mask, DEAD), number)).sum(1)
+        lives, least = salient >= max(1, ablate * (total // count(lives))), -(-total // width)
+        if count(lives) < least:
+            lives = keep_top(salient.double(), least)
+    fan_in, more = divmod(total, count(lives))
+    held = (stays & lives[:, None]).sum(1)
+    wanted = fan_in * lives + keep_top(held.double().masked_fill(~lives, DEAD), more)
+    stays = keep_top_of_rows(drop.masked_fill(~stays, DEAD), held.minimum(wanted))
+    missing = wanted - stays.sum(1)
+    fresh = missing.minimum((~mask).sum(1))
+    come = keep_top_of_rows(grow.masked_fill(mask, DEAD), fresh)
+    back = keep_top_of_rows(drop.masked_fill(~mask | stays, DEAD), missing - fresh)
+    return stays | come | back
+
+
+def exchanged_within(
+    granularity: NM | FanIn,
+    masks: Masks,
+    number: Mapping[str, int],
+    drop: Scores,
+    grow: Scores,
+    layouts: Mapping[str, Layout],
+) -> Masks:
+    """Exchange connections in each tensor as `exchanged_in_rows` does, in the rows of a granularity.
+
+    >>> masks = {"w": torch.tensor([[True, False, False, True]])}
+    >>> scores = {"w": torch.tensor([[2.0, 7.0, 8.0, 1.0]])}
+    >>> exchanged_within(NM(1, 2), masks, {"w": 1}, scores, scores, {})
+    {'w': tensor([[ True, False,  True, False]])}
+    """
+    new: Masks = {}
+    for name, mask in masks.items():
+        layout = layouts.get(name, Layout())
+        ablate = granularity.ablate if isinstance(granularity, FanIn) and not layout.head else 0.0
+        rows, expand = granularity.rows(mask, layout)
+        scores = (granularity.rows(of[name], layout)[0] for of in (drop, grow))
+        new[name] = expand(exchanged_in_rows(rows, number[name], *scores, ablate)).contiguous()
+    return new
+
+
+def fits(granularity: NM | FanIn, mask: Tensor, layout: Layout) -> bool:
+    """Whether a mask is one of a granularity: n of every m alive, or one fan-in within one.
+
+    >>> [fits(NM(1, 2), torch.tensor([mask]), Layout()) for mask in ([True, False], [True, True])]
+    [True, False]
+    """
+    rows, expand = granularity.rows(mask, layout)
+    living = rows.sum(1)
+    if isinstance(granularity, NM):
+        return bool((living == granularity.n).all()) and torch.equal(expand(rows), mask)
+    living = living[living > 0]
+    return not len(living) or int(living.max() - living.min()) <= 1
 
 
 def regrown(living: Masks, total: int, grow: Scores, allocate: Allocation, **evidence: Any) -> Masks:

@@ -15,6 +15,8 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune import allocation, criteria, growth, schedules
+from lightning_prune.granularity import NM, Block
+from lightning_prune.layers import Layout
 from lightning_prune.masks import alive, unpack
 from tests.networks import Net, dead_are_zero, fitter, same, state
 
@@ -61,10 +63,11 @@ def erk_masks(model, sparsity, names):
     return {n: slow_exchange(torch.zeros_like(s).bool(), keep[n], s, s) for n, s in scores.items()}
 
 
-def slow_training(model, batches, sparsity, grow, every, last, fraction):
+def slow_training(model, batches, masks, grow, every, last, fraction, exchange=None):
     """RigL's Algorithm 1 in a plain loop: a sparse start, exchanges, the optimizer forgets what is dead."""
     names = [n for n, p in model.named_parameters() if p.dim() > 1]
-    masks = erk_masks(model, sparsity, names)
+    exchange = exchange or (lambda n, *its: slow_exchange(*its))
+    masks = dict(masks)
     optimizer, history = model.configure_optimizers(), []
     weights = dict(model.named_parameters())
 
@@ -88,7 +91,7 @@ def slow_training(model, batches, sparsity, grow, every, last, fraction):
                 came = grow(n, step // every, weights[n].grad)
                 for value in optimizer.state[weights[n]].values():  # nothing is remembered of the dead
                     value.mul_(mask)
-                masks[n] = slow_exchange(mask, number, w.abs(), came)
+                masks[n] = exchange(n, mask, number, w.abs(), came)
                 for value in optimizer.state[weights[n]].values():
                     value.mul_(masks[n])
             put_on()
@@ -141,15 +144,136 @@ def test_masks_and_weights_equal_the_papers_pseudocode(name):
         "SET": lambda n, update, g: criteria.Random(7 + update)(matrices(slow))[n],  # others each time
     }[name]
     pruner, watch = dst(grow=grow, fraction=schedules.CosineDecay(0.5)), Watch()
-    fitter(pruner, watch, epochs=20).fit(model)
+    fitter(pruner, watch, epochs=48).fit(model)
     steps = len(watch.batches)
-    masks, history = slow_training(slow, watch.batches, 0.8, grown, 2, int(0.75 * steps), 0.5)
-    assert len(history) == pruner.round > 15
+    first = erk_masks(slow, 0.8, list(matrices(slow)))
+    assert same(watch.masks[0], first)
+    masks, history = slow_training(slow, watch.batches, first, grown, 2, int(0.75 * steps), 0.5)
+    assert len(history) == pruner.round > 50
     assert all(same(a, b) for a, b in zip(watch.masks[1:], history, strict=True))
     assert same(pruner.masks, masks)
     assert all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), slow.parameters(), strict=True)
     )
+
+
+def slow_structured(mask, number, drop, grow, gamma, rows_of, keeps_all=False):
+    """SRigL's steps (Lasby et al. 2024, Section 3.1), a weight at a time; `rows_of`: position -> its row."""
+    flat, d, g = mask.flatten().tolist(), drop.double().flatten().tolist(), grow.double().flatten().tolist()
+    rows = {}
+    for i in range(len(flat)):
+        rows.setdefault(rows_of(i), []).append(i)
+    rows.pop(None, None)  # the remainder of a row is in no group
+    inside = [i for its in rows.values() for i in its]
+    if not inside:
+        return mask
+    living = [i for i in inside if flat[i]]
+    dead = [i for i in inside if not flat[i]]
+    # 1 to 3: who stays, who would grow, and how many of these each row has
+    goes = set(sorted(living, key=lambda i: (d[i], -i))[:number])
+    wished = set(sorted(dead, key=lambda i: (-g[i], i))[:number])
+    stays = {i for i in living if i not in goes}
+    salient = {r: sum(i in stays or i in wished for i in its) for r, its in rows.items()}
+    # 4: rows that few weights speak for are ablated
+    active = [r for r, its in rows.items() if any(flat[i] for i in its)]
+    if gamma and not keeps_all:
+        fan_in = len(living) // len(active)
+        width = len(next(iter(rows.values())))
+        ranked = sorted(rows, key=lambda r: (-salient[r], r))
+        active = [r for r in rows if salient[r] >= max(1, gamma * fan_in)]
+        if len(active) * width < len(living):
+            active = sorted(ranked[: math.ceil(len(living) / width)])
+    # 5: the new fan-in, one more where most weights stay
+    held = {r: sorted((i for i in rows[r] if i in stays), key=lambda i: (-d[i], i)) for r in active}
+    fan_in, more = divmod(len(living), len(active))
+    first = sorted(active, key=lambda r: (-len(held[r]), r))[:more]
+    # 6 and 7: each row keeps its best and grows until it is full
+    new = [bool(m) and rows_of(i) is None for i, m in enumerate(flat)]
+    for r in active:
+        full = fan_in + (r in first)
+        its = held[r][:full]
+        its += sorted((i for i in rows[r] if not flat[i]), key=lambda i: (-g[i], i))[: full - len(its)]
+        again = sorted((i for i in rows[r] if flat[i] and i not in its), key=lambda i: (-d[i], i))
+        for i in its + again[: full - len(its)]:
+            new[i] = True
+    return torch.tensor(new).view(mask.shape)
+
+
+def row_of(pattern, shape):
+    """Position in a matrix of outputs x inputs -> its output, or its group; None: in none."""
+    width = shape[1]
+    if isinstance(pattern, growth.FanIn):
+        return lambda i: i // width
+    full = width // pattern.m * pattern.m
+    return lambda i: (i // width, i % width // pattern.m) if i % width < full else None
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.95])
+def test_an_exchange_of_constant_fan_in_equals_the_papers_steps(seed, gamma):
+    generator = torch.Generator().manual_seed(seed)
+    mask = allocation.EvenOutputs(allocation.uniform)({"w": torch.rand(7, 9)}, 25)["w"]
+    mask = growth.keep_top_of_rows(torch.rand(7, 9, generator=generator), mask)
+    for update in range(50):
+        drop = torch.rand(7, 9, generator=generator) * torch.rand(7, 1, generator=generator)
+        grow = torch.randint(0, 9, (7, 9), generator=generator).float()  # with ties
+        number = growth.in_exchange({"w": mask}, 0.6 / (1 + update / 10))["w"]
+        found = growth.exchanged_in_rows(mask, number, drop, grow, gamma)
+        assert torch.equal(found, slow_structured(mask, number, drop, grow, gamma, lambda i: i // 9))
+        assert found.sum() == 25
+        assert growth.fits(growth.FanIn(), found, Layout())
+        mask = found
+    assert bool(gamma == 0) <= bool(mask.any(1).all())
+
+
+PATTERNS = {
+    "SRigL": (growth.FanIn(0.3), 0.8),
+    "SRigL, 0.95": (growth.FanIn(0.95), 0.8),
+    "without ablation": (growth.FanIn(0), 0.8),
+    "2:4": (NM(2, 4), 0.5),
+    "1:8": (NM(1, 8), 0.875),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_structured_masks_and_weights_equal_the_papers_steps_over_fifty_updates(name):
+    pattern, sparsity = PATTERNS[name]
+    torch.manual_seed(0)
+    model, slow = Quiet(), Quiet()
+    slow.load_state_dict(model.state_dict())
+    pruner = dst(granularity=pattern, sparsity=sparsity, fraction=schedules.CosineDecay(0.5))
+    watch = Watch()
+    fitter(pruner, watch, epochs=48).fit(model)
+    last = list(matrices(slow))[-1]  # of which no output is ablated
+
+    def exchange(n, mask, number, drop, grow):
+        rows = row_of(pattern, mask.shape)
+        inside = torch.tensor([rows(i) is not None for i in range(mask.numel())]).view(mask.shape)
+        number = min(round(rate() * int((mask & inside).sum())), int((~mask).sum()))
+        return slow_structured(mask, number, drop, grow, getattr(pattern, "ablate", 0), rows, n == last)
+
+    steps, calls = len(watch.batches), []
+
+    def rate():  # of the update that is under way: every tensor is exchanged once in each
+        calls.append(1)
+        step = 2 * (1 + (len(calls) - 1) // len(matrices(slow)))
+        return 0.25 * (1 + math.cos(math.pi * step / int(0.75 * steps)))
+
+    masks, history = slow_training(
+        *(slow, watch.batches, watch.masks[0], lambda n, update, g: g.abs(), 2, int(0.75 * steps), 0.5),
+        exchange,
+    )
+    assert len(history) == pruner.round > 50
+    assert all(same(a, b) for a, b in zip(watch.masks[1:], history, strict=True))
+    assert same(pruner.masks, masks)
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), slow.parameters(), strict=True)
+    )
+    for masks in watch.masks:
+        assert {n: int(m.sum()) for n, m in masks.items()} == {
+            n: int(m.sum()) for n, m in watch.masks[0].items()
+        }
+        assert all(growth.fits(pattern, m, Layout()) for m in masks.values())
 
 
 @pytest.mark.parametrize("grow", [criteria.gradient, criteria.Random(), criteria.momentum], ids=str)
@@ -263,11 +387,23 @@ def test_a_found_mask_is_trained_again_by_a_second_fit():
         ({"grow": "gradient"}, "grow='gradient': allowed are functions"),
         ({"criterion": criteria.Random}, "criterion=Random: a class is given"),
         ({"sparsity": schedules.Cubic(), "masks": {}}, "allowed is one of them"),
+        ({"granularity": Block()}, r"granularity=Block.*: allowed here are single, NM and growth\.FanIn"),
+        ({"granularity": NM}, r"granularity=.*: allowed here are single, NM and growth\.FanIn"),
+        ({"granularity": NM(2, 4)}, r"sparsity=0.9, granularity=NM\(n=2, m=4\).* allowed is 0.5"),
+        ({"granularity": growth.FanIn(), "sparsity": schedules.Cubic()}, "allowed is a number"),
+        (
+            {"granularity": NM(2, 4), "sparsity": 0.5, "allocate": allocation.uniform},
+            "allocate=.* no allocation is allowed beside it",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         lp.DynamicSparseTraining(**options)
+
+
+UNEVEN = {n: torch.ones_like(p, dtype=torch.bool) for n, p in matrices(Net()).items()}
+UNEVEN["body.weight"] = torch.eye(16).bool() | (torch.arange(16) == 3)[:, None]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +414,12 @@ def test_wrong_arguments_are_refused_at_construction(options, message):
         ({}, (lp.IterativeMagnitudePruning(rounds=1),), "goes alone; IterativeMagnitudePruning is here"),
         ({"sparsity": lambda k: 1.5}, (), r"sparsity\(0\)=1.5: allowed"),
         ({"fraction": lambda x: 2.0}, (), r"fraction\(0.000\)=2.0: allowed"),
+        (
+            {"granularity": growth.FanIn(), "masks": UNEVEN},
+            (),
+            r"masks: those of body.weight are none of granularity=FanIn.* Give such masks",
+        ),
+        ({"granularity": NM(2, 4), "masks": UNEVEN}, (), "masks: those of stem.weight, .* are none of"),
         ({"masks": {"other": torch.ones(2).bool()}}, (), "masks: body.weight is in the model"),
     ],
 )

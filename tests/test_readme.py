@@ -220,7 +220,7 @@ def test_every_control_and_every_way_to_grow_has_a_place():
     assert kinds <= set(re.findall(r"`kind=(\w+)`", EXPERIMENTS))
     growth = {path.name for path in (ROOT / "conf" / "growth").glob("*.yaml")}
     assert growth - {"none.yaml"} <= set(
-        re.findall(r"conf/growth/([\w.]+)", (ROOT / "docs" / "growth.md").read_text())
+        re.findall(r"conf/growth/([\w.-]+)", (ROOT / "docs" / "growth.md").read_text())
     )
 
 

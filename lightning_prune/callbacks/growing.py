@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from typing_extensions import final, override
 
 from lightning_prune import allocation, criteria
-from lightning_prune.allocation import Allocation, AtLeast
+from lightning_prune.allocation import Allocation, AtLeast, EvenOutputs
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
@@ -25,9 +25,18 @@ from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import check_callable, number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import asked, mean_gradients
-from lightning_prune.growth import exchanged, in_exchange, regrown, updates_before
+from lightning_prune.granularity import NM, Granularity, single
+from lightning_prune.growth import (
+    FanIn,
+    exchanged,
+    exchanged_within,
+    fits,
+    in_exchange,
+    regrown,
+    updates_before,
+)
 from lightning_prune.holding import check_fit
-from lightning_prune.layers import LAYERS, prunable
+from lightning_prune.layers import LAYERS, Layout, layouts, prunable
 from lightning_prune.masks import Masks, alive, pack, unpack
 from lightning_prune.pruning import budget, check_finite, next_masks, score
 from lightning_prune.schedules import CosineDecay, Schedule
@@ -56,6 +65,10 @@ class DynamicSparseTraining(MaskedTraining):
     come as it says; then connections are exchanged. `Alternating(0.9)` with `fraction=0` is AC/DC. After
     `until` masks stay.
 
+    With `granularity=NM(n, m)` every group of m keeps n alive, and with `FanIn()` every output of a layer
+    equally many, within one (SRigL): the weights that go are the lowest of their layer, and each group, or
+    output, grows what it lacks. `sparsity` is then a number, of N:M that of the pattern.
+
     Args:
         sparsity: fraction of the prunable weights that is dead, in [0, 1); or a schedule: update -> sparsity.
         allocate: how many are alive in each tensor.
@@ -67,6 +80,7 @@ class DynamicSparseTraining(MaskedTraining):
         every_n_train_steps: optimizer steps (`trainer.global_step`) between two updates.
         until: fraction of the fit's steps after which masks stay, in (0, 1].
         until_step: the step from which masks stay, instead of `until`; for fits of unknown length.
+        granularity: `single`; or `NM`, or `growth.FanIn`, whose patterns the masks then keep.
         layers: layer types whose weights are prunable.
         include: fnmatch patterns over parameter names; only these. None: all.
         exclude: fnmatch patterns over parameter names; not these.
@@ -86,6 +100,7 @@ class DynamicSparseTraining(MaskedTraining):
 
     Reference: Mocanu et al. (2018), arXiv:1707.04780 (SET); Evci et al. (2020), arXiv:1911.11134 (RigL);
         Dettmers & Zettlemoyer (2019), arXiv:1907.04840 (SNFS); Liu et al. (2021), arXiv:2106.10404 (GraNet);
+        Lasby et al. (2024), arXiv:2305.02299 (SRigL);
         Peste et al. (2021), arXiv:2106.12379 (AC/DC); Liu et al. (2021), arXiv:2102.02887 (exploration).
     """
 
@@ -103,6 +118,7 @@ class DynamicSparseTraining(MaskedTraining):
         every_n_train_steps: int = 100,
         until: float = 0.75,
         until_step: int | None = None,
+        granularity: Granularity | FanIn = single,
         layers: Sequence[str] = LAYERS,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -144,7 +160,9 @@ class DynamicSparseTraining(MaskedTraining):
             ("grow", grow),
         ):
             check_callable(name, function)
+        _check_granularity(granularity, sparsity, allocate, masks is not None)
         self.target = sparsity
+        self.granularity = granularity
         self.allocate = allocate
         self.criterion = criterion
         self.drop = drop
@@ -157,6 +175,7 @@ class DynamicSparseTraining(MaskedTraining):
         self._last: int | None = None  # the step from which masks stay, fixed by the first fit
         self._ever: Masks = {}  # who has ever been alive
         self._batch: Any = None  # that the step trains on
+        self._layouts: dict[str, Layout] = {}
 
     @property
     @override
@@ -221,6 +240,7 @@ class DynamicSparseTraining(MaskedTraining):
                 "criteria.gradient. Use one."
             )
         self._plan_updates(trainer)
+        self._layouts = layouts(pl_module, params)
         if not self.masks:
             first = self._first_masks(params)
             check_fit(first, params)
@@ -232,7 +252,21 @@ class DynamicSparseTraining(MaskedTraining):
                     "exchange. Give sparsity= above 0, or masks= of a network that is sparse.",
                     stacklevel=2,
                 )
+        if self._start_from is not None or self.round or self.resumption:
+            self._check_pattern()
         return params
+
+    def _check_pattern(self) -> None:
+        """Refuse masks that are none of the granularity."""
+        if wrong := [n for n, mask in self.masks.items() if not self._fits(n, mask)]:
+            raise ValueError(
+                f"masks: those of {', '.join(wrong)} are none of granularity={self.granularity}; its updates "
+                "need masks that have its pattern. Give such masks, or leave granularity out."
+            )
+
+    def _fits(self, name: str, mask: Tensor) -> bool:
+        pattern = self.granularity
+        return not isinstance(pattern, (NM, FanIn)) or fits(pattern, mask, self._layouts[name])
 
     def _plan_updates(self, trainer: Trainer) -> None:
         if self._last is None:
@@ -304,21 +338,29 @@ class DynamicSparseTraining(MaskedTraining):
         params = {name: p.detach() for name, p in self._running.params.items()}
         total = budget(self.sparsity_of(round), sum(p.numel() for p in params.values()))
         if not round:
+            allocate, pattern = self.allocate, single
+            if isinstance(self.granularity, NM):
+                allocate, pattern = allocation.uniform, self.granularity
+            elif isinstance(self.granularity, FanIn):
+                allocate = EvenOutputs(self.allocate)
             with evidence_of(trainer, pl_module, self.criterion, 1, self._seed) as evidence:
-                sparsities = [(list(params), self.sparsity_of(0))]
-                return next_masks(params, self.masks, sparsities, self.criterion, self.allocate, **evidence)
+                its = params, self.masks, [(list(params), self.sparsity_of(0))], self.criterion
+                return next_masks(*its, allocate, pattern, layouts=self._layouts, **evidence)
         drop = self._scores(trainer, pl_module, self._anew(self.drop, round), params, round)
         masks, fraction = self.masks, self._fraction_of(round)
-        if self._start_from is None and total < alive(masks):
+        if callable(self.target) and total < alive(masks):
             allocate = self.allocate if isinstance(self.allocate, AtLeast) else AtLeast(1, of=self.allocate)
             masks = select(drop, masks, total, allocate, params=params, masks=masks)
-        falls = self._start_from is None and total > alive(masks)
+        falls = callable(self.target) and total > alive(masks)
         if not falls and not fraction:
             return masks
         grow = self._scores(trainer, pl_module, self._anew(self.grow, round), params, round)
         if falls:
             masks = regrown(masks, total, grow, self.allocate, params=params, masks=masks)
-        return exchanged(masks, in_exchange(masks, fraction), drop, grow)
+        if not isinstance(pattern := self.granularity, (NM, FanIn)):
+            return exchanged(masks, in_exchange(masks, fraction), drop, grow)
+        rows = {name: pattern.rows(mask, self._layouts[name])[0] for name, mask in masks.items()}
+        return exchanged_within(pattern, masks, in_exchange(rows, fraction), drop, grow, self._layouts)
 
     def _anew(self, criterion: Criterion, round: int) -> Criterion:
         """Random numbers are others at every update; those of a seed, the same in every run."""
@@ -370,7 +412,12 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def _missed(self, before: Masks) -> list[str]:
-        if self._start_from is not None:
+        if wrong := [name for name, mask in self.masks.items() if not self._fits(name, mask)]:
+            return [
+                f"{', '.join(wrong)}: the masks must be of granularity={self.granularity}, and are not. "
+                "Change no masks in on_prune."
+            ]
+        if self._start_from is not None or isinstance(self.granularity, NM):
             return []
         total = sum(mask.numel() for mask in self.masks.values())
         asked_for = budget(self.sparsity_of(self.round), total)
@@ -400,6 +447,41 @@ class DynamicSparseTraining(MaskedTraining):
         super().load_state_dict(state_dict)
         self._last = state_dict["last"]
         self._ever = unpack(state_dict["ever"])
+
+
+def _check_granularity(
+    granularity: Any, sparsity: Any, allocate: Allocation, begins_with_masks: bool
+) -> None:
+    """Refuse a granularity in which no connections are exchanged, and what does not go with it.
+
+    Raises:
+        ValueError: then.
+    """
+    if granularity is single:
+        return
+    if not isinstance(granularity, (NM, FanIn)):
+        raise ValueError(
+            f"granularity={granularity!r}: allowed here are single, NM and growth.FanIn, within which "
+            "connections are exchanged. Give one of them, such as growth.FanIn()."
+        )
+    if callable(sparsity):
+        raise ValueError(
+            f"sparsity={sparsity}, granularity={granularity}: its masks stay as sparse as they are, and "
+            "allowed is a number. Give one, such as 0.9."
+        )
+    if not isinstance(granularity, NM):
+        return
+    of_pattern = 1 - granularity.n / granularity.m
+    if abs(sparsity - of_pattern) > 1e-9 and not begins_with_masks:
+        raise ValueError(
+            f"sparsity={sparsity}, granularity={granularity}: this pattern is as sparse as it is, and "
+            f"allowed is {of_pattern:g}. Give that, or another pattern."
+        )
+    if allocate is not allocation.erk:
+        raise ValueError(
+            f"allocate={allocate}, granularity={granularity}: the pattern says how many are alive where, and "
+            "no allocation is allowed beside it. Leave it out, or give growth.FanIn()."
+        )
 
 
 def momentum_of(trainer: Trainer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
