@@ -125,6 +125,30 @@ def weights_that_stand_still(world, rank, folder):
 still = partial(torch.optim.SGD, lr=0.0)
 
 
+class Eve(Callback):
+    """The state of the model after each step, and the batch of the next one."""
+
+    def __init__(self):
+        self.states, self.batches = {}, {}
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        self.batches[trainer.global_step] = deepcopy(batch)
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        self.states[trainer.global_step] = deepcopy(model.state_dict())
+
+
+def grown(granularity, world, rank, folder):
+    pruner = lp.DynamicSparseTraining(0.8, fraction=0.5, every_n_train_steps=2, granularity=granularity)
+    eve = Eve()
+    seen = fit(pruner, eve, model=Net(dropout=0.0, n=64), world=world, epochs=4)
+    return {**seen, "states": eve.states, "labelled": eve.batches, "explored": pruner.explored}
+
+
+GROWN = {"rigl": lp.granularity.single, "srigl": lp.growth.FanIn(0.3)}
+RUNS |= {name: partial(grown, granularity) for name, granularity in GROWN.items()}
+
+
 @run
 def random(world, rank, folder):
     return fit(pruning(criterion=lp.criteria.Random(seed=3)), world=world)

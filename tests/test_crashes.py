@@ -55,9 +55,9 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at(spot, n):
+def die_at(spot, n, spots=SPOTS):
     """The process ends without another instruction at the n-th call of a function."""
-    owner, name = SPOTS[spot]
+    owner, name = spots[spot]
     original, calls = getattr(owner, name), []
 
     @functools.wraps(original)
@@ -197,12 +197,12 @@ def train_to_file(folder, setting, ways):
     torch.save(result, folder / "final.pt")
 
 
-def differences(folder, setting, ways, expected):
+def differences(folder, setting, ways, expected, target=train_to_file):
     """Kill a run in these ways, one after the other, starting it again each time; then let it end."""
     folder.mkdir()
     kills = 0
     for way in (*ways, None):
-        code = in_another_process(folder, setting, [way] if way else [], target=train_to_file)
+        code = in_another_process(folder, setting, [way] if way else [], target=target)
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
         if code == 0:

@@ -9,10 +9,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 
 import lightning_prune as lp
+from lightning_prune import growth
+from lightning_prune.evidence import gradients
+from lightning_prune.layers import layouts
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks
 from tests.networks import Net, bits_of, dead_are_zero, fitter, same
-from tests.ranks import POLICIES, RUNS, Loaded, drawn, processes, pruning, still
+from tests.ranks import GROWN, POLICIES, RUNS, Loaded, drawn, processes, pruning, still
 from tests.reference import global_selection
 
 ONLY_2 = ["channels", "gradients_in_buckets", "unused_parameters", "stopped_by_a_metric_of_each_rank"]
@@ -300,6 +303,34 @@ make. Allowed are a single device{instead}"
 def test_what_needs_whole_weights_is_refused_on_shards(kind):
     said = said_of(kind, ModelParallelStrategy)
     assert "Allowed are a single device and DDP. Use one of them, or IterativeMagnitudePruning." in said
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", GROWN)
+def test_ranks_grow_the_same_by_the_mean_of_their_gradients(name, world, seen):
+    ranks, pattern = seen[world][name], GROWN[name]
+    assert equal(ranks, "masks", "prunings", "round", "explored")
+    assert not same(ranks[0]["labelled"], ranks[1]["labelled"])
+    masks, *updates = ranks[0]["prunings"]
+    assert len(updates) == ranks[0]["round"] > 1
+    for update, found in enumerate(updates, 1):
+        of_ranks = []
+        for rank in ranks:
+            model = Net(dropout=0.0)
+            model.load_state_dict(rank["states"][2 * update])
+            weights = {n: model.get_parameter(n) for n in masks}
+            loss = lambda net, batch: torch.nn.functional.cross_entropy(net(batch[0]), batch[1])  # noqa: E731
+            of_ranks.append(gradients(weights, model, loss, rank["labelled"][2 * update]))
+        grow = {n: (sum(g[n] for g in of_ranks) / world).abs() for n in masks}
+        drop = {n: w.detach().abs() for n, w in weights.items()}
+        number = growth.in_exchange(masks, 0.5)
+        if name == "rigl":
+            masks = growth.exchanged(masks, number, drop, grow)
+        else:
+            masks = growth.exchanged_within(pattern, masks, number, drop, grow, layouts(model, masks))
+        assert same(masks, found)
+    for rank in ranks:
+        assert dead_are_zero(rank["weights"], masks)
 
 
 def test_bits_are_compared(seen):

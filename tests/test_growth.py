@@ -63,8 +63,11 @@ def erk_masks(model, sparsity, names):
     return {n: slow_exchange(torch.zeros_like(s).bool(), keep[n], s, s) for n, s in scores.items()}
 
 
-def slow_training(model, batches, masks, grow, every, last, fraction, exchange=None):
-    """RigL's Algorithm 1 in a plain loop: a sparse start, exchanges, the optimizer forgets what is dead."""
+def slow_training(model, batches, masks, grow, every, last, fraction, exchange=None, accumulate=1, seen=1):
+    """RigL's Algorithm 1 in a plain loop: a sparse start, exchanges, the optimizer forgets what is dead.
+
+    A step has `accumulate` batches, and what grows is chosen by the gradients of the first `seen` of them.
+    """
     names = [n for n, p in model.named_parameters() if p.dim() > 1]
     exchange = exchange or (lambda n, *its: slow_exchange(*its))
     masks = dict(masks)
@@ -77,12 +80,14 @@ def slow_training(model, batches, masks, grow, every, last, fraction, exchange=N
             weights[n].mul_(masks[n])
 
     put_on()
-    for step, batch in enumerate(batches):
+    for step in range(len(batches) // accumulate):
+        of_step = batches[step * accumulate :][:accumulate]
         if step and step % every == 0 and step < last:
             rate = fraction / 2 * (1 + math.cos(math.pi * step / last))
             buffers = deepcopy(dict(model.named_buffers()))
             optimizer.zero_grad()
-            model.training_step(batch, 0).backward()
+            for batch in of_step[:seen]:
+                (model.training_step(batch, 0) / seen).backward()
             for n, b in model.named_buffers():
                 b.copy_(buffers[n])
             for n in names:
@@ -97,7 +102,8 @@ def slow_training(model, batches, masks, grow, every, last, fraction, exchange=N
             put_on()
             history.append({n: m.clone() for n, m in masks.items()})
         optimizer.zero_grad()
-        model.training_step(batch, 0).backward()
+        for batch in of_step:
+            (model.training_step(batch, 0) / accumulate).backward()
         optimizer.step()
         put_on()
     return masks, history
@@ -155,6 +161,26 @@ def test_masks_and_weights_equal_the_papers_pseudocode(name):
     assert all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), slow.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("together", [2, 3])
+def test_with_accumulation_the_first_batch_of_a_step_says_what_grows(together):
+    """The others are not drawn yet as it starts, and the step trains the new masks on all of them."""
+    torch.manual_seed(0)
+    model = Quiet(n=48)
+    slow = [deepcopy(model), deepcopy(model)]
+    pruner, watch = dst(fraction=schedules.CosineDecay(0.5)), Watch()
+    fitter(pruner, watch, epochs=12, accumulate_grad_batches=together).fit(model)
+    steps = len(watch.batches) // together
+    its = watch.masks[0], lambda n, update, g: g.abs(), 2, int(0.75 * steps), 0.5
+    found = []
+    for net, seen in zip(slow, (1, together), strict=True):
+        found.append(slow_training(net, watch.batches, *its, accumulate=together, seen=seen)[1])
+    assert len(found[0]) == pruner.round > 7
+    assert all(same(a, b) for a, b in zip(watch.masks[1:], found[0], strict=True))
+    assert not all(same(a, b) for a, b in zip(*found, strict=True))  # all of its batches would say otherwise
+    for a, b in zip(model.parameters(), slow[0].parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def slow_structured(mask, number, drop, grow, gamma, rows_of, keeps_all=False):
