@@ -32,7 +32,8 @@ def exchanged(masks: Masks, number: Mapping[str, int], drop: Scores, grow: Score
     """Exchange connections in each tensor: so many of the living go, and as many of the dead come.
 
     Those of the lowest `drop` scores go, those of the highest `grow` scores come. What just went does not
-    come back in the same exchange. Of equal scores the one of the lower index (row-major) lives.
+    come back in the same exchange, as it may in RigL's Algorithm 1. Of equal scores the one of the lower
+    index (row-major) lives.
 
     >>> import torch
     >>> masks = {"w": torch.tensor([True, True, False, False])}

@@ -42,7 +42,7 @@ SPOTS = {
     "between pruning and rewinding": (lp.LotteryTicketRewind, "on_round_start"),
     "within a rewind": (rewind, "_keep_precision"),
     "between rewinding and masking": (Handle, "set"),
-    "collecting a checkpoint": (masked, "pack"),
+    "collecting a checkpoint": (masked, "pack_whole"),
     "before a file is on the disk": (os, "fsync"),
     "before a file has its name": (os, "replace"),
     "writing the masks of a round": (round_masks, "save"),
@@ -245,6 +245,11 @@ def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(name, tmp_pat
     kills, different = differences(tmp_path / "run", SETTINGS[name], ways, expected)
     assert different == []
     assert kills >= len(ways) - 1
+
+
+def test_every_moment_to_be_killed_at_is_there():
+    """A function that has moved would be found by the slow suite alone."""
+    assert not [spot for spot, (owner, name) in SPOTS.items() if not hasattr(owner, name)]
 
 
 @pytest.mark.slow

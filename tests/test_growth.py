@@ -66,6 +66,8 @@ def erk_masks(model, sparsity, names):
 def slow_training(model, batches, masks, grow, every, last, fraction, exchange=None, accumulate=1, seen=1):
     """RigL's Algorithm 1 in a plain loop: a sparse start, exchanges, the optimizer forgets what is dead.
 
+    But for one thing: what was just dropped is no candidate to grow.
+
     A step has `accumulate` batches, and what grows is chosen by the gradients of the first `seen` of them.
     """
     names = [n for n, p in model.named_parameters() if p.dim() > 1]

@@ -1,6 +1,7 @@
 """The exchanges of another implementation, rigl-torch, on a small network and fixed batches."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_exchanges_are_those_of_rigl_torch_but_for_what_it_drops_and_grows_at_on
     )
     torch.manual_seed(seed)
     sizes = 20, 40, 40, 5
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     x = torch.randn(256, 20)
