@@ -212,5 +212,26 @@ def in_exchange(masks: Masks, fraction: float) -> dict[str, int]:
     return numbers
 
 
+def exchange_of(before: Masks, after: Masks, ever: Masks) -> dict[str, float]:
+    """How many connections an update dropped and grew, and how many of the grown had been alive before.
+
+    >>> import torch
+    >>> mask = lambda *alive: {"w": torch.tensor(alive).bool()}
+    >>> exchange_of(mask(1, 1, 0, 0), mask(1, 0, 1, 0), ever=mask(1, 1, 1, 0))
+    {'dropped': 1, 'grown': 1, 'returned': 1}
+
+    Args:
+        before: who was alive before the update.
+        after: who is alive after it.
+        ever: who had been alive at some time before it.
+    """
+    grown = {name: mask & ~before[name] for name, mask in after.items()}
+    return {
+        "dropped": alive({name: mask & ~after[name] for name, mask in before.items()}),
+        "grown": alive(grown),
+        "returned": alive({name: mask & ever[name] for name, mask in grown.items()}),
+    }
+
+
 def _as_many(numbers: Mapping[str, int]) -> Allocation:
     return lambda scores, total: dict(numbers)

@@ -532,6 +532,33 @@ def test_a_network_that_diverged_is_not_exchanged_by_its_nans():
         fitter(dst(), epochs=4).fit(Diverges(SGD))
 
 
+@pytest.mark.parametrize("options", [{}, {"sparsity": schedules.Alternating(0.8), "fraction": 0.0}], ids=str)
+def test_the_history_says_what_each_update_dropped_and_grew_and_how_much_was_explored(options, tmp_path):
+    pruner, watch = dst(until_step=18, **options), Watch()
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    fitter(pruner, watch, saving, epochs=8, enable_checkpointing=True).fit(Net(SGD))
+    dense = {n: torch.ones_like(m) for n, m in pruner.masks.items()}
+    masks = [*([dense] if options else []), *watch.masks]  # a dense beginning is no pruning
+    ever = masks[0]
+    assert [row.round for row in pruner.history] == list(range(9))
+    for row, before, after in zip(pruner.history[1:], masks[:-1], masks[1:], strict=True):
+        came = {n: after[n] & ~before[n] for n in after}
+        assert row.metrics["dropped"] == sum(int((before[n] & ~after[n]).sum()) for n in after)
+        assert row.metrics["grown"] == alive(came)
+        assert row.metrics["returned"] == sum(int((came[n] & ever[n]).sum()) for n in after)
+        ever = {n: ever[n] | after[n] for n in after}
+        assert row.metrics["explored"] == alive(ever) / 400
+    assert "grown" not in pruner.history[0].metrics
+    assert pruner.history[-1].metrics["explored"] == pruner.explored
+    resumed = dst(until_step=18, **options)
+    path = sorted(tmp_path.glob("*.ckpt"), key=lambda p: int(p.stem.split("=")[1]))[3]
+    with pytest.warns(UserWarning, match="Be aware"):
+        fitter(resumed, epochs=8).fit(Net(SGD), ckpt_path=path)
+    ours = "dropped", "grown", "explored"
+    at = [[{k: row.metrics.get(k) for k in ours} for row in p.history[:7]] for p in (pruner, resumed)]
+    assert at[0][:6] == at[1][:6]
+
+
 def test_set_grows_in_another_order_at_every_update():
     explored = []
     for grow in (criteria.Random(), lambda params: criteria.Random()(params)):  # the same few come and go

@@ -20,6 +20,7 @@ from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.pruning import trained
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
+from lightning_prune.callbacks.rounds import Rounds
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import check_callable, number, whole
@@ -28,6 +29,7 @@ from lightning_prune.evidence import asked, mean_gradients
 from lightning_prune.granularity import NM, Granularity, single
 from lightning_prune.growth import (
     FanIn,
+    exchange_of,
     exchanged,
     exchanged_within,
     fits,
@@ -94,6 +96,8 @@ class DynamicSparseTraining(MaskedTraining):
         round: the number of updates so far.
         sparsity: fraction of the prunable weights that is dead.
         explored: fraction of the prunable weights that has ever been alive ("in-time over-parameterization").
+        history: a row for what each update began, with `dropped`, `grown`, `returned` (of the grown, those
+            that had been alive before) and `explored` among its metrics.
 
     Raises:
         ValueError: at construction, or as the fit starts and before anything is trained, naming the argument.
@@ -174,6 +178,7 @@ class DynamicSparseTraining(MaskedTraining):
         self._start_from = masks
         self._last: int | None = None  # the step from which masks stay, fixed by the first fit
         self._ever: Masks = {}  # who has ever been alive
+        self._exchange: dict[str, float] = {}  # what the last update did, in numbers of connections
         self._batch: Any = None  # that the step trains on
         self._layouts: dict[str, Layout] = {}
 
@@ -403,6 +408,17 @@ class DynamicSparseTraining(MaskedTraining):
         self.masks = units
 
     @override
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, units: Masks, then: Rounds) -> None:
+        before, ever = self.masks, self._ever
+        super()._prune(trainer, pl_module, units, then)
+        if self.round:  # else these are the first masks
+            self._exchange = exchange_of(before, self.masks, ever)
+
+    @override
+    def _of_round(self) -> dict[str, float]:
+        return {**self._exchange, "explored": self.explored}
+
+    @override
     def _begun(self, trainer: Trainer) -> None:
         """An update begins nothing that would be compared anew, and there are many of them."""
         self._ever = {name: mask | self._ever.get(name, mask) for name, mask in self.masks.items()}
@@ -440,13 +456,19 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "last": self._last, "ever": pack(self._ever)}
+        return {
+            **super().state_dict(),
+            "last": self._last,
+            "ever": pack(self._ever),
+            "exchange": self._exchange,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._last = state_dict["last"]
         self._ever = unpack(state_dict["ever"])
+        self._exchange = dict(state_dict.get("exchange", {}))
 
 
 def _check_granularity(

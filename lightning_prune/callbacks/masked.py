@@ -251,6 +251,10 @@ class MaskedTraining(Callback, ABC):
         """What the masks are not that was asked for."""
         return []
 
+    def _of_round(self) -> dict[str, float]:
+        """What the history says of the round in progress beside what was logged."""
+        return {}
+
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must not change: plain values, kept in the checkpoint."""
         return {"every_n_epochs": self.every_n_epochs, "every_n_train_steps": self.every_n_train_steps}
@@ -548,7 +552,8 @@ class MaskedTraining(Callback, ABC):
     def _record(self, trainer: Trainer) -> None:
         """Add the round that is over to the history; one that goes on in another fit replaces its row."""
         steps = trainer.global_step - self._at.step
-        metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
+        logged = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
+        metrics = {**logged, **self._of_round()}
         kept = best_of_round(trainer) if self.compares else (None, "")
         self.history = with_round(self.history, self.round, self._units, steps, metrics, kept)
 
