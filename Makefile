@@ -32,6 +32,7 @@ test-oldest: oldest.txt  ## the test suite with the oldest versions that pyproje
 
 bench: $(VENV)/test  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.selection
+	$(RUN) experiments.benchmarks.sharded
 	$(RUN) experiments.benchmarks.step
 	$(RUN) experiments.benchmarks.growth
 	$(RUN) experiments.benchmarks.imports

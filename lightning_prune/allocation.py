@@ -59,7 +59,7 @@ def global_rank(scores: Scores, total: int, *, together: Together | None = None)
     if total == 0:
         return keep
     own = [s for name, s in scores.items() if together is None or together.counts(name)]
-    cut, _ = threshold(own, total, together.add if together else None)
+    cut, _ = threshold(own, total, together)
     keep.update(counted({n: count_above(s, cut, or_equal=True) for n, s in scores.items()}, together))
     spare = sum(keep.values()) - total  # more are equal to the cut than there is room for
     if spare and together:

@@ -56,6 +56,10 @@ class Together(Protocol):
         """The sum over all ranks of whole numbers (int64), equal on every rank."""
         ...
 
+    def span(self, low: int, high: int) -> tuple[int, int]:
+        """The lowest `low` and the highest `high` of all ranks."""
+        ...
+
     def counts(self, name: str) -> bool:
         """Whether this rank's part of a tensor counts; of replicas only one does."""
         ...
@@ -235,7 +239,7 @@ def _chosen_together(
         elif near is not None and above[name] <= its < reached[name]:
             chosen[name] = _with_ties(name, scores, near, its - above[name], together)
         else:
-            cut, ties = threshold(own, its, together.add)
+            cut, ties = threshold(own, its, together)
             chosen[name] = _with_ties(name, scores, cut, ties, together)
     return chosen
 
@@ -248,7 +252,7 @@ def _with_ties(name: str, scores: Tensor, cut: float, ties: int, together: Toget
     tied = _mask(scores, cut, operator.eq).flatten().nonzero().flatten()
     places = together.places(name, tied).to("cpu", torch.float64)  # exact: below 2**53
     own = [-places] if together.counts(name) else []
-    last, _ = threshold(own, ties, together.add)  # the place of the last one that is kept
+    last, _ = threshold(own, ties, together)  # the place of the last one that is kept
     mask.view(-1)[tied[(-places >= last).to(tied.device)]] = True
     return mask
 
@@ -313,9 +317,7 @@ def _flip(bits: Keys) -> Keys:
     return bits ^ ((bits >> sign) & ((1 << sign) - 1))
 
 
-def threshold(
-    scores: Iterable[Tensor], keep: int, add: Callable[[Tensor], Tensor] | None = None
-) -> tuple[float, int]:
+def threshold(scores: Iterable[Tensor], keep: int, together: Together | None = None) -> tuple[float, int]:
     """The `keep`-th highest of all scores, and how many of those equal to it are among the `keep` highest.
 
     A radix select on the bits of the floats, mapped to integers of the same order: exact, linear, and without
@@ -328,31 +330,36 @@ def threshold(
     Args:
         scores: floating point tensors of any shapes, without NaN.
         keep: 1 ... number of scores.
-        add: sums whole numbers over ranks that each have some of the scores. Every rank gets the same result.
+        together: what ranks tell each other that each have some of the scores. Every rank gets the same.
     """
     tensors = list(scores)
-    total = sum(t.numel() for t in tensors)
-    if add is not None:
-        return _threshold_together(tensors, keep, add)
+    dtype, total = _kind(tensors, together)
     if not 1 <= keep <= total:
         raise ValueError(f"keep={keep}: allowed is 1 to {total}, the number of scores.")
-    dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     limits = torch.iinfo(integer(dtype))
-    low, high = _guess(tensors, dtype, keep / total)
+    here = sum(t.numel() for t in tensors)
+    # a rank without scores leaves it to the others
+    low, high = _guess(tensors, dtype, keep / total) if here else (limits.max, limits.min)
+    if together is not None:  # the score that all reach lies between those that each would find
+        low, high = together.span(low, high)
     held: list[Keys] | None = None  # the keys between the bounds, once they are few
+    passed = 0  # how many are above these
     while True:  # the bounds enclose the key, or a pass shows on which side of them it is
         shift = max(0, (high - low).bit_length() - _DIGIT)
         first, last = low >> shift, high >> shift
-        above, between, counts = 0, list[Keys](), torch.zeros(last - first + 1, dtype=torch.int64)
+        above, between, counts = passed, list[Keys](), torch.zeros(last - first + 1, dtype=torch.int64)
         for key in _keys(tensors, dtype, low) if held is None else held:
             is_above = key > high
             above += count(is_above)
             inside = key[is_above ^ (key >= low)]
             counts += torch.bincount(torch.as_tensor((inside >> shift) - first), minlength=len(counts)).cpu()
-            if sum(map(len, between)) * 16 <= total:
+            if sum(map(len, between)) * 16 <= here:
                 between.append(inside)
-        reached = above + counts.flip(0).cumsum(0)
-        if keep <= above:
+        passing = above
+        if together is not None:
+            passing, counts = _added(passing, counts, together)
+        reached = passing + counts.flip(0).cumsum(0)
+        if keep <= passing:
             low, high = high + 1, limits.max
         elif keep > reached[-1]:
             low, high = limits.min, low - 1
@@ -360,40 +367,28 @@ def threshold(
             place = int(torch.searchsorted(reached, keep))
             if not shift:
                 cut = torch.tensor(last - place, dtype=integer(dtype))
-                return _flip(cut).view(dtype).item(), keep - int(reached[place - 1] if place else above)
+                return _flip(cut).view(dtype).item(), keep - int(reached[place - 1] if place else passing)
             bucket = last - place << shift
             low, high = max(low, bucket), min(high, bucket + (1 << shift) - 1)
-            if sum(map(len, between)) * 16 <= total:
-                held, keep = between, keep - above
+            if sum(map(len, between)) * 16 <= here:
+                held, passed = between, above
 
 
-def _threshold_together(
-    tensors: list[Tensor], keep: int, add: Callable[[Tensor], Tensor]
-) -> tuple[float, int]:
-    """The same over ranks: a pass for each digit, from the highest on, and a sum of histograms after each."""
-    widths = [t.dtype == dtype for dtype in _ORDERED for t in tensors]
-    here = torch.tensor(widths, dtype=torch.int64).view(len(_ORDERED), -1).sum(1)
-    *numbers, total = add(torch.cat((here, torch.tensor([sum(t.numel() for t in tensors)])))).tolist()
-    if not 1 <= keep <= total:
-        raise ValueError(f"keep={keep}: allowed is 1 to {total}, the number of scores.")
+def _added(above: int, counts: Tensor, together: Together) -> tuple[int, Tensor]:
+    total = together.add(torch.cat((torch.tensor([above]), counts)))
+    return int(total[0]), total[1:]
+
+
+def _kind(tensors: list[Tensor], together: Together | None) -> tuple[torch.dtype, int]:
+    """A dtype that is exact for all scores, and how many there are."""
+    total = sum(t.numel() for t in tensors)
+    there = [t.dtype for t in tensors] or [torch.float32]
+    if together is not None:
+        widths = [sum(t.numel() for t in tensors if t.dtype == dtype) for dtype in _ORDERED]
+        *widths, total = together.add(torch.tensor([*widths, total])).tolist()
+        there = [dtype for dtype, n in zip(_ORDERED, widths, strict=True) if n] or there
     # half precisions of two kinds need a third that holds both; all ranks must see the same
-    dtype = reduce(torch.promote_types, (t for t, n in zip(_ORDERED, numbers, strict=True) if n))
-    limits = torch.iinfo(integer(dtype))
-    low, high = limits.min, limits.max
-    while True:
-        shift = max(0, (high - low).bit_length() - _DIGIT)
-        first, last = low >> shift, high >> shift
-        counts = torch.zeros(last - first + 1, dtype=torch.int64)
-        for key in _keys(tensors, dtype, limits.min):
-            inside = key[(key >= low) & (key <= high)]
-            counts += torch.bincount(torch.as_tensor((inside >> shift) - first), minlength=len(counts)).cpu()
-        reached = add(counts).flip(0).cumsum(0)
-        place = int(torch.searchsorted(reached, keep))
-        keep -= int(reached[place - 1]) if place else 0
-        if not shift:
-            return _flip(torch.tensor(last - place, dtype=integer(dtype))).view(dtype).item(), keep
-        bucket = last - place << shift
-        low, high = max(low, bucket), min(high, bucket + (1 << shift) - 1)
+    return reduce(torch.promote_types, there), total
 
 
 _ORDERED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

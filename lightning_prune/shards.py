@@ -200,6 +200,15 @@ class Shards:
         torch.distributed.all_reduce(total)
         return total.to(counts.device)
 
+    def span(self, low: int, high: int) -> tuple[int, int]:
+        """The lowest `low` and the highest `high` of all processes."""
+        bounds = [torch.tensor(bound, device=self._device) for bound in (low, high)]
+        for bound, most in zip(
+            bounds, (torch.distributed.ReduceOp.MIN, torch.distributed.ReduceOp.MAX), strict=True
+        ):
+            torch.distributed.all_reduce(bound, most)
+        return int(bounds[0]), int(bounds[1])
+
     def counts(self, name: str) -> bool:
         """Whether this process is the first that has its part of a tensor; of replicas only one counts."""
         return self._counts[name]

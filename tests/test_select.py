@@ -113,13 +113,20 @@ class Ranks:
         outer = self
 
         class Together:
+            def told(self, numbers):
+                outer.sums[rank] = numbers
+                outer.barrier.wait()
+                of_all = torch.stack([c.clone() for c in outer.sums])
+                outer.barrier.wait()
+                outer.sent += numbers.nbytes
+                return of_all
+
             def add(self, counts):
-                outer.sums[rank] = counts
-                outer.barrier.wait()
-                total = torch.stack([c.clone() for c in outer.sums]).sum(0)
-                outer.barrier.wait()
-                outer.sent += counts.nbytes
-                return total
+                return self.told(counts).sum(0)
+
+            def span(self, low, high):
+                of_all = self.told(torch.tensor([low, high]))
+                return int(of_all[:, 0].min()), int(of_all[:, 1].max())
 
             def counts(self, name):
                 mine = outer.parts[rank][name]
@@ -182,7 +189,7 @@ def test_ranks_that_hold_parts_select_what_one_process_does(allocate, ranks, see
 
 def test_what_ranks_send_does_not_grow_with_the_weights():
     sent = []
-    for size in (1000, 100_000):
+    for size in (1000, 100_000, 1_000_000):
         scores = {"a": torch.randn(size, generator=torch.Generator().manual_seed(0))}
         candidates = {"a": torch.ones(size, dtype=torch.bool)}
         parts = [{"a": at} for at in cut((size,), "rows", 2)]
@@ -190,7 +197,8 @@ def test_what_ranks_send_does_not_grow_with_the_weights():
         found, bytes_sent = selected_by_ranks(scores, candidates, budget, allocation.global_rank, parts)
         assert same(found, select(scores, candidates, budget, allocation.global_rank))
         sent.append(bytes_sent)
-    assert sent[0] == sent[1]
+    histogram = 8 * (1 << 12)
+    assert max(sent) <= 2 * 5 * histogram  # of two ranks
 
 
 def test_an_allocation_that_counts_one_part_alone_is_refused_over_ranks():
@@ -211,4 +219,4 @@ def test_counts_per_output_are_refused_over_ranks():
 
 def test_a_threshold_over_no_score_is_refused():
     with pytest.raises(ValueError, match="keep=1: allowed is 1 to 0"):
-        threshold([], 1, lambda counts: counts)
+        threshold([], 1, Ranks([{}]).of(0))

@@ -1,0 +1,333 @@
+"""One global pruning of sharded weights: bytes sent, seconds, memory, bits that differ.
+
+`python -m experiments.benchmarks.sharded [--largest N]`: 2 and 4 processes that talk by gloo, 1M weights and
+each ten times as many. Ours against gathering all scores on one process, which sends the masks back, and
+against pruning each shard alone, whose masks are others. Bytes are all that passed the loopback interface of
+the machine meanwhile, so nothing else should talk there. Then, on paper, what is sent for 7B and 70B weights.
+"""
+
+import argparse
+import multiprocessing
+import pickle
+import socket
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lightning_prune.deploy.timing import machine
+from lightning_prune.masks import Masks, count
+from lightning_prune.pruning import next_masks
+from lightning_prune.shards import local, placed
+
+SPARSITY, TENSORS, WIDTH = 0.8, 40, 50  # 40 tensors of rows of 50
+SIZES = (1_000_000, 10_000_000, 100_000_000)
+WORLDS = (2, 4)
+ROUNDS = 3
+
+
+def weights(
+    n: int, rank: int, world: int, tensors: int = TENSORS, rows_differ: bool = False
+) -> dict[str, Tensor]:
+    """This process's rows of `n` normal weights; each row with a scale of its own where rows differ."""
+    generator = torch.Generator().manual_seed(rank)
+    shape = (n // tensors // WIDTH // world, WIDTH)
+    drawn = {f"w{i}": torch.randn(shape, generator=generator) for i in range(tensors)}
+    if rows_differ:
+        for w in drawn.values():
+            w *= torch.randn((shape[0], 1), generator=generator).exp()
+    return drawn
+
+
+def sharded(parts: dict[str, Tensor], world: int) -> dict[str, Tensor]:
+    """The same as shards."""
+    mesh = init_device_mesh("cpu", (world,))
+    return {name: DTensor.from_local(p, mesh, [Shard(0)], run_check=False) for name, p in parts.items()}
+
+
+def all_alive(params: dict[str, Tensor]) -> Masks:
+    """The masks of dense weights."""
+    return {name: placed(torch.ones_like(local(p), dtype=torch.bool), p) for name, p in params.items()}
+
+
+def ours(params: dict[str, Tensor], masks: Masks) -> list[Tensor]:
+    """lightning_prune."""
+    return [local(m) for m in next_masks(params, masks, [(list(params), SPARSITY)]).values()]
+
+
+def gathering(params: dict[str, Tensor], masks: Masks) -> list[Tensor]:
+    """All scores on process 0, which selects as one process does and sends each its masks."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    scores: dict[str, Tensor] = {}
+    for name, p in params.items():
+        here = local(p).abs()
+        parts = [torch.empty_like(here) for _ in range(world)] if rank == 0 else None
+        distributed.gather(here, parts)
+        if parts:
+            scores[name] = torch.cat(parts)
+    chosen: Masks = {}
+    if rank == 0:
+        chosen = next_masks(scores, all_alive(scores), [(list(scores), SPARSITY)])
+        del scores
+    found: list[Tensor] = []
+    for name, p in params.items():
+        mine = torch.empty(local(p).shape, dtype=torch.bool)
+        distributed.scatter(mine, list(chosen.pop(name).chunk(world)) if rank == 0 else None)
+        found.append(mine)
+    return found
+
+
+def alone(params: dict[str, Tensor], masks: Masks) -> list[Tensor]:
+    """Each process its own shard, to the same sparsity."""
+    parts, here = ({name: local(t) for name, t in its.items()} for its in (params, masks))
+    return list(next_masks(parts, here, [(list(parts), SPARSITY)]).values())
+
+
+METHODS: dict[str, Callable[[dict[str, Tensor], Masks], list[Tensor]]] = {
+    "ours": ours,
+    "gathering": gathering,
+    "alone": alone,
+}
+
+
+@dataclass
+class Told:
+    """What a process gives to collectives: numbers in tensors, objects, and how often."""
+
+    numbers: int = 0
+    objects: int = 0
+    calls: int = 0
+
+
+@contextmanager
+def listening() -> Generator[Told]:
+    """Count what this process gives to the two collectives that ours is made of."""
+    told, theirs = Told(), (distributed.all_reduce, distributed.all_gather_object)
+
+    def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        told.numbers, told.calls = told.numbers + tensor.nbytes, told.calls + 1
+        return theirs[0](tensor, *args, **options)
+
+    def gather(objects: list[Any], mine: Any, *args: Any, **options: Any) -> Any:
+        told.objects += len(pickle.dumps(mine))
+        told.calls += 2  # the sizes first
+        return theirs[1](objects, mine, *args, **options)
+
+    distributed.all_reduce, distributed.all_gather_object = reduce, gather
+    try:
+        yield told
+    finally:
+        distributed.all_reduce, distributed.all_gather_object = theirs
+
+
+def on_loopback() -> int:
+    """Bytes that the loopback interface has sent since the machine started."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split()[9]) for line in lines if line.strip().startswith("lo:"))
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """Bytes by which the memory of this process rises above what it has now."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _rank(rank: int, world: int, port: int, n: int, folder: str) -> None:
+    """What one process measures."""
+    torch.set_num_threads(1)
+    where = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group(
+        "gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(minutes=5)
+    )
+    found: dict[str, Any] = {}
+    small = sharded(weights(100_000, rank, world), world)
+    params = sharded(weights(n, rank, world), world)
+    for name, method in METHODS.items():
+        for its, rounds in ((small, 1), (params, ROUNDS)):  # first what is loaded on first use
+            dense = all_alive(its)
+            times, sent, peaks = [], [], []
+            for _ in range(rounds):
+                distributed.barrier()
+                before, start = on_loopback(), perf_counter()
+                peaks.append(_peak(partial(method, its, dense)))
+                distributed.barrier()
+                times.append(perf_counter() - start)
+                sent.append(on_loopback() - before)
+            found[name] = {"seconds": median(times), "sent": median(sent), "peak": max(peaks)}
+    for differ in (False, True):
+        params = sharded(weights(n, rank, world, rows_differ=differ), world)
+        dense = all_alive(params)
+        masks, others = ours(params, dense), alone(params, dense)
+        found[f"bits {differ}"] = sum(count(a ^ b) for a, b in zip(masks, others, strict=True))
+    torch.save(found, Path(folder, f"{rank}.pt"))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _one_process(n: int, folder: str) -> None:
+    """The peak memory of the same pruning in one process that has all weights whole."""
+    torch.set_num_threads(1)
+    peak = 0
+    for size in (100_000, n):
+        params = weights(size, 0, 1)
+        dense = all_alive(params)
+        peak = _peak(partial(next_masks, params, dense, [(list(params), SPARSITY)]))
+    torch.save(peak, Path(folder, "one.pt"))
+
+
+def _run(work: Callable[..., None], many: list[tuple[Any, ...]]) -> None:
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=work, args=args) for args in many]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    if codes := [process.exitcode for process in started if process.exitcode]:
+        raise RuntimeError(f"processes ended with {codes}; allowed is 0. Look at what they said.")
+
+
+def measured(n: int, world: int) -> tuple[list[dict[str, Any]], int]:
+    """What each process measured, and the peak memory of one that has everything."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        _run(_rank, [(rank, world, port, n, folder) for rank in range(world)])
+        _run(_one_process, [(n, folder)])
+        ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world)]
+        return ranks, torch.load(Path(folder, "one.pt"), weights_only=True)
+
+
+def lines(n: int, world: int) -> Iterator[str]:
+    """Rows of the table, one for each method."""
+    ranks, one = measured(n, world)
+    share = 4 * n / world
+    for name in METHODS:
+        mine = [its[name] for its in ranks]
+        seconds, sent = max(its["seconds"] for its in mine), max(its["sent"] for its in mine)
+        peak = max(its["peak"] for its in mine)
+        bits = "0 / 0"
+        if name == "alone":
+            bits = " / ".join(f"{sum(its[f'bits {differ}'] for its in ranks):,}" for differ in (False, True))
+        of_one = (share + peak) / ((4 * n + one) / world)
+        cells = f"{n:,}", f"{world}", name, f"{sent / world / 1e3:,.1f}", f"{seconds:.3f}"
+        yield " | ".join(["", *cells, f"{peak / 1e6:,.1f}", f"{of_one:.2f}", bits, ""]).strip()
+
+
+# --------------------------------------------------------------------------------------------- on paper
+
+
+@dataclass(frozen=True)
+class Network:
+    """A transformer: weights that are pruned, and in how many tensors they are."""
+
+    name: str
+    weights: float
+    tensors: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects processes: bytes a second that each sends, and seconds until one of them is there."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+
+NETWORKS = (Network("7B", 7e9, 32 * 7), Network("70B", 70e9, 80 * 7))
+LINKS = {8: Link("NVLink, 450 GB/s", 450e9, 5e-6), 64: Link("400 Gb/s Ethernet or InfiniBand", 50e9, 2e-5)}
+
+
+def on_paper(few: Told, many: Told, tensors: tuple[int, int]) -> Iterator[str]:
+    """What each process would send; what it tells grows with the number of tensors, as was measured twice.
+
+    A ring sends 2 (N - 1) / N of what is summed, in 2 (N - 1) steps; of objects each passes on those of
+    all others. To gather scores in bfloat16, two bytes a weight go through the link of one process, and back
+    comes a byte a weight.
+    """
+
+    def at(a: int, b: int, n: int) -> float:
+        return a + (b - a) / (tensors[1] - tensors[0]) * (n - tensors[0])
+
+    for net in NETWORKS:
+        for n, link in LINKS.items():
+            numbers, objects, calls = (
+                at(a, b, net.tensors) for a, b in zip(vars(few).values(), vars(many).values(), strict=True)
+            )
+            sent = 2 * (n - 1) / n * numbers + (n - 1) * objects
+            seconds = sent / link.bandwidth + calls * 2 * (n - 1) * link.latency
+            through = (n - 1) / n * net.weights * 3
+            cells = f"{net.name}", f"{n}, {link.name}", f"{sent / 1e6:.1f} MB", f"{seconds * 1e3:.0f} ms"
+            others = f"{through / 1e9:.0f} GB", f"{through / link.bandwidth:.2f} s"
+            need = f"{3 * net.weights / 1e9:.0f} GB"
+            yield " | ".join(["", *cells, *others, need, ""]).strip()
+
+
+def _tell(rank: int, world: int, port: int, tensors: int, folder: str) -> None:
+    where = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
+    params = sharded(weights(1_000_000, rank, world, tensors), world)
+    with listening() as told:
+        ours(params, all_alive(params))
+    torch.save(vars(told), Path(folder, f"{rank}.pt"))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def told(tensors: int, world: int = 2) -> Told:
+    """What a process tells to prune weights in so many tensors."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        _run(_tell, [(rank, world, port, tensors, folder) for rank in range(world)])
+        return Told(**torch.load(Path(folder, "0.pt"), weights_only=True))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--largest", type=float, default=1e8, help="weights of the largest pruning")
+    largest = parser.parse_args().largest
+    print(f"One global pruning to {SPARSITY:.0%} of float32 weights in {TENSORS} tensors. {machine()}")
+    print("Sent by a process, seconds of all, what the memory of the fullest process rises by and, with its")
+    print(
+        "weights, over its share of what one process needs; bits that differ from the masks of one process:"
+    )
+    print("weights drawn alike / rows of scales of their own.\n")
+    print("| weights | processes | | kB sent | s | MB | of its share | bits |")
+    print("|---|---|---|---|---|---|---|---|")
+    for n in (size for size in SIZES if size <= largest):
+        for world in WORLDS:
+            for line in lines(n, world):
+                print(line, flush=True)
+    print("\nOn paper, for scores in bfloat16: sent by a process and its time, without that of computing;")
+    print("to gather scores instead, what passes through one process, its time, and memory there.\n")
+    print("| weights | processes | sent | time | gathered | time | memory |")
+    print("|---|---|---|---|---|---|---|")
+    few, many = 40, 160
+    for line in on_paper(told(few), told(many), (few, many)):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
