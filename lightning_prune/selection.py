@@ -222,26 +222,26 @@ def _chosen_together(
             )
         _check_count(allocate, name, its, there[name])
         counts[name] = its
-    reached = above = dict.fromkeys(ranked, -1)
+    chosen, above = Masks(), dict[str, int]()
     if near is not None:
-        reached, above = (
-            counted({n: count_above(s, near, or_equal=equal) for n, s in ranked.items()}, together)
-            for equal in (True, False)
-        )
-    chosen = Masks()
+        reaching = {name: _mask(s, near, operator.ge) for name, s in ranked.items()}
+        reached = counted({name: count(mask) for name, mask in reaching.items()}, together)
+        chosen = {name: mask for name, mask in reaching.items() if reached[name] == counts[name]}
+        if crossed := [name for name, n in reached.items() if n > counts[name]]:  # on all ranks the same
+            above = counted({name: count_above(ranked[name], near) for name in crossed}, together)
     for name in list(ranked):
         scores, its = ranked.pop(name), counts[name]
         own = [scores] if together.counts(name) else []
+        if name in chosen:
+            continue
         if its in (0, there[name]):
             chosen[name] = scores > DEAD if its else torch.zeros_like(scores, dtype=torch.bool)
-        elif near is not None and its == reached[name]:
-            chosen[name] = _mask(scores, near, operator.ge)
-        elif near is not None and above[name] <= its < reached[name]:
+        elif near is not None and above.get(name, its + 1) <= its:
             chosen[name] = _with_ties(name, scores, near, its - above[name], together)
         else:
             cut, ties = threshold(own, its, together)
             chosen[name] = _with_ties(name, scores, cut, ties, together)
-    return chosen
+    return {name: chosen[name] for name in counts}
 
 
 def _with_ties(name: str, scores: Tensor, cut: float, ties: int, together: Together) -> Tensor:

@@ -456,17 +456,24 @@ def work(rank, world, port, folder, names):
     torch.save(results, folder / f"{world}-{rank}.pt")
 
 
-def processes(world, folder, names=tuple(RUNS), work=work):
-    """Start them, wait, and bring what they saw: {name of a training: what each rank saw}."""
+def started(world, work, *args):
+    """Start processes: each does `work(rank, world, port, *args)`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    started = [context.Process(target=work, args=(rank, world, port, folder, names)) for rank in range(world)]
-    for process in started:
+    context.set_forkserver_preload(["tests.ranks", "tests.sharded"])  # imported once, and not by each of them
+    processes = [context.Process(target=work, args=(rank, world, port, *args)) for rank in range(world)]
+    for process in processes:
         process.start()
-    for process in started:
+    return processes
+
+
+def processes(world, folder, names=tuple(RUNS), work=work):
+    """Start them, wait, and bring what they saw: {name of a training: what each rank saw}."""
+    running = started(world, work, folder, names)
+    for process in running:
         process.join(600)
-    assert [process.exitcode for process in started] == [0] * world
+    assert [process.exitcode for process in running] == [0] * world
     ranks = [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}

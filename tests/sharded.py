@@ -3,6 +3,8 @@
 import itertools
 import os
 import re
+import signal
+import time
 import traceback
 import warnings
 from copy import deepcopy
@@ -376,13 +378,32 @@ class Looks(Callback):
         self.prunings.append({name: whole(mask).clone() for name, mask in masks.items()})
 
 
-def fit(way, world, folder=None, ckpt_path=None, fail_at=None, save=False, pruning=None, **options):
+class Dies(Callback):
+    """Kills this process, as the kernel does, in a hook of a step."""
+
+    HOOKS = (
+        *("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end"),
+        *("on_save_checkpoint", "on_validation_start", "on_prune"),
+    )
+
+    def __init__(self, step, hook):
+        self.step = step
+        setattr(self, hook, self.die)
+
+    def die(self, trainer, *_):
+        if trainer.global_step >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit(
+    way, world, folder=None, ckpt_path=None, fail_at=None, save=False, pruning=None, others=(), **options
+):
     """A lottery ticket in three rounds of two epochs, rewound to step 2."""
     pruner = lp.IterativeMagnitudePruning(
         lp.schedules.Geometric(0.4), **{"rounds": 2, "every_n_epochs": 2, **(pruning or {})}
     )
     looks = Looks(pruner)
-    callbacks = [pruner, lp.LotteryTicketRewind(2), looks]
+    callbacks = [pruner, lp.LotteryTicketRewind(2), looks, *others]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1))
         options["enable_checkpointing"] = True
@@ -479,8 +500,8 @@ def stored(world, rank, folder):
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def work(rank, world, port, folder, names):
-    """All scenarios, in a process of its own."""
+def join(rank, world, port, seconds=60):
+    """Be one of the processes."""
     os.environ |= {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"},
         **{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)},
@@ -489,7 +510,12 @@ def work(rank, world, port, folder, names):
     os.environ.pop("PL_GLOBAL_SEED", None)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+
+
+def work(rank, world, port, folder, names):
+    """All scenarios, in a process of its own."""
+    join(rank, world, port)
     results = {}
     for name in names:
         torch.manual_seed(0)
@@ -500,3 +526,29 @@ def work(rank, world, port, folder, names):
     distributed.barrier()
     distributed.destroy_process_group()
     torch.save(results, folder / f"{world}-{rank}.pt")
+
+
+def last_whole(folder):
+    """The newest checkpoint, of those that were written to their end."""
+    there = [path for path in folder.glob("*.ckpt") if path.is_file() or (path / "meta.pt").is_file()]
+    return max(there, key=lambda path: int(path.stem.removeprefix("step=")), default=None)
+
+
+def live_and_die(rank, world, port, folder, save, deaths):
+    """Fit until the first of the deaths, and so on with the next; at the end, say what came of it."""
+    join(rank, world, port)
+    path, others = last_whole(folder / "checkpoints"), [Dies(*deaths[0])] if deaths else []
+    torch.manual_seed(0)
+    found = fit("fsdp", world, folder / "checkpoints", path, save=save, others=others)
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def be_left_alone(rank, world, port, folder):
+    """The last process dies in a step; how long the first one waits, and what it is told."""
+    join(rank, world, port, seconds=30)
+    others, start = [Dies(3, "on_after_backward")] if rank == world - 1 else [], time.monotonic()
+    words = said(lambda: fit("fsdp", world, others=others))
+    torch.save({"words": words, "seconds": time.monotonic() - start}, folder / f"{rank}.pt")
+    os._exit(0)  # torch would wait for the other one

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -297,6 +298,13 @@ def test_strategies_that_leave_their_processes_are_known():
     assert _lightning.leaves_its_processes(fitter(strategy="ddp_fork", devices=2))
     assert _lightning.leaves_its_processes(fitter(strategy="ddp_spawn", devices=2))
     assert not _lightning.leaves_its_processes(fitter(strategy="ddp", devices=1))
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_strategy_of_shards_says_whether_checkpoints_are_folders(writes):
+    strategy = ModelParallelStrategy(save_distributed_checkpoint=writes, process_group_backend="gloo")
+    assert _lightning.writes_folders(fitter(strategy=strategy, devices=2)) is writes
+    assert not _lightning.writes_folders(fitter())
 
 
 # --- what is public, and not promised ---

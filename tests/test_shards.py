@@ -1,5 +1,11 @@
 """Shards: masks on them are those of one process, bit for bit, and the laws hold on each."""
 
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -7,9 +13,12 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune import folders
-from tests.networks import same
-from tests.ranks import processes
-from tests.sharded import ENDS, RUNS, Whole, fit, work
+from lightning_prune.callbacks.checkpoints import load_masks
+from lightning_prune.study.configs import load
+from lightning_prune.study.training import built
+from tests.networks import dead_are_zero, same
+from tests.ranks import processes, started
+from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_die, work
 
 FAST = [
     *("parts", "cases", "held", "put_on", "refused", "tickets", "resumed", "resumed_folders", "stored"),
@@ -197,6 +206,77 @@ def check_moved(two, seen):
 @pytest.mark.slow
 def test_a_folder_of_two_processes_goes_on_with_four(two):
     check_moved(two, ran(4, two["folder"], ["resumed_from_two"]))
+
+
+def killed_and_resumed(world, folder, seed):
+    """Trained to the end, whatever kills the processes on the way: how often, and what came of it."""
+    chance, folder = random.Random(seed), folder / f"{seed}"
+    (folder / "checkpoints").mkdir(parents=True)
+    deaths = sorted((chance.randrange(1, 24), chance.choice(Dies.HOOKS)) for _ in range(2))
+    kills = 0
+    while True:
+        for process in (running := started(world, live_and_die, folder, bool(seed % 2), deaths)):
+            process.join(300)
+        codes = {process.exitcode for process in running}
+        if codes == {0}:
+            return kills, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+        assert codes <= {-signal.SIGKILL, 1}, codes  # 1: told that the other one is gone
+        kills, deaths = kills + 1, deaths[1:]
+
+
+def check_killed(world, folder, straight, seeds):
+    ends, kills = [what for what in ENDS if what != "optimizers"], 0
+    for seed in seeds:
+        n, of_ranks = killed_and_resumed(world, folder, seed)
+        kills += n
+        for rank, found in enumerate(of_ranks):
+            assert [what for what in ends if not same(found[what], straight[rank][what])] == [], seed
+            assert not found["wrong"]
+    return kills
+
+
+def test_killed_at_any_step_shards_go_on_to_the_same_bits(two, tmp_path):
+    straight = [rank["straight"] for rank in two["resumed"]]
+    assert check_killed(2, tmp_path, straight, [1]) >= 1
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_twenty_times_shards_end_with_the_same_bits(two, tmp_path):
+    straight = [rank["straight"] for rank in two["resumed"]]
+    assert check_killed(2, tmp_path, straight, range(2, 14)) >= 20
+
+
+def test_a_process_that_is_killed_ends_the_others_with_a_message(tmp_path):
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has no fully_shard for the CPU")
+    for process in (running := started(2, be_left_alone, tmp_path)):
+        process.join(120)
+    assert [process.exitcode for process in running] == [0, -signal.SIGKILL]
+    left = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert left["seconds"] < 30  # the timeout of their group
+    assert re.search("(?i)connection|peer|timed out", left["words"]), left["words"]
+
+
+def test_the_command_line_trains_a_ticket_on_two_processes(tmp_path):
+    """`lightning-prune run trainer=fsdp2`, on MNIST-1D; the same command again finds it finished."""
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has no fully_shard for the CPU")
+    short = ["rounds=2", "steps_per_round=20", "evaluate_every=20", "progress=false", f"runs={tmp_path}"]
+    main = "from lightning_prune.study.command import main; main()"
+    run = [sys.executable, "-c", main, "run", "experiment=mnist1d", "trainer=fsdp2", *short]
+    said = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    (folder,) = (path.parent for path in tmp_path.glob("*/*/DONE"))
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert [row["alive"] for row in rows] == [50_000, 35_300, 24_965]
+    task = built(load(folder / "config.yaml"))
+    start = {name: p.clone() for name, p in task.named_parameters()}
+    lp.load_pruned(task, folder / "final.ckpt")  # which has names and shapes of one process
+    masks = load_masks(folder / "final.ckpt")
+    assert sum(int(mask.sum()) for mask in masks.values()) == 24_965
+    assert dead_are_zero(dict(task.named_parameters()), masks)
+    assert not any(torch.equal(p, start[name]) for name, p in task.named_parameters() if name in masks)
 
 
 def test_a_sparse_file_of_shards_is_that_of_one_process(two):

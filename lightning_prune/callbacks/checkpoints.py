@@ -108,7 +108,12 @@ def write_shards(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None
         if shards:
             checkpoint.setdefault("optimizer_states", []).append({"callbacks": shards})
     else:
-        states[key] = gathered(states[key], lambda t: pack_one(t) if t.dtype == torch.bool else t.cpu())
+        states[key] = whole_state(states[key])
+
+
+def whole_state(state: Any) -> Any:
+    """The state of a callback with what is sharded gathered on process 0, masks at one bit a weight."""
+    return gathered(state, lambda t: pack_one(t) if t.dtype == torch.bool else t.cpu())
 
 
 def read_shards(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from typing_extensions import final
 
 from lightning_prune.callbacks import _lightning
+from lightning_prune.callbacks.checkpoints import whole_state
 
 
 class Traveller(Protocol):
@@ -50,11 +51,14 @@ def settle(callback: Traveller, address: str | None = None) -> str:
 
 def write_home(trainer: Trainer, callback: Traveller, address: str) -> None:
     """As a fit ends: let the callback of the first process have the state of this copy of it."""
-    if not _lightning.leaves_its_processes(trainer) or trainer.local_rank != 0:
+    if not _lightning.leaves_its_processes(trainer):
+        return
+    state = whole_state(callback.state_dict())
+    if trainer.local_rank != 0:
         return
     handle, path = mkstemp(prefix="lightning_prune-", suffix=".state")
     with os.fdopen(handle, "wb") as file:
-        torch.save(callback.state_dict(), file)
+        torch.save(state, file)
     setattr(trainer.state, f"of_{address}", _Letter(address, path))
 
 

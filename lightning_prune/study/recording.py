@@ -12,6 +12,7 @@ from typing_extensions import final, override
 from lightning_prune.callbacks.growing import DynamicSparseTraining
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.masks import Masks
+from lightning_prune.shards import whole
 from lightning_prune.study import round_masks
 from lightning_prune.study.records import curve, described, read, summary, write
 
@@ -61,7 +62,7 @@ class Records(Callback):
         if trainer.is_global_zero:
             # A killed run may have finished rounds after its last checkpoint: they are trained again.
             write(self.path, [r for r in read(self.path)[0] if r["round"] < self._round["round"]])
-            round_masks.save(self.path.parent, self._round["round"], pruner.masks)
+        self._save(trainer, self._round["round"], pruner.masks)
 
     @override
     def on_train_batch_end(
@@ -100,8 +101,7 @@ class Records(Callback):
             self._finish(trainer)
         self._round = described(pruner_of(trainer).round, masks)
         self._began = trainer.global_step
-        if trainer.is_global_zero:
-            round_masks.save(self.path.parent, self._round["round"], masks)
+        self._save(trainer, self._round["round"], masks)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,8 +122,7 @@ class Records(Callback):
         if isinstance(pruner := pruner_of(trainer), DynamicSparseTraining):
             metrics["explored"] = pruner.explored
             self._round = described(0, pruner.masks)
-            if trainer.is_global_zero:
-                round_masks.save(self.path.parent, 0, pruner.masks)
+            self._save(trainer, 0, pruner.masks)
         seconds = self._seconds + time.monotonic() - self._since
         record = {
             "kind": self.kind,
@@ -135,6 +134,12 @@ class Records(Callback):
         if trainer.is_global_zero:
             write(self.path, [*read(self.path)[0], record])
         self._evaluations, self._seconds, self._since = [], 0.0, time.monotonic()
+
+    def _save(self, trainer: Trainer, round: int, masks: Masks) -> None:
+        # where masks are sharded, all processes put them together
+        wholes = {name: whole(mask) for name, mask in masks.items()}
+        if trainer.is_global_zero:
+            round_masks.save(self.path.parent, round, wholes)
 
     @override
     def state_dict(self) -> dict[str, Any]:

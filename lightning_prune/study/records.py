@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lightning_prune import files
-from lightning_prune.masks import Masks
+from lightning_prune.masks import Masks, count
 
 Record = dict[str, Any]
 SEPARATOR = " · "  # between a kind of run and the parameters that tell it apart in a report
@@ -27,7 +27,7 @@ KINDS = (
 
 def described(round: int, masks: Masks) -> dict[str, Any]:
     """What a record says of the masks."""
-    alive = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    alive = {name: count(mask) for name, mask in masks.items()}
     total = sum(mask.numel() for mask in masks.values())
     return {
         "round": round,

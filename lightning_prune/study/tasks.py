@@ -12,6 +12,8 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import final, override
 
+from lightning_prune.study.sharding import shard
+
 SPLITS = ("val", "test")
 
 
@@ -42,6 +44,11 @@ class Classification(LightningModule):
             metrics[f"{split}_loss"] = MeanMetric()
             metrics[f"{split}_acc"] = MulticlassAccuracy(classes, average="micro")
         self.metrics = nn.ModuleDict(metrics)
+
+    @override
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # of a strategy that shards
+            shard(self.net, self.device_mesh["data_parallel"])
 
     @override
     def forward(self, x: Tensor) -> Tensor:

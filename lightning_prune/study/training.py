@@ -202,7 +202,7 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: 
         raise ValueError(
             f"trainer.strategy={cfg.trainer.get('strategy')}: it would start this command anew for every "
             "device. Allowed are strategies whose processes end with the run. Give trainer=ddp, which is "
-            "ddp_fork."
+            "ddp_fork, or trainer=fsdp2."
         )
     return trainer
 
