@@ -521,6 +521,48 @@ def test_a_sweep_is_reported_with_its_parameter_on_the_axis_and_claims_for_each_
     assert "Give a folder to write to" in capsys.readouterr().err
 
 
+def test_a_parameter_whose_values_are_lists_has_a_chart_for_each_and_no_axis(tmp_path, capsys):
+    for n, widths in enumerate(("[8,4]", "[16,4]")):
+        own = written(tmp_path / str(n), seeds=(1,), rounds=1, config=[f"+task.widths={widths}"])
+        shutil.copytree(own, tmp_path / "both" / f"{n}")
+    places = [str(tmp_path / "both" / f"{n}") for n in (0, 1)]
+    report.main([*places, "--out", str(tmp_path / "out"), "--by", "task.widths"])
+    charts = specs((tmp_path / "out" / "report.html").read_text())
+    titles = [spec["title"] for key, spec in charts.items() if "multiples" in key]
+    assert titles == ["task.widths=[8, 4]", "task.widths=[16, 4]"]
+    with pytest.raises(SystemExit):
+        report.main([*places, "--out", str(tmp_path / "out"), "--x", "task.widths"])
+    assert re.search(r"x=task.widths: \[8, 4\] is no\s+number", capsys.readouterr().err)
+
+
+def test_seeds_are_what_means_are_taken_over_and_no_axis(swept, capsys):
+    for key in ("seed", "order_seed"):
+        with pytest.raises(SystemExit):
+            report.main([str(swept), "--x", key])
+        assert f"x={key}: figures show means over the seeds" in capsys.readouterr().err
+
+
+def test_a_folder_without_records_says_why_it_has_none(swept, tmp_path):
+    def said(folder):
+        with pytest.raises(SystemExit) as refused:
+            report.main([str(folder)])
+        return str(refused.value)
+
+    assert said(tmp_path / "absent").endswith(
+        "absent: no records. There is no such folder. Name one that `lightning-prune run` has written, "
+        "such as runs/mnist1d."
+    )
+    assert not (tmp_path / "absent").exists()
+    parent = tmp_path / "runs"
+    parent.mkdir()
+    swept.rename(parent / "lenet_mnist")
+    assert f"Name an experiment, such as {parent / 'lenet_mnist'}, or all: '{parent}/*'" in said(parent)
+    for run in list((parent / "lenet_mnist").iterdir()):
+        (run / "records.jsonl").unlink()
+    (run / "FAILED").write_text("Traceback\nValueError: the loss is NaN\n")
+    assert "failed: Traceback\nValueError: the loss is NaN\nMend that" in said(parent / "lenet_mnist")
+
+
 def test_a_run_that_says_what_is_the_default_is_counted_once(swept, caplog):
     one = swept / "ticket-1,optimizer.lr=0.001"
     shutil.copytree(one, swept / "ticket-1,optimizer.lr=0.001,rate=0.2")

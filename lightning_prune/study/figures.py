@@ -440,12 +440,13 @@ class AgainstParameter:
             ValueError: when the parameter does not vary, or has values that are no numbers.
         """
         _check_varies("x", self.key, runs)
-        values: set[Any] = {run.parameters.get(self.key) for run in runs.runs}
-        if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float))]:
+        given = [run.parameters.get(self.key) for run in runs.runs]
+        if wrong := [v for v in given if isinstance(v, bool) or not isinstance(v, (int, float))]:
             raise ValueError(
                 f"x={self.key}: {wrong[0]} is no number; an axis needs numbers. Leave --x out: the runs "
                 "are told apart by it in any case."
             )
+        values = set(given)
         records = [_without(record, self.key) for record in runs.records]
         kinds, charts = kinds_of(records), list[Any]()
         last = max(r["round"] for r in records)
@@ -486,10 +487,10 @@ class ByParameter:
         records = [_without(record, self.key) for record in runs.records]
         kinds = kinds_of(records)
         metric, label = next(iter(panels(runs).items()))
-        found: dict[Any, list[dict[str, Any]]] = {}
-        for value in dict.fromkeys(record["parameters"].get(self.key) for record in records):
-            here = [r for r in records if r["parameters"].get(self.key) == value]
-            found[value] = points(here, kinds, _left, _metric(metric))
+        alike: dict[str, list[Record]] = {}  # by the value in words: it may be a list
+        for record in records:
+            alike.setdefault(str(record["parameters"].get(self.key)), []).append(record)
+        found = {value: points(here, kinds, _left, _metric(metric)) for value, here in alike.items()}
         ends = [row.get(key, row["y"]) for rows in found.values() for row in rows for key in ("low", "high")]
         y = axis_of(metric, label, limits=(min(ends), max(ends)) if ends and min(ends) < max(ends) else None)
         x = left(runs.records)
@@ -507,6 +508,11 @@ def _check_varies(argument: str, key: str, runs: Runs) -> None:
         ValueError: naming those that do.
     """
     keys = list(dict.fromkeys(key for run in runs.runs for key in run.parameters))
+    if key not in keys and key in ("seed", "order_seed"):
+        raise ValueError(
+            f"{argument}={key}: figures show means over the seeds, so that no seed has a place of its own. "
+            f"Allowed is what else varies: {', '.join(keys) or 'nothing'}. Give one of these or leave it out."
+        )
     if key not in keys:
         raise ValueError(
             f"{argument}={key}: it does not vary between these runs. Allowed is what does: "

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from glob import has_magic
 from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean, stdev
@@ -37,7 +38,7 @@ from lightning_prune.study.figures import (
     panels,
 )
 from lightning_prune.study.records import Record, by_round, kinds_of, plain_kind, write
-from lightning_prune.study.run_folders import Run, Runs, load
+from lightning_prune.study.run_folders import Run, Runs, failure, load
 from lightning_prune.study.statistics import interval, paired_by_round
 
 Cell = str | int | float | None
@@ -170,12 +171,6 @@ def made(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             {"name": name, "state": run.state, "made": run.made, "config": own, "error": failure(run)}
         )
     return same, details
-
-
-def failure(run: Run) -> str | None:
-    """The last lines of what ended a failed run."""
-    path = run.folder / "FAILED" if run.folder else None
-    return "\n".join(path.read_text().splitlines()[-4:]) if path and path.is_file() else None
 
 
 def flat(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -437,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     one = Path(args.folder[0])
-    if args.out is None and (len(args.folder) > 1 or not one.is_dir()):
+    if args.out is None and (len(args.folder) > 1 or (has_magic(str(one)) and not one.is_dir())):
         parser.error("--out: several folders have no place in common. Give a folder to write to.")
     try:
         report(*args.folder, out=args.out or one, measured=args.measure, x=args.x, by=args.by)

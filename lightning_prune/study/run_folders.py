@@ -139,9 +139,7 @@ def load(*places: Path | str) -> Runs:
         runs += found
         broken |= bad
     if not any(run.records for run in runs):
-        raise SystemExit(
-            f"{', '.join(map(str, places))}: no records. Run an experiment first: lightning-prune run"
-        )
+        raise SystemExit(f"{', '.join(map(str, places))}: no records. {_why_none(places, folders, runs)}")
     runs = once(runs)
     configured = [run for run in runs if run.config]
     kinds = [(run.kind, run.seed, run.config) for run in configured]
@@ -154,6 +152,27 @@ def load(*places: Path | str) -> Runs:
     measured = [json.loads(line) for folder in folders for line in _lines(folder / "measured.jsonl")]
     names = dict.fromkeys(run.config.get("name", config.name) for run in runs)
     return Runs(", ".join(names), runs, config, broken, measured)
+
+
+def _why_none(places: Sequence[Path | str], folders: Sequence[Path], runs: Sequence[Run]) -> str:
+    """Why there are no records, and what to do."""
+    if failed := next((run for run in runs if run.folder and run.state == "failed"), None):
+        return f"{failed.folder} failed: {failure(failed)}\nMend that, and give the same command again."
+    if not any(folder.is_dir() for folder in folders):
+        return (
+            "There is no such folder. Name one that `lightning-prune run` has written, such as runs/mnist1d."
+        )
+    below = sorted({path.parents[1] for folder in folders for path in folder.glob("*/*/config.yaml")})
+    if below:
+        every = " ".join(f"'{place}/*'" for place in places)
+        return f"The runs lie one folder deeper. Name an experiment, such as {below[0]}, or all: {every}."
+    return "Run an experiment first: lightning-prune run"
+
+
+def failure(run: Run) -> str | None:
+    """The last lines of what ended a failed run."""
+    path = run.folder / "FAILED" if run.folder else None
+    return "\n".join(path.read_text().splitlines()[-4:]) if path and path.is_file() else None
 
 
 def once(runs: Sequence[Run]) -> list[Run]:
