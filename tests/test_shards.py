@@ -284,7 +284,7 @@ def test_a_sparse_file_of_shards_is_that_of_one_process(two):
 
 
 def test_the_documented_examples_run(two):
-    assert two["documented"] == [{"blocks": 3, "round": 2, "sparsity": 0.36}] * 2
+    assert two["documented"] == [{"blocks": 4, "round": 2, "sparsity": 0.36}] * 2
 
 
 @pytest.mark.slow
