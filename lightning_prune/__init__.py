@@ -9,6 +9,7 @@ says from where to go on.*
 - `checks`: arguments that are numbers
 - `copies`: values copied out and put back
 - `files`: files that are written whole or not at all
+- `folders`: checkpoints to which each process wrote its part
 - `criteria`: which; parameters -> scores
 - `schedules`: how far; round (and scores) -> sparsity
 - `allocation`: how many where; scores and a total -> survivors per tensor
