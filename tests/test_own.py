@@ -78,6 +78,21 @@ def test_a_metric_that_is_not_logged_is_refused_before_training(own, tmp_path):
     assert not (tmp_path / "own" / "ticket-1" / "resume.ckpt").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("threads=0", "threads=0: allowed are whole numbers from 1 on"),
+        ("checkpoint_every_n_epochs=0", "checkpoint_every_n_epochs=0: allowed are whole numbers from 1 on"),
+        ("task.lr=abc", "task.lr='abc': allowed are numbers from 0 on"),
+        ("objective_at=2", "objective_at=2: allowed are fractions of the weights"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_by_its_key_before_the_training(option, message, own, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(own(option))
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
 # ------------------------------------------------------------------------------------------- objectives
 
 
@@ -96,6 +111,15 @@ def test_an_objective_is_a_metric_of_the_last_round_or_at_a_fraction_of_weights(
     assert its("test_acc", 0.45) == 0.8
     with pytest.raises(ValueError, match=r"objective=acc: .* Allowed is one of test_acc"):
         its("acc")
+
+
+def test_an_objective_that_no_record_will_have_is_refused_before_training(own, tmp_path):
+    message = (
+        r"objective=nope: no record will have it\. Allowed is one of censored, .* val/error_at_early_stop"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(own("objective=nope"))
+    assert not list(tmp_path.rglob("records.jsonl"))
 
 
 def command(folder, *arguments, **environment):

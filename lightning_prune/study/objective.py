@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
+from typing_extensions import final, override
 
-from lightning_prune.study.records import read
+from lightning_prune.study.recording import evaluated, grows, pruner_of
+from lightning_prune.study.records import read, summary
 
 
 def objective(cfg: DictConfig, folder: Path) -> float | None:
@@ -27,3 +30,27 @@ def objective(cfg: DictConfig, folder: Path) -> float | None:
             f"{', '.join(sorted(its['metrics']))}. Give one of these."
         )
     return float(its["metrics"][cfg.objective])
+
+
+@final
+class Objective(Callback):
+    """Refuse, at the first evaluation, an objective that no record of this training will have.
+
+    Args:
+        metric: the objective.
+        monitor: a metric of the evaluations, by which the best of a round is found.
+    """
+
+    def __init__(self, metric: str, monitor: str) -> None:
+        self.metric, self.monitor = metric, monitor
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = dict.fromkeys(evaluated(trainer, self.monitor), 0.0)  # a loss may be NaN at first
+        allowed = {*summary([{"step": 0, **found}], self.monitor)}
+        allowed |= {"explored"} if grows(pruner_of(trainer)) else set()
+        if self.monitor in found and self.metric not in allowed:
+            raise ValueError(
+                f"objective={self.metric}: no record will have it. Allowed is one of "
+                f"{', '.join(sorted(allowed))}. Give one of these, or log it in validation_step."
+            )

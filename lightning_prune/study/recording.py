@@ -78,11 +78,7 @@ class Records(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name == self.monitor or _OF_EVALUATION.match(name)
-        }
+        found = evaluated(trainer, self.monitor)
         if self.monitor not in found:
             raise ValueError(
                 f"monitor={self.monitor}: no evaluation logs it. Allowed is what one does: "
@@ -164,6 +160,15 @@ class Records(Callback):
         self._began = state_dict["began"]
         self._seconds = state_dict["seconds"]
         self._since = time.monotonic()
+
+
+def evaluated(trainer: Trainer, monitor: str) -> dict[str, float]:
+    """The metrics of the last evaluation: those of the splits, and what is monitored."""
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name == monitor or _OF_EVALUATION.match(name)
+    }
 
 
 def pruner_of(trainer: Trainer) -> MaskedTraining:

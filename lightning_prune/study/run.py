@@ -169,11 +169,18 @@ def check(cfg: DictConfig) -> None:
             )
     if cfg.after:
         controls.check(cfg)
-    whole("checkpoint_every_n_epochs", cfg.checkpoint_every_n_epochs, 0)
-    if (rate := OmegaConf.select(cfg, "optimizer.lr")) is not None:
-        number(
-            "optimizer.lr", rate, "are numbers from 0 on, such as 0.001", lambda lr: 0 <= lr < float("inf")
-        )
+    for key, such_as in (("checkpoint_every_n_epochs", 5), ("threads", 1)):
+        whole(key, cfg[key], 1, such_as)
+    for key in ("optimizer.lr", "task.lr"):
+        rate = OmegaConf.select(cfg, key)
+        if rate is not None and not OmegaConf.is_config(rate):  # a module of one's own may have several
+            number(key, rate, "are numbers from 0 on, such as 0.001", lambda lr: 0 <= lr < float("inf"))
+    if cfg.objective_at is not None:
+        number("objective_at", cfg.objective_at, "are fractions of the weights, such as 0.5", _is_fraction)
+
+
+def _is_fraction(value: float) -> bool:
+    return 0 <= value <= 1
 
 
 def named(node: Any) -> str | None:

@@ -21,6 +21,7 @@ from typing_extensions import final, override
 
 from lightning_prune.study.configs import build, plain
 from lightning_prune.study.mask_images import MaskImages
+from lightning_prune.study.objective import Objective
 from lightning_prune.study.oneshot import sweep
 from lightning_prune.study.progress import ExperimentProgress, lines_above
 from lightning_prune.study.provenance import content
@@ -40,6 +41,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
     pruner, *others = _callbacks(cfg)
     dense = dense_round(cfg, folder, pruner, content(batches, plain(cfg.batches)))
     callbacks: list[Callback] = [pruner, *others, *([dense] if dense else []), Final(folder / "final.ckpt")]
+    if cfg.objective is not None and not cfg.oneshot:  # else it is a metric of what comes after the training
+        callbacks.append(Objective(cfg.objective, cfg.monitor))
     with dense.shared(folder, folder / "resume.ckpt") if dense else nullcontext():
         fit(cfg, folder, task, batches, callbacks, (cfg.rounds + 1) * cfg.steps_per_round)
     if cfg.oneshot:
