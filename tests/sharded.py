@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
@@ -198,7 +199,8 @@ def loop(model, masks, optimizers, way, steps=4):
     g = torch.Generator().manual_seed(0)
     for step in range(steps):
         for _ in range(2):
-            x = torch.randn(8, next(model.parameters()).shape[1], generator=g)
+            first = next(model.parameters())
+            x = torch.randn(8, first.shape[1], generator=g).to(first.dtype)
             model(x).square().mean().backward()
         grads = {n: p.grad for n, p in model.named_parameters() if n in masks}
         wrong += [] if dead_are_zero(wholes(grads), wholes(masks)) else [f"gradient of step {step}"]
@@ -234,6 +236,56 @@ def held(world, rank, folder):
             masks = lp.prune(model, sparsity=0.6)
             optimizer = make(model.parameters())
             wrong[f"{way.__name__} {type(optimizer).__name__}"] = loop(model, masks, [optimizer], way)
+    return wrong
+
+
+class Checkpointed(nn.Sequential):
+    """Layers whose activations are computed again in the backward pass."""
+
+    def forward(self, x):
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def compiled(model):
+    """Each block on its own, as is usual with FSDP2."""
+    for layer in model:
+        layer.compile(backend="eager")
+    return model
+
+
+def mixed(model):
+    """Weights in float32, computed with in bfloat16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model:
+        if next(layer.parameters(), None) is not None:
+            fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+SETTINGS = {
+    "bfloat16": lambda: fsdp(linears((8, 12, 4, 4), torch.bfloat16)),
+    "mixed precision": lambda: mixed(linears((8, 12, 4, 4))),
+    "activation checkpointing": lambda: fsdp(Checkpointed(*linears((8, 12, 4, 4)))),
+    "compiled blocks": lambda: fsdp(compiled(linears((8, 12, 4, 4)))),
+    "compiled, checkpointed": lambda: fsdp(compiled(Checkpointed(*linears((8, 12, 4, 4))))),
+}
+
+
+@run
+def settings(world, rank, folder):
+    """The law of the dead, with clipping and accumulation, however a sharded model computes."""
+    wrong = {}
+    for name, make in SETTINGS.items():
+        torch.manual_seed(1)
+        model = make()
+        masks = lp.prune(model, sparsity=0.6)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        before = weights_of(model)
+        wrong[name] = loop(model, masks, [optimizer], fsdp)
+        if all(same(before[n], w) for n, w in weights_of(model).items()):
+            wrong[name].append("nothing was trained")
     return wrong
 
 
@@ -293,6 +345,7 @@ def refused(world, rank, folder):
     }
     words = {name: said(lambda o=options: lp.prune(model, **o)) for name, options in prune.items()}
     words["nan"] = spoilt()
+    words["summarize"] = said(lambda: lp.summarize(model.eval(), torch.ones(1, 6)))
     flat = torch.distributed.fsdp.FullyShardedDataParallel(linears(), device_id=torch.device("cpu"))
     for what in (lambda: lp.prune(flat), lambda: lp.targets(flat), lambda: lp.apply_masks(flat, {})):
         words[f"fsdp1 {len(words)}"] = said(what)

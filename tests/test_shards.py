@@ -21,8 +21,8 @@ from tests.ranks import processes, started
 from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_die, work
 
 FAST = [
-    *("parts", "cases", "held", "put_on", "refused", "tickets", "resumed", "resumed_folders", "stored"),
-    *("drawn", "documented"),
+    *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
+    *("stored", "drawn", "documented"),
 ]
 SLOW = [name for name in RUNS if name not in ("cases", "documented", "resumed_from_two")]
 
@@ -89,6 +89,13 @@ def test_random_scores_of_shards_are_those_of_the_whole(two):
         assert rank == []
 
 
+def test_dead_weights_stay_dead_on_shards_however_they_compute(two):
+    """In bfloat16, mixed precision, with activation checkpointing, compiled by blocks."""
+    for rank in two["settings"]:
+        assert len(rank) == 5
+        assert not any(rank.values()), rank
+
+
 def test_masks_are_put_on_shards(two):
     for rank in two["put_on"]:
         assert rank == {"rows": True, "same": True, "zero": True}
@@ -97,6 +104,7 @@ def test_masks_are_put_on_shards(two):
 REFUSED = {
     "granularity": "ValueError: granularity: Filter(dim=0, n=1) puts weights together",
     "run": "ValueError: criterion: <function wanda",
+    "summarize": "ValueError: summarize does not work on weights that are sharded",
     "schedule": "ValueError: schedule: it reads the scores",
     "allocation": "ValueError: allocate: <function per_output",
     "layer_by_layer": "ValueError: layer_by_layer=True does not work on weights that are sharded",
@@ -295,3 +303,6 @@ def test_shards_of_two_and_of_four_processes(many):
     check_held(many)
     check_tickets(many["tickets"])
     check_resumed(many["resumed"])
+    check_resumed(many["resumed_folders"])
+    assert not any(any(rank.values()) for rank in many["settings"])
+    assert not any(many["drawn"])

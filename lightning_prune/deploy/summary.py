@@ -16,6 +16,7 @@ from lightning_prune.deploy.running import Example, call, calls, density, refuse
 from lightning_prune.deploy.sizes import size
 from lightning_prune.deploy.timing import Ratio, alternated, low, parts, timed, yardstick
 from lightning_prune.evidence import undisturbed
+from lightning_prune.shards import refuse
 from lightning_prune.tables import table
 
 _SECONDS = 0.05  # to time a layer; the whole model gets ten times as long
@@ -109,12 +110,18 @@ def summarize(model: nn.Module, example_input: Example) -> Summary:
         example_input: a batch: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Raises:
-        ValueError: when the model is in training mode.
+        ValueError: when the model is in training mode, or sharded over processes.
         ModuleNotFoundError: without the extra `storage`, which sizes on disk need.
 
     Reference: Blalock et al. (2020), arXiv:2003.03033, section 6, for both ratios.
     """
     refuse_training(model, "summarize")
+    refuse(
+        model.parameters(),
+        "summarize",
+        "Allowed are whole weights, since processes would measure other numbers of runs. Load the checkpoint "
+        "into a model on one device with load_pruned, and summarize that one.",
+    )
     owners, everything = _owners(model)
     modules = {name: model.get_submodule(name) for name in owners}
     with undisturbed(model), torch.inference_mode():
