@@ -244,6 +244,27 @@ def test_the_digest_of_sources_and_data_follows_what_it_depends_on(tmp_path, mon
     assert provenance.content(object(), files) != before
 
 
+def test_code_that_has_changed_since_is_said_and_no_control_mixes_with_it(own, monkeypatch, caplog):
+    folder, original, other = run(own()), provenance.source, []
+    made = json.loads((folder / "run.json").read_text())
+    assert set(made["sources"]) >= {"own_module", "torch", "lightning_prune"}
+    changed = lambda package: "another" if package in other else original(package)  # noqa: E731
+    monkeypatch.setattr(provenance, "source", changed)
+    run(own())
+    assert "has changed" not in caplog.text
+    other.append("own_module")
+    run(own())
+    assert "own_module has changed since that run was made, and its numbers do not show it." in caplog.text
+    with pytest.raises(ValueError, match=r"own_module has changed since it was made\. A control must differ"):
+        run(own("kind=reinit"))
+    (folder / "DONE").unlink()
+    run(own())  # as one that was killed
+    assert re.search(r"own_module has changed since .*ticket-1 began, which goes on with", caplog.text)
+    other[:] = ["own_module", "torch"]
+    run(own("kind=reinit"))
+    assert re.search(r"torch has changed since the ticket .*ticket-1 was made", caplog.text)
+
+
 def test_a_run_says_commit_changed_files_processor_and_versions(tmp_path, monkeypatch):
     made = provenance.provenance()
     assert {"command", "date", "commit", "changed", "here", "versions", "python", "cpu", "gpus"} <= set(made)

@@ -1,6 +1,7 @@
 """What a run was made with: command, commit, versions, machine; and digests of sources and data."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -93,6 +94,15 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
     packages = {name.split(".")[0] for name in named if isinstance(name, str) and "/" not in name}
     found = {name: source(name) for name in sorted({*packages, "lightning_prune", "torch", "lightning"})}
     return {name: its for name, its in found.items() if its}
+
+
+def changed_since(folder: Path, now: Mapping[str, str]) -> list[str]:
+    """The packages whose sources are others now than when the run in a folder was made, as far as it says."""
+    try:
+        then = json.loads((folder / "run.json").read_text()).get("sources", {})
+    except (OSError, json.JSONDecodeError):
+        return []
+    return sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
 
 
 @cache

@@ -32,7 +32,7 @@ from lightning_prune.study.locks import locked, sync
 from lightning_prune.study.names import FREE, GROWTH, variant
 from lightning_prune.study.objective import objective
 from lightning_prune.study.plan import Plan
-from lightning_prune.study.provenance import provenance
+from lightning_prune.study.provenance import changed_since, provenance, sources
 
 log = logging.getLogger(__name__)
 
@@ -204,12 +204,23 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         log.info("%s failed before and is started anew.", os.path.relpath(folder))
         _clear(folder)
     write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    code = sources(plain(cfg))
+    changed = ", ".join(changed_since(folder, code))
     if state == "finished":
         log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
+        if changed:
+            log.warning("%s has changed since that run was made, and its numbers do not show it.", changed)
         return
+    if changed:
+        log.warning(
+            "%s has changed since %s began, which goes on with the new code. Delete that folder to start it "
+            "again.",
+            changed,
+            os.path.relpath(folder),
+        )
     _run_first(cfg)
     torch.set_num_threads(cfg.threads)
-    write(folder / "run.json", json.dumps(provenance(), indent=1) + "\n")
+    write(folder / "run.json", json.dumps({**provenance(), "sources": code}, indent=1) + "\n")
     try:
         instantiate(cfg.run)(cfg, folder)
     except Exception:

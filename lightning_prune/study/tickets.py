@@ -1,5 +1,6 @@
 """Finished tickets: what a run left behind, and trainings that start from it, a round at a time."""
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,15 @@ from lightning_prune.masks import Masks
 from lightning_prune.rewind import Snapshot
 from lightning_prune.study.configs import load, plain
 from lightning_prune.study.names import FREE
+from lightning_prune.study.provenance import changed_since, sources
 from lightning_prune.study.records import Record, read, write
 from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.training import fit
 
+log = logging.getLogger(__name__)
+
+# Another version of these is said, and trains alike as a rule.
+_FRAMEWORKS = ("lightning", "lightning_prune", "torch")
 # In what a control may differ from the ticket: what it does with it, and what changes no numbers.
 NOT_OF_TRAINING = (
     *(*FREE, "kind", "name", "oneshot", "order_seed", "pruner.rounds", "rounds", "run", "seed", "threads"),
@@ -115,6 +121,7 @@ def finished_masks(cfg: DictConfig) -> Mapping[int, Masks]:
 
     Raises:
         FileNotFoundError: when there is no finished run, or its masks are missing.
+        ValueError: when the code that its config names has changed since.
     """
     folder = _folder(cfg)
     if not (folder / "final.ckpt").is_file():
@@ -122,6 +129,7 @@ def finished_masks(cfg: DictConfig) -> Mapping[int, Masks]:
             f"ticket={cfg.ticket}: there is no finished run. A control needs the ticket's: start the "
             "same command with kind=ticket first."
         )
+    _check_sources(cfg, folder)
     masks = masks_of(folder)
     trained = {r["round"] for r in read(folder / "records.jsonl")[0]}
     if missing := sorted(trained - set(masks)):
@@ -143,6 +151,18 @@ def _check_config(cfg: DictConfig) -> None:
             f"ticket={cfg.ticket}: it was trained in another way ({shown}). A control must differ from its "
             "ticket in one thing alone. Give the same options, or ticket=<a run that has them>."
         )
+
+
+def _check_sources(cfg: DictConfig, folder: Path) -> None:
+    changed = changed_since(folder, sources(plain(cfg)))
+    if own := [name for name in changed if name not in _FRAMEWORKS]:
+        raise ValueError(
+            f"ticket={cfg.ticket}: {', '.join(own)} has changed since it was made. A control must differ "
+            f"from its ticket in one thing alone. Undo that change, or delete {folder} and give the same "
+            "command again, which makes the ticket first."
+        )
+    if changed:
+        log.warning("%s has changed since the ticket %s was made.", ", ".join(changed), folder)
 
 
 def _folder(cfg: DictConfig) -> Path:
