@@ -21,6 +21,7 @@ says from where to go on.*
 - `layerwise`: layer by layer; each on what the pruned ones before it give
 - `pruning`: score, allocate, keep; and `prune` for any module
 - `holding`: masks stay on while an optimizer trains; `hold` for plain loops
+- `adapters`: low-rank updates of a pruned network, masked as its weights are
 - `rewind`: from where; the snapshot, and the policies that say what of it comes back
 - `structured`: which channels are coupled, tried on a copy, and cut out of a model and its optimizers;
   `filters`: which of them stay, and `prune_channels` for any module

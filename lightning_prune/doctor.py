@@ -1,6 +1,6 @@
 """The doctor: do the laws hold? Looked at on the tensors themselves; a finding says what to do."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -44,9 +44,19 @@ def emptied(masks: Masks, before: Masks) -> list[str]:
 
 
 def replaced(
-    params: Mapping[str, nn.Parameter], model: nn.Module, optimizers: Iterable[optim.Optimizer]
+    params: Mapping[str, nn.Parameter],
+    model: nn.Module,
+    optimizers: Iterable[optim.Optimizer],
+    trained: Collection[int],
 ) -> list[str]:
-    """Masked parameters that are no longer those of the model, or that no optimizer holds."""
+    """Masked parameters that are no longer those of the model, or that no optimizer holds any more.
+
+    Args:
+        params: masked, by name.
+        model: that they are to be of.
+        optimizers: as they are now.
+        trained: the ids of the parameters that optimizers held as the fit started.
+    """
     live = {name: p for name, p in model.named_parameters() if name in params}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     found: list[str] = []
@@ -56,10 +66,10 @@ def replaced(
                 f"{name}: the model has another parameter there than when the fit started, which no mask is "
                 "put on. Change it in place, `with torch.no_grad(): parameter.copy_(...)`."
             )
-        elif held and p.requires_grad and id(p) not in held:
+        elif held and p.requires_grad and id(p) in trained and id(p) not in held:
             found.append(
-                f"{name}: no optimizer holds it, so that what trains it, if anything does, is a copy. Give "
-                "the optimizer the model's own parameter, or freeze or exclude it."
+                f"{name}: no optimizer holds it any more, so that what trains it, if anything does, is a "
+                "copy. Give the optimizer the model's own parameter, or freeze or exclude it."
             )
     return found
 

@@ -96,7 +96,16 @@ class Handle:
             p.requires_grad_(not frozen)
 
     def set(self, masks: Masks) -> None:
-        """Hold these masks from now on: on the weights, their gradients, and what optimizers remember."""
+        """Hold these masks from now on: on the weights, their gradients, and what optimizers remember.
+
+        Raises:
+            ValueError: when the masks do not fit, or the hold was removed.
+        """
+        if not self._hooks:
+            raise ValueError(
+                "masks: this hold was removed, and nothing would keep them on; allowed is before remove(). Call "
+                "lightning_prune.hold again."
+            )
         check_fit(masks, self._params)
         masks = {name: like(masks[name], p) for name, p in self._params.items()}
         # of shards, the parts that this process has
@@ -312,7 +321,7 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
     Raises:
         ValueError: when the masks do not fit the model, or what is given is no optimizer.
     """
-    if not isinstance(masks, Mapping):
+    if not isinstance(masks, Mapping) or not masks:
         raise ValueError(
             f"masks={masks!r}: allowed are masks by name, as lightning_prune.prune returns them. Give those."
         )

@@ -79,6 +79,7 @@ class Snapshot:
             ("tensors", _shapes(self.tensors), _shapes(_tensors(model))),
             ("optimizers", len(self.optimizers), len(optimizers)),
             ("parameter groups", *_groups(self.optimizers, optimizers)),
+            ("settings", *_settings(self.optimizers, optimizers)),
             ("schedulers", len(schedules), len(schedulers)),
             ("averages", len(self.averages), len(averages)),
         ):
@@ -246,6 +247,18 @@ def _groups(
     here = {
         name: _sizes(optimizer.param_groups)[: len(sizes)]
         for optimizer, (name, sizes) in zip(optimizers, there.items(), strict=False)
+    }
+    return there, here
+
+
+def _settings(
+    states: Sequence[dict[str, Any]], optimizers: Sequence[optim.Optimizer]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """What each optimizer needs to know of a group: in the snapshot, and here. Another class needs others."""
+    here = {f"of optimizer {i} ({type(o).__name__})": sorted(o.defaults) for i, o in enumerate(optimizers)}
+    there = {
+        name: [key for key in needed if all(key in group for group in state.get("param_groups", ()))]
+        for (name, needed), state in zip(here.items(), states, strict=False)
     }
     return there, here
 

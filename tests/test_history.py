@@ -240,3 +240,49 @@ def test_a_fit_that_fails_gives_patience_back(tmp_path):
 def test_only_yes_or_no_says_whether_patience_ends_rounds():
     with pytest.raises(ValueError, match="end_round_on_early_stop='yes': allowed are True and False"):
         pruning(end_round_on_early_stop="yes")
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (1, 4), (3, 2)])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_round_has_the_steps_of_all_the_fits_that_it_took(first, second, every):
+    pruner, rewind, model = pruning(every_n_epochs=every), lp.LotteryTicketRewind(), Net()
+    for epochs in (first, second):
+        fitter(pruner, rewind, epochs=epochs).fit(model)
+    rows = pruner.history
+    assert [row.steps for row in rows[:-1]] == [3 * every] * (len(rows) - 1)
+    assert sum(row.steps for row in rows) == 3 * (first + second)
+
+
+def test_between_validations_no_checkpoint_is_compared_by_the_round_before(tmp_path):
+    pruner = pruning(every_n_epochs=2)
+    name = "{round:.0f}-{step}-{val_loss:.6f}"
+    best = ModelCheckpoint(tmp_path, name, monitor="val_loss", every_n_train_steps=2, save_top_k=-1)
+    seen = {}
+
+    class Seen(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.setdefault(pruner.round, []).append(f"{float(trainer.callback_metrics['val_loss']):.6f}")
+
+    fitter(pruner, lp.LotteryTicketRewind(), Seen(), best, epochs=6, enable_checkpointing=True).fit(Net())
+    found = [
+        re.match(r"round=(\d)-step=\d+-val_loss=([\d.]+)\.ckpt", p.name) for p in tmp_path.glob("*.ckpt")
+    ]
+    assert {match[1] for match in found} == {"0", "1", "2"}
+    assert all(match[2] in seen[int(match[1])] for match in found)
+
+
+def test_a_metric_that_a_schedule_waits_for_stays():
+    class Waits(Net):
+        def on_train_start(self):
+            self.trainer.callback_metrics["val_loss"] = torch.tensor(1.0)
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+    pruner = pruning(every_n_epochs=1)
+    best = ModelCheckpoint(filename="{round:.0f}", monitor="val_loss", every_n_train_steps=2)
+    options = {"enable_checkpointing": True, "check_val_every_n_epoch": 2}
+    fitter(pruner, lp.LotteryTicketRewind(), best, epochs=3, **options).fit(Waits())
+    assert pruner.round == 2

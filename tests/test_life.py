@@ -1044,3 +1044,110 @@ def test_history_of_a_finished_run_is_whole_when_it_is_resumed(tmp_path):
     trainer.fit(Net(), ckpt_path=tmp_path / "epoch=2.ckpt")
     assert [row.round for row in again.history] == [0, 1, 2]
     assert again.history == straight.history
+
+
+# ----------------------------------------------------------------------------- of length and optimizers
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "said"),
+    [
+        ({"every_n_epochs": 5}, {"epochs": 6}, r"room for 1 of the 5 epochs of the last round"),
+        ({"every_n_train_steps": 6}, {"max_steps": 9}, r"room for 3 of the 6 steps of the last round"),
+        ({"every_n_epochs": 3}, {"epochs": 6}, None),
+        ({"every_n_train_steps": 6}, {"max_steps": 12}, None),
+    ],
+)
+def test_a_last_round_that_is_cut_short_is_said_as_the_fit_starts(options, length, said):
+    pruner = lp.IterativeMagnitudePruning(Geometric(0.5), rounds=1, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitter(pruner, **length).fit(Net())
+    found = [str(w.message) for w in caught if "last round" in str(w.message)]
+    assert len(found) == bool(said)
+    assert all(re.search(said, text) for text in found)
+    assert pruner.round == 1
+
+
+def test_steps_that_lightning_does_not_count_are_said():
+    class Raw(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            super().training_step(batch, batch_idx).backward()
+            optimizer.step()
+
+    pruner = lp.IterativeMagnitudePruning(Geometric(0.5), rounds=1, every_n_train_steps=2)
+    with pytest.warns(UserWarning, match="counted in steps, and none was counted"):
+        fitter(pruner, epochs=3).fit(Raw())
+
+
+def test_a_fit_without_batches_is_said_to_have_none():
+    pruner = lp.IterativeMagnitudePruning(Geometric(0.5), rounds=1)
+    with pytest.warns(UserWarning, match="or had no batches. Raise max_epochs, max_steps"):
+        fitter(pruner, epochs=3, limit_train_batches=0).fit(Net())
+
+
+def test_a_rewind_into_an_optimizer_of_another_class_is_refused_by_name():
+    class Replaced(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers = [torch.optim.Adam(pl_module.parameters(), lr=0.01)]
+
+    pruner = lp.IterativeMagnitudePruning(Geometric(0.5), rounds=2, every_n_epochs=2)
+    with pytest.raises(ValueError, match=r"settings: of optimizer 0 \(Adam\).*betas"):
+        fitter(pruner, lp.LotteryTicketRewind(), Replaced(), epochs=6).fit(Net())
+
+
+def test_a_hold_that_was_removed_holds_no_other_masks_and_without_masks_there_is_none():
+    model = Net()
+    masks = lp.prune(model, 0.5)
+    handle = lp.hold(model, sgd(model.parameters()), masks)
+    handle.remove()
+    with pytest.raises(ValueError, match="masks: this hold was removed"):
+        handle.set(masks)
+    with pytest.raises(ValueError, match=r"masks=\{\}: allowed are masks by name"):
+        lp.hold(model, sgd(model.parameters()), {})
+
+
+class _Later(Net):
+    """A part of the network comes to the optimizer in the second epoch."""
+
+    def configure_optimizers(self):
+        return sgd([*self.stem.parameters(), *self.norm.parameters()])
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            more = [*self.body.parameters(), *self.head.parameters()]
+            self.optimizers().add_param_group({"params": more, "lr": 0.01})
+
+
+@pytest.mark.parametrize("remove", ["end", "each_round"])
+@pytest.mark.parametrize("rewinds", [True, False])
+@pytest.mark.filterwarnings("ignore:.*no optimizer trains them")
+def test_channels_go_where_a_part_of_the_network_is_trained_later(remove, rewinds):
+    pruner = lp.StructuredChannelPruning(lp.schedules.Geometric(0.3), rounds=2, remove=remove)
+    model = _Later()
+    fitter(pruner, *([lp.LotteryTicketRewind()] if rewinds else []), epochs=4).fit(model)
+    assert pruner.round == 2
+    assert model.stem.out_features < 16
+
+
+@pytest.mark.parametrize("compiled", ["torch.compile", "compile"])
+@pytest.mark.filterwarnings("ignore")  # torch's own, as it compiles
+def test_channels_go_from_a_compiled_module(compiled):
+    plain, model = Net(dropout=0.0), Net(dropout=0.0)
+    model.load_state_dict(plain.state_dict())
+    given = torch.compile(model, backend="eager") if compiled == "torch.compile" else model
+    if compiled == "compile":
+        model.compile(backend="eager")
+    for each in (plain, given):
+        torch.manual_seed(0)
+        pruner = lp.StructuredChannelPruning(lp.schedules.Geometric(0.3), rounds=1)
+        fitter(pruner, epochs=2).fit(each)
+    assert model.stem.out_features == plain.stem.out_features < 16
+    assert all(torch.allclose(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_prune as lp
@@ -386,3 +387,44 @@ def test_what_is_validated_of_a_checkpoint_in_float64_is_what_was_trained(tmp_pa
     first.save_checkpoint(tmp_path / "x.ckpt")
     loaded.validate(fresh, trained.loader, ckpt_path=tmp_path / "x.ckpt", verbose=False)
     assert same(dict(fresh.named_parameters()), dict(trained.named_parameters()))
+
+
+@pytest.mark.filterwarnings("default")  # Lightning has its own doubts
+@pytest.mark.parametrize("writer", ["OnExceptionCheckpoint", "ModelCheckpoint"])
+@pytest.mark.parametrize(
+    ("hook", "at", "said"), [("on_validation_end", 5, True), ("on_train_batch_end", 4, False)]
+)
+def test_a_checkpoint_of_an_exception_within_an_epoch_resumes_exactly(writer, hook, at, said, tmp_path):
+    class Stop(Callback):
+        pass
+
+    def stop(self, trainer, *args):
+        if trainer.global_step == at and not trainer.sanity_checking:
+            raise Stopped
+
+    setattr(Stop, hook, stop)
+
+    def fit(*others, ckpt_path=None):
+        torch.manual_seed(0)
+        model = Net(n=40)
+        pruner = lp.IterativeMagnitudePruning(lp.schedules.Geometric(0.5), rounds=2)
+        options = {"enable_checkpointing": bool(others), "val_check_interval": 5 if said else 1.0}
+        callbacks = (pruner, lp.LotteryTicketRewind(), *others)
+        trainer = fitter(*callbacks, epochs=3, **options)
+        trainer.fit(model, ckpt_path=ckpt_path)
+        return state(trainer)
+
+    expected = fit()
+    write = {
+        "OnExceptionCheckpoint": OnExceptionCheckpoint(tmp_path, "left"),
+        "ModelCheckpoint": ModelCheckpoint(tmp_path, every_n_epochs=100, save_on_exception=True),
+    }[writer]
+    with pytest.raises(Stopped):
+        fit(Stop(), write)
+    (left,) = tmp_path.glob("*.ckpt")
+    with (
+        pytest.warns(UserWarning, match="within a validation, which is not done again")
+        if said
+        else nullcontext()
+    ):
+        assert same(fit(ckpt_path=left), expected)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -64,6 +64,11 @@ def averaged_models(trainer: Trainer) -> list[nn.Module]:
 def has_replaced_its_scheduler(averaging: StochasticWeightAveraging) -> bool:
     """Whether stochastic weight averaging has begun, which replaces the learning rate scheduler."""
     return averaging._swa_scheduler is not None
+
+
+def saves_between_validations(checkpoint: ModelCheckpoint) -> bool:
+    """Whether a `ModelCheckpoint` writes by steps or by time, with whatever metrics there are."""
+    return checkpoint._every_n_train_steps > 0 or checkpoint._train_time_interval is not None
 
 
 def loaders_of(trainer: Trainer) -> CombinedLoader | None:

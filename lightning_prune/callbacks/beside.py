@@ -48,6 +48,12 @@ def compare_anew(trainer: Trainer) -> None:
         checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
         checkpoint.best_model_score = checkpoint.current_score = None
         checkpoint.kth_value = _worst(checkpoint.mode)
+        # Between validations it would compare by what the network of the round before came to. Without that,
+        # Lightning lets it wait for the next validation.
+        if _lightning.saves_between_validations(checkpoint) and checkpoint.monitor not in _waited_for(
+            trainer
+        ):
+            trainer.callback_metrics.pop(checkpoint.monitor or "", None)
 
 
 def best_of_round(trainer: Trainer) -> tuple[float | None, str]:
@@ -63,6 +69,11 @@ def _of_rounds(trainer: Trainer) -> list[ModelCheckpoint]:
     """Those whose files are named by the round."""
     checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return [c for c in checkpoints if "{round" in (c.filename or "")]
+
+
+def _waited_for(trainer: Trainer) -> set[str | None]:
+    """Metrics that learning rate schedules read, which fail without them."""
+    return {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
 
 
 def _worst(mode: str) -> Tensor:

@@ -30,8 +30,10 @@ class Fit:
         before: what a fit that fails gives back to the callback; empty as soon as training may have changed
             the network.
         params: the masked weights, by name.
+        trained: the ids of the parameters that optimizers held as the masks were put under them.
         followed: {name of a copy: name of the weight that it copies}; copies are held, too.
         begun: whether training has begun.
+        since: the global step at which training, or the round, began.
         epoch: what it takes to draw the batches of the epoch under way again.
         noted: the epoch whose order another callback has drawn, of which `epoch` is.
         announce: whether the round is to be logged with the next batch.
@@ -45,9 +47,11 @@ class Fit:
     def __init__(self, trainer: Trainer, before: Mapping[str, Any]) -> None:
         self.trainer = trainer
         self.before = {name: value for name, value in before.items() if name != "_fit"}
+        self.trained: set[int] = set()
         self.params: dict[str, nn.Parameter] = {}
         self.followed: dict[str, str] = {}
         self.begun = False
+        self.since = 0
         self.epoch: dict[str, Any] | None = None
         self.noted: int | None = None
         self.announce = True
@@ -78,6 +82,7 @@ class Fit:
             self._handle.remove()
         self._handle = Handle({**self.params, **copies}, held, optimizers, gradients=gradients)
         self._optimizers = list(optimizers)
+        self.trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         mask_averages(self.trainer, masks)
 
     def set(self, masks: Masks) -> None:

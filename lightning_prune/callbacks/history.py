@@ -22,7 +22,7 @@ class RoundRecord:
         sparsity: fraction of the units that was dead in it.
         alive: number of units that were alive.
         total: number of units.
-        steps: optimizer steps of the fit in which it ended.
+        steps: optimizer steps in it, of all fits that it took.
         metrics: what was logged last, of one number each. A mean over an epoch within which the fit was
             resumed is over the batches since, as Lightning logs it.
         best: the best value in it of what a `ModelCheckpoint` monitors that keeps the best of each round,

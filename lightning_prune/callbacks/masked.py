@@ -103,6 +103,7 @@ class MaskedTraining(Callback, ABC):
         self._network: weakref.ref[nn.Module] | None = None  # that the last fit trained
         self._home = home.settle(self)
         self._fit: Fit | None = None
+        self._interrupted: dict[str, Any] | None = None  # of a fit that an exception ended
         self._counted: tuple[Masks, int] | None = None  # masks, and how many units they leave alive
 
     # ----------------------------------------------------------------------------------------- what is public
@@ -272,6 +273,7 @@ class MaskedTraining(Callback, ABC):
             return
         if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
             self._fit.leave()
+        self._interrupted = None
         self._fit = Fit(trainer, vars(self))
 
     @override
@@ -322,7 +324,7 @@ class MaskedTraining(Callback, ABC):
         if self._running.late:
             self._running.late = False
             self.on_fit_start(trainer, pl_module)
-        self._running.begun = True
+        self._running.begun, self._running.since = True, trainer.global_step
         others = _lightning.callbacks_of(trainer)
         self._running.varies = any(getattr(other, "varies_rounds", False) for other in others)
         self._wait(trainer)
@@ -378,7 +380,9 @@ class MaskedTraining(Callback, ABC):
         if fit.explained or _lightning.is_a_trial(trainer):
             return
         fit.explained = True
-        if said := ended_early(self._at, self.rounds, self.sparsity, fit.begun):
+        if said := ended_early(
+            self._at, self.rounds, self.sparsity, fit.begun, trainer.global_step > fit.since
+        ):
             rank_zero_warn(said, stacklevel=2)
 
     # ----------------------------------------------------------------------------------------- between rounds
@@ -498,7 +502,7 @@ class MaskedTraining(Callback, ABC):
         fit.set(self.masks)
         for p in pl_module.parameters():
             p.grad = None  # of another network
-        fit.announce, fit.looked = True, False
+        fit.announce, fit.looked, fit.since = True, False, trainer.global_step
         if self.verify:
             together(trainer, partial(self._verify, trainer, pl_module, before[0]))
             if not fit.sharded:
@@ -529,7 +533,7 @@ class MaskedTraining(Callback, ABC):
     def _verify(self, trainer: Trainer, pl_module: LightningModule, before: Masks) -> None:
         params = self._running.params
         found = doctor.awake(params, self.masks, "Something wrote to them after the masks were put on.")
-        found += doctor.replaced(params, pl_module, trainer.optimizers)
+        found += doctor.replaced(params, pl_module, trainer.optimizers, self._running.trained)
         doctor.report([*found, *self._missed(before)])
 
     @override
@@ -540,9 +544,9 @@ class MaskedTraining(Callback, ABC):
         if fit.looked or not self.verify:
             return
         # Optimizers that a module steps itself need not count in `global_step`.
-        if trainer.global_step <= self._at.step and pl_module.automatic_optimization:
+        if trainer.global_step <= fit.since and pl_module.automatic_optimization:
             return
-        fit.looked = trainer.global_step > self._at.step or bool(batch_idx)
+        fit.looked = trainer.global_step > fit.since or bool(batch_idx)
         advice = (
             "An optimizer's step revived them, which calls no hook of torch's, or something wrote to them "
             "after the step. Let the trainer have the optimizer, or call `super().__init__` in its class."
@@ -655,8 +659,12 @@ class MaskedTraining(Callback, ABC):
                 self.round,
                 self.rounds,
             )
+        left = resumption.interrupted(trainer, fit.begun, fit.epoch)
         self._leave()
         vars(self).update(fit.before)
+        self._interrupted = (
+            left  # Callbacks that write a checkpoint of the exception are told of it after this one.
+        )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -674,7 +682,9 @@ class MaskedTraining(Callback, ABC):
     def _at_now(self) -> Rounds:
         """The rounds, in line with what the clock says now, to be taken up by another fit."""
         fit = self._fit
-        return replace(self._at, read=self.clock(fit.trainer)) if fit and fit.begun else self._at
+        return (
+            self._at.at(self.clock(fit.trainer), fit.trainer.global_step) if fit and fit.begun else self._at
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: hooks and trainers cannot be pickled, and a copy has none."""
@@ -691,8 +701,6 @@ class MaskedTraining(Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        fit = self._fit
-        under_way = (fit.trainer, fit.epoch) if fit and fit.begun else (None, None)
         return {
             "version": VERSION,
             "settings": self._settings(),
@@ -702,8 +710,14 @@ class MaskedTraining(Callback, ABC):
             "masks": pack_whole(self.masks),
             "removed": self.removed,
             "history": [asdict(record) for record in self.history],
-            "resumption": self.resumption.state if self.resumption else resumption.capture(*under_way),
+            "resumption": self._to_resume(),
         }
+
+    def _to_resume(self) -> dict[str, Any]:
+        if self.resumption or self._interrupted:
+            return self.resumption.state if self.resumption else dict(self._interrupted or {})
+        fit = self._fit
+        return resumption.capture(*((fit.trainer, fit.epoch) if fit and fit.begun else (None, None)))
 
     @override
     def on_load_checkpoint(

@@ -38,6 +38,12 @@ def capture(trainer: Trainer | None, epoch: dict[str, Any] | None) -> dict[str, 
     }
 
 
+def interrupted(trainer: Trainer, begun: bool, epoch: dict[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint has to give back that is written because an exception has ended the fit."""
+    evaluating = trainer.validating or trainer.sanity_checking
+    return {**capture(trainer if begun else None, epoch), "evaluating": evaluating}
+
+
 def complete(trainer: Trainer, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """As a checkpoint is written: add what Lightning knows, and what the other processes captured."""
     if "loops" in checkpoint:
@@ -115,7 +121,7 @@ class Resumption:
             _lightning.end_epoch(trainer)
         if mine:
             generators.restore(trainer, mine)
-        if doubts := [*doubts, *_doubts(trainer, pl_module, place)]:
+        if doubts := [*doubts, *_doubts(trainer, pl_module, place, self.state)]:
             rank_zero_warn(
                 "ckpt_path: masks, weights and rounds go on from the checkpoint, but not bit for bit as "
                 f"without an interruption: {'; '.join(doubts)}."
@@ -151,7 +157,9 @@ def _go_to(trainer: Trainer, place: _lightning.Place, epoch: dict[str, Any] | No
     return []
 
 
-def _doubts(trainer: Trainer, pl_module: LightningModule, place: _lightning.Place) -> list[str]:
+def _doubts(
+    trainer: Trainer, pl_module: LightningModule, place: _lightning.Place, state: dict[str, Any]
+) -> list[str]:
     """What else is not as it was."""
     doubts: list[str] = []
     if place.within_batch:
@@ -161,6 +169,8 @@ def _doubts(trainer: Trainer, pl_module: LightningModule, place: _lightning.Plac
             f"it was written before on_train_batch_end of {type(pl_module).__name__}, which is not called "
             "again"
         )
+    if state.get("evaluating"):
+        doubts.append("an exception ended the fit within a validation, which is not done again")
     if trainer.world_size > 1 and _lightning.accumulates(trainer):
         doubts.append("it was written within an accumulation, and has no gradients of several processes")
     if any(_workers(loader) and loader.persistent_workers for loader in _loaders(trainer)):

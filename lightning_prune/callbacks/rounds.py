@@ -32,10 +32,11 @@ class Rounds:
         clock: what rounds are counted in.
         length: of a round, by the clock.
         number: the round in progress.
-        step: the global step at which it began.
+        step: the global step at which it began; below 0 where it began in an earlier fit.
         ends: what the clock says when it is over.
         read: what the clock said when this value was last brought in line with it. Another fit may have a
             clock that says something else.
+        reached: the global step then.
         opened: whether the first batch of round 0 has begun.
     """
 
@@ -45,6 +46,7 @@ class Rounds:
     step: int = 0
     ends: int = 0
     read: int = 0
+    reached: int = 0
     opened: bool = False
 
     def is_over(self, now: int) -> bool:
@@ -64,8 +66,13 @@ class Rounds:
         return replace(self, ends=self.ends - by)
 
     def on(self, now: int, step: int) -> "Rounds":
-        """The same place in the rounds on the clock of another fit, which says `now`."""
-        return replace(self, ends=self.ends + now - self.read, read=now, step=step)
+        """The same place in the rounds on the clock of another fit, which says `now`, at its global step."""
+        since = self.step + step - self.reached  # before that fit by what the round has had
+        return replace(self, ends=self.ends + now - self.read, read=now, step=since, reached=step)
+
+    def at(self, now: int, step: int) -> "Rounds":
+        """The same place in the rounds, in line with what the clock and the global step are now."""
+        return replace(self, read=now, reached=step)
 
     def to_come(self, end: float) -> float:
         """How many rounds can still begin before the clock says `end`."""

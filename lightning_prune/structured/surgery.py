@@ -367,7 +367,9 @@ def cut_snapshot(
         kept.setdefault(name, {})[dim] = _staying(gone, snapshot.tensors[name].shape[dim], name, dim)
     states: list[dict[str, Any]] = []
     for optimizer, state in zip(optimizers, snapshot.optimizers, strict=True):
-        params = [names.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
+        # groups that came after the snapshot have no part in it
+        groups = zip(optimizer.param_groups, state["param_groups"], strict=False)
+        params = [names.get(id(p)) for group, _ in groups for p in group["params"]]
         keys = [key for group in state["param_groups"] for key in group["params"]]
         new = dict(state["state"])
         for key, name in zip(keys, params, strict=True):

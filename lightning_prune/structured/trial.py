@@ -42,13 +42,24 @@ def copied(model: nn.Module, instead: Mapping[int, Tensor] | None = None) -> nn.
     """
     try:
         kept = {id(t): t.detach().clone() for _, t in kept_graphs(model)}
-        return deepcopy(model, {**kept, **(instead or {})})
+        return _uncompiled(deepcopy(model, {**kept, **(instead or {})}))
     except Exception as error:  # whatever a user's attribute raises
         raise ValueError(
             f"{type(model).__name__} cannot be copied, as is needed: a cut is tried on a copy first "
             f"({first_line(error)}). "
             "Remove what cannot be copied, or detach what it keeps of a forward pass."
         ) from error
+
+
+def _uncompiled(copy: nn.Module) -> nn.Module:
+    """A copy whose modules run themselves: what torch.compile put into them runs the original."""
+    for module in copy.modules():
+        if hasattr(module, "_orig_mod"):  # torch's own wrapper, which is made anew by a copy
+            continue
+        vars(module).pop("_compiled_call_impl", None)
+        for name in [n for n, v in vars(module).items() if hasattr(v, "_torchdynamo_orig_callable")]:
+            delattr(module, name)
+    return copy
 
 
 def kept_graphs(model: nn.Module) -> list[tuple[str, Tensor]]:
