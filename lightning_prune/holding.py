@@ -103,8 +103,8 @@ class Handle:
         """
         if not self._hooks:
             raise ValueError(
-                "masks: this hold was removed, and nothing would keep them on; allowed is before remove(). Call "
-                "lightning_prune.hold again."
+                "masks: this hold was removed, and nothing would keep them on; allowed is before remove(). "
+                "Call lightning_prune.hold again."
             )
         check_fit(masks, self._params)
         masks = {name: like(masks[name], p) for name, p in self._params.items()}

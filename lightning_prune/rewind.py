@@ -255,7 +255,12 @@ def _settings(
     states: Sequence[dict[str, Any]], optimizers: Sequence[optim.Optimizer]
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """What each optimizer needs to know of a group: in the snapshot, and here. Another class needs others."""
-    here = {f"of optimizer {i} ({type(o).__name__})": sorted(o.defaults) for i, o in enumerate(optimizers)}
+    here = {
+        f"of optimizer {i} ({type(o).__name__})": sorted(
+            key for key in o.defaults if all(key in group for group in o.param_groups)
+        )
+        for i, o in enumerate(optimizers)
+    }
     there = {
         name: [key for key in needed if all(key in group for group in state.get("param_groups", ()))]
         for (name, needed), state in zip(here.items(), states, strict=False)

@@ -431,7 +431,7 @@ def test_a_fit_without_room_for_all_prunings_says_so_at_the_start_and_once(optio
     [
         ({"rounds": 2}, {"epochs": 3}, Net),
         ({"rounds": 1, "every_n_epochs": 2}, {"epochs": 4}, Net),
-        ({"rounds": 2, "every_n_train_steps": 3}, {"max_steps": 7}, Net),
+        ({"rounds": 2, "every_n_train_steps": 3}, {"max_steps": 9}, Net),
         ({"rounds": 0}, {"epochs": 1}, Net),
         ({"rounds": 9, "max_sparsity": 0.4}, {"epochs": 10}, Net),
         ({"rounds": 4}, {"fast_dev_run": True}, Net),

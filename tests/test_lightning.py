@@ -1,6 +1,7 @@
 """What we use of Lightning that is private to it, or not declared, is there and means what we take it for."""
 
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,12 @@ def test_the_place_of_a_checkpoint_is_read_off_the_loops():
     assert not place.within_batch
     place, epochs = look(between)[0]
     assert (place.within_epoch, epochs) == (False, 1)
+
+
+def test_what_saves_between_validations_is_known():
+    assert _lightning.saves_between_validations(ModelCheckpoint(every_n_train_steps=2))
+    assert _lightning.saves_between_validations(ModelCheckpoint(train_time_interval=timedelta(seconds=1)))
+    assert not _lightning.saves_between_validations(ModelCheckpoint())
+    assert not _lightning.saves_between_validations(
+        ModelCheckpoint(every_n_epochs=2, save_on_train_epoch_end=True)
+    )
