@@ -321,7 +321,7 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
     Raises:
         ValueError: when the masks do not fit the model, or what is given is no optimizer.
     """
-    if not isinstance(masks, Mapping) or not masks:
+    if not isinstance(masks, Mapping):
         raise ValueError(
             f"masks={masks!r}: allowed are masks by name, as lightning_prune.prune returns them. Give those."
         )
