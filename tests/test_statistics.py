@@ -60,6 +60,7 @@ def test_what_is_not_finite_is_no_value():
     assert by_seed(rows, "acc", "ticket", 0.8) == {1: 0.9, 3: 0.8}
     assert paired_by_round(rows, "acc", "ticket", "reinit")[1][1].n == 2
     assert table(rows, "acc")[1][2] == "0.850 (0.800 to 0.900) and 2 NaN"
+    assert table(rows[:1], "acc")[1][2] == "1 NaN"
 
 
 def test_differences_are_paired_by_seed_and_not_by_place():

@@ -56,7 +56,8 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
             values = [v for r in its if isfinite(v := r["metrics"][metric])]
             low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
             cell = f"{mean} ({low} to {high})" if len(values) > 1 else mean
-            row.append(f"{cell} and {len(its) - len(values)} NaN".strip() if len(its) > len(values) else cell)
+            lost = f"{len(its) - len(values)} NaN" if len(its) > len(values) else ""
+            row.append(" and ".join(filter(None, (cell, lost))))
         rows.append(row)
     return rows
 
