@@ -5,6 +5,7 @@ import importlib.util
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ PAGES = [
     *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
 ]
 TEXTS = [*PAGES, "experiments/results/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+PRETRAINED = "docs/pretrained.md"  # its blocks need a language model
 METHODS = (ROOT / "docs" / "methods.md").read_text()
 EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text()
 QUIET = {
@@ -88,10 +90,52 @@ def names(monkeypatch):
     }
 
 
+class Tokens:
+    """A tokenizer for networks of 64 tokens."""
+
+    def __call__(self, text, return_tensors):
+        return SimpleNamespace(input_ids=torch.tensor([[ord(c) % 64 for c in text]]))
+
+
+@pytest.fixture
+def tiny(names, monkeypatch, tmp_path):
+    """What a hub would give: a language model that is small, and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    config = transformers.LlamaConfig(**sizes, **heads)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(name):
+        return load(name) if Path(name).exists() else transformers.LlamaForCausalLM(config).eval()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokens())
+    names["texts"] = ["the quick brown fox jumps over the lazy dog"] * 4
+    return names
+
+
+@pytest.mark.filterwarnings("ignore")  # what a reader would see, too
+def test_the_page_of_pretrained_networks_keeps_zeros_throughout(tiny):
+    for block in blocks(PRETRAINED, "python"):
+        exec(block, tiny)
+        network, masks = tiny["network"], tiny["masks"]
+        assert len(masks) == 14
+        assert sum(int((~m).sum()) for m in masks.values()) == sum(m.numel() for m in masks.values()) // 2
+        assert all(not bool(network.get_parameter(n)[~m].any()) for n, m in masks.items())
+        if "attach" in block:
+            assert not any("parametrizations" in n for n in network.state_dict())
+    small = tiny["small"]
+    for name, mask in masks.items():
+        weight = small.get_submodule(name.removesuffix(".weight")).weight()
+        assert not bool(weight.dequantize()[~mask].any())
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != PRETRAINED])
 def test_the_code_blocks_run(page, names, capsys):
     code = blocks(page, "python")
     five_lines = "# 59%" in "".join(code)
