@@ -14,10 +14,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune import allocation, criteria, growth, schedules
+from lightning_prune import allocation, criteria, granularity, growth, schedules
 from lightning_prune.granularity import NM, Block
-from lightning_prune.layers import Layout
+from lightning_prune.layers import Layout, layouts
 from lightning_prune.masks import alive, unpack
+from lightning_prune.pruning import next_masks
 from tests.networks import Net, dead_are_zero, fitter, same, state
 
 SGD = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)  # noqa: E731
@@ -486,6 +487,36 @@ def test_it_works_with_conv_layers_and_reads_its_masks_as_any_other():
     number = growth.in_exchange(masks, 0.5)
     scores = {n: p.detach().abs() for n, p in model.named_parameters() if n in masks}
     assert alive(growth.exchanged(masks, number, scores, scores)) == alive(masks)
+
+
+@pytest.mark.parametrize("pattern", [growth.FanIn(0.5), growth.FanIn(0), NM(1, 2)], ids=str)
+def test_patterns_are_those_of_outputs_and_inputs_wherever_a_layer_counts_them(pattern):
+    """Groups of a convolution, a transposed one, and inputs that come first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ConvTranspose2d(8, 6, 3), nn.Conv1d(6, 4, 2))
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.dim() > 1}
+    its = layouts(model, weights)
+    allocate, within = (
+        (allocation.uniform, pattern) if isinstance(pattern, NM) else (None, granularity.single)
+    )
+    allocate = allocate or allocation.EvenOutputs(allocation.uniform)
+    masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
+    evidence = {"layouts": its, "generator": torch.Generator()}
+    masks = next_masks(
+        weights, masks, [(list(weights), 0.5)], criteria.Random(), allocate, within, **evidence
+    )
+    for update in range(5):
+        drop, grow = ({n: torch.rand_like(w) for n, w in weights.items()} for _ in range(2))
+        found = growth.exchanged_within(pattern, masks, dict.fromkeys(masks, 9), drop, grow, its)
+        for name, mask in found.items():
+            assert growth.fits(pattern, mask, its[name])
+            assert mask.sum() == masks[name].sum()
+            rows = its[name].rows(mask).sum(1)
+            assert mask.shape == weights[name].shape
+            assert (mask & ~masks[name]).any(), update
+            if pattern == growth.FanIn(0):
+                assert rows.max() - rows.min() <= 1
+        masks = found
 
 
 CONFIGS = (Path(__file__).parents[1] / "conf" / "growth").glob("*.yaml")
