@@ -29,7 +29,8 @@ def examination() -> float:
         p.data.masked_fill_(~masks[name], 0)
 
     def look() -> None:
-        found = [*doctor.awake(params, masks, ""), *doctor.replaced(params, task, optimizers)]
+        trained = {id(p) for p in task.parameters()}
+        found = [*doctor.awake(params, masks, ""), *doctor.replaced(params, task, optimizers, trained)]
         found += [*doctor.emptied(masks, before), *doctor.missed(masks, before, sparsities)]
         found += doctor.awake(dict(task.state_dict()), masks, "")  # in a checkpoint
         doctor.report(found)

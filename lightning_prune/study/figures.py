@@ -446,7 +446,7 @@ class AgainstParameter:
                 f"x={self.key}: {wrong[0]} is no number; an axis needs numbers. Leave --x out: the runs "
                 "are told apart by it in any case."
             )
-        values = set(given)
+        values: set[Any] = set(given)
         records = [_without(record, self.key) for record in runs.records]
         kinds, charts = kinds_of(records), list[Any]()
         last = max(r["round"] for r in records)
