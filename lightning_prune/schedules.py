@@ -9,7 +9,7 @@ it is gradual pruning during training; with a sparsity above 0 in round 0 it is 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Concatenate
 
@@ -277,6 +277,12 @@ class Explicit:
     sparsities: Sequence[float]
 
     def __post_init__(self) -> None:
+        given: object = self.sparsities
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ValueError(
+                f"sparsities={given!r}: allowed are several fractions from 0 to below 1, one for each round. "
+                "Give a list, such as [0.0, 0.5]."
+            )
         object.__setattr__(self, "sparsities", tuple(self.sparsities))
         if not self.sparsities:
             raise ValueError("sparsities=(): allowed are one or more. Give at least one, such as 0.5.")

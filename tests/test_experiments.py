@@ -599,7 +599,7 @@ def test_every_method_runs_from_its_config_in_the_mnist1d_experiment(group, name
     # half_rate_output is the experiment's own schedule; any other replaces it for all layers
     schedule = [] if group == "schedule" else ["schedule=one_shot"]
     short = ["steps_per_round=6", "evaluate_every=6", "rounds=1", "checkpoint_every_n_epochs=99"]
-    folder = run(config(tmp_path, *schedule, f"{group}={name}", *short))
+    folder = run(config(tmp_path, *schedule, f"{group}={name}", *short, "sparsities=[0.0,0.5]"))
     last = lines(folder)[-1]
     state = torch.load(folder / "final.ckpt", weights_only=True)["state_dict"]
     zeros = sum(int((state[n] == 0).sum()) for n in last["layers"])

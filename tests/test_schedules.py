@@ -67,3 +67,9 @@ def test_a_final_sparsity_without_rounds_is_refused_and_so_is_one_beside_a_rate(
         Geometric(to=1.0)
     assert Geometric() == Geometric(0.2)
     assert alive(lp.prune(Net(), Geometric(to=0.9))) == 40
+
+
+@pytest.mark.parametrize("given", [None, 0.5, "0.5"])
+def test_explicit_sparsities_are_several(given):
+    with pytest.raises(ValueError, match=r"sparsities=.*: allowed are several fractions.*Give a list"):
+        lp.schedules.Explicit(given)
