@@ -57,9 +57,7 @@ def test_tensorboard_with_mask_images(tmp_path):
 def test_mlflow_with_mask_images(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="the extra loggers is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv(
-        "MLFLOW_TRACKING_URI", ""
-    )  # put back afterwards: processes inherit it
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # put back afterwards: processes inherit it
     folder, found = logged("mlflow", tmp_path)
     client = mlflow.tracking.MlflowClient(f"file:{folder}/mlflow")
     (experiment,) = client.search_experiments(filter_string="name = 'mnist1d'")
