@@ -301,7 +301,8 @@ def test_masks_come_from_a_dict_a_file_or_a_checkpoint(form, tmp_path):
         trainer.save_checkpoint(path)
     pruner = pruning(0.1, rounds=1, masks={"dict": masks, "string": str(path)}.get(form, path))
     watch, model = Watch(pruner), Net()
-    fitter(pruner, lp.LotteryTicketRewind(), watch, epochs=2).fit(model)
+    with pytest.warns(UserWarning, match="none of the prunings takes a weight"):
+        fitter(pruner, lp.LotteryTicketRewind(), watch, epochs=2).fit(model)
     assert same(watch.masks[0], masks)
     assert same(watch.masks[1], masks)  # fewer alive than the schedule would leave
     assert dead_are_zero(model.state_dict(), masks)

@@ -177,6 +177,57 @@ def test_patience_ends_a_round_and_in_the_last_round_the_fit(clock, rewind, tmp_
     assert trainer.current_epoch == 10
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_round_that_patience_cuts_is_said_in_the_table_and_what_that_did_to_the_schedule(
+    scheduled, tmp_path, caplog
+):
+    class Scheduled(Net):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)] if scheduled else []
+
+    pruner = pruning(every_n_epochs=4, end_round_on_early_stop=True)
+    scores = [5, 4, 3] + [1, 2, 3, 4] + [9, 8, 7] + [0] * 10
+    with caplog.at_level("INFO", logger="lightning_prune"):
+        fitted(scores, tmp_path, pruner, stopping(), model=Scheduled())
+    assert [row.cut for row in pruner.history] == [True, False, True]
+    shown = next(m for m in caplog.messages if m.startswith("the rounds:")).splitlines()[3:]
+    assert ["by patience" in line for line in shown] == [True, False, True]
+    assert any("ended round 0, 2 before its length" in m for m in caplog.messages) == scheduled
+
+
+def test_patience_that_ends_the_fit_is_said_in_the_table_too(tmp_path, caplog):
+    pruner = pruning(every_n_epochs=4, rounds=1)
+    with caplog.at_level("INFO", logger="lightning_prune"):
+        fitted([1, 2, 3, 4, 5, 4, 3, 2], tmp_path, pruner, stopping())
+    assert [row.cut for row in pruner.history] == [False, True]
+    assert "by patience" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("how", "mixes"),
+    [
+        ({"monitor": "score", "mode": "max"}, True),
+        ({"monitor": "score", "filename": "{epoch}-{score:.2f}"}, True),
+        ({"monitor": "score", "filename": "{round:.0f}"}, False),
+        ({"monitor": "score", "save_top_k": -1}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_compares_networks_of_several_sparsities_is_spoken_of_once(
+    how, mixes, tmp_path, caplog
+):
+    pruner = pruning(rounds=1)
+    keeps = ModelCheckpoint(tmp_path, save_on_train_epoch_end=True, **how)
+    trainer = fitter(pruner, Scripted([1, 2], pruner), keeps, epochs=2, enable_checkpointing=True)
+    with caplog.at_level("INFO", logger="lightning_prune"):
+        trainer.fit(Net())
+    told = [m for m in caplog.messages if "compares over all rounds" in m]
+    assert len(told) == mixes
+    assert all("monitor='score'" in m and "{round:.0f}" in m for m in told)
+
+
 def test_a_round_that_goes_on_improving_has_its_length_and_so_has_the_last(tmp_path):
     pruner = pruning(every_n_epochs=3, end_round_on_early_stop=True)
     _, script = fitted(range(30), tmp_path, pruner, stopping())

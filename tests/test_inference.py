@@ -573,6 +573,8 @@ def test_a_summary_is_a_table_for_people_and_a_dict_for_programs():
     summary = lp.summarize(sparse(LeNet(40, (30, 20), 10)), torch.randn(4, 40))
     text, values = str(summary), summary.to_dict()
     assert all(word in text for word in ("fc1", "total", "compression", "theoretical", "batch 4"))
+    assert "(parameters over those that are not 0)" in " ".join(text.split())
+    assert "(multiply-adds over those with a weight that is not 0" in " ".join(text.split())
     assert values["layers"][0]["layer"] == "fc1"
     assert values["compression_ratio"] == summary.compression_ratio
     assert pickle.loads(pickle.dumps(summary)) == summary

@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import pickle
+import warnings
+from pathlib import Path
 
 import pytest
 
 import lightning_prune as lp
 from lightning_prune.masks import alive
-from lightning_prune.schedules import Geometric, OneShot
+from lightning_prune.schedules import Cubic, Explicit, Geometric, Linear, OneCycle, OneShot
 from tests.networks import Net, fitter
 
 # weights left in percent: Frankle & Carbin (2019), Figure 4
@@ -73,3 +75,52 @@ def test_a_final_sparsity_without_rounds_is_refused_and_so_is_one_beside_a_rate(
 def test_explicit_sparsities_are_several(given):
     with pytest.raises(ValueError, match=r"sparsities=.*: allowed are several fractions.*Give a list"):
         lp.schedules.Explicit(given)
+
+
+CUT = [
+    (Cubic(0.9, rounds=20), 2, 20),
+    (Linear(0.9, rounds=4, start=2), 5, 6),
+    (OneCycle(0.9, rounds=4), 3, 4),
+    (Explicit([0.0, 0.5, 0.75]), 1, 2),
+    (OneShot(0.5), 0, 1),
+]
+
+
+@pytest.mark.parametrize(("schedule", "rounds", "needed"), CUT, ids=str)
+def test_a_schedule_that_goes_on_after_the_last_round_is_said_where_the_callback_is_made(
+    schedule, rounds, needed
+):
+    with pytest.warns(
+        UserWarning, match=rf"only in round {needed}\. Give the callback rounds={needed}"
+    ) as said:
+        lp.IterativeMagnitudePruning({"*": schedule}, rounds=rounds)
+    assert [Path(w.filename).name for w in said] == ["test_schedules.py"]
+    lp.IterativeMagnitudePruning(schedule, rounds=needed)  # says nothing
+
+
+def test_a_schedule_of_channels_that_goes_on_is_said_too_and_inside_a_target():
+    pytest.importorskip("torch_pruning")
+    for schedule in (Linear(0.5, rounds=4), lp.filters.Removed(Linear(0.5, rounds=4))):
+        with pytest.warns(UserWarning, match="rounds=4"):
+            lp.StructuredChannelPruning(schedule, rounds=2)
+
+
+GIVEN = [
+    (Geometric(0.5), 3, "the first 2 prunings take"),  # 0.5, 0.75, 0.875
+    (Geometric(0.3), 2, "none of the prunings takes"),
+    (Geometric(to=0.9), 1, None),
+    (lp.schedules.Hold(), 2, None),
+]
+
+
+@pytest.mark.parametrize(("schedule", "rounds", "said"), GIVEN, ids=str)
+def test_masks_that_are_sparser_than_the_first_rounds_say_which_prunings_take_nothing(schedule, rounds, said):
+    masks = lp.prune(Net(), 0.8)
+    pruner = lp.IterativeMagnitudePruning(schedule, rounds=rounds, masks=masks)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitter(pruner, epochs=rounds + 1).fit(Net())
+    told = [w for w in caught if "masks: they are at sparsity 0.8" in str(w.message)]
+    assert len(told) == bool(said)
+    assert all(said in str(w.message) for w in told)
+    assert all(Path(w.filename).name == "test_schedules.py" for w in told)  # the line that called fit

@@ -65,6 +65,13 @@ def best_of_round(trainer: Trainer) -> tuple[float | None, str]:
     return None, ""
 
 
+def monitors_of_all_rounds(trainer: Trainer) -> list[str]:
+    """What each `ModelCheckpoint` monitors that keeps the best of all rounds together."""
+    of_rounds = _of_rounds(trainer)
+    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return [c.monitor for c in checkpoints if c.monitor and c.save_top_k > 0 and c not in of_rounds]
+
+
 def _of_rounds(trainer: Trainer) -> list[ModelCheckpoint]:
     """Those whose files are named by the round."""
     checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]

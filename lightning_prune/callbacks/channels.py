@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import final, override
@@ -21,8 +20,10 @@ from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.evidence import check_run, evidence_of, first_batches, traced_step
 from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.pruning import trained_by
 from lightning_prune.callbacks.rounds import Rounds
+from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import by_name, number, whole
 from lightning_prune.criteria import Criterion
@@ -156,6 +157,8 @@ class StructuredChannelPruning(MaskedTraining):
         self.schedule = OneShot(0.3) if schedule is None else schedule
         for one in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
             check_schedule(one, rounds)
+            if said := cut_off(one, rounds):
+                warn(said)
         self.criterion = criterion
         self.allocate = allocate
         self.score_batches = score_batches
@@ -251,10 +254,9 @@ class StructuredChannelPruning(MaskedTraining):
                     f"cut all the same in include=: {', '.join(left)}."
                 )
             if left:
-                rank_zero_warn(
+                warn(
                     f"{', '.join(left)}: no optimizer trains them, so their channels stay, and those that go "
-                    "with them. Name them in include= to cut them, or exclude them.",
-                    stacklevel=2,
+                    "with them. Name them in include= to cut them, or exclude them."
                 )
         names = [*params, *(name for name, _ in pl_module.named_buffers())]
         own = dict.fromkeys(parameter(site) for coupling in found.values() for site in coupling.sites)
@@ -262,10 +264,9 @@ class StructuredChannelPruning(MaskedTraining):
         idle = [name for name, p in params.items() if held and id(p) not in held]
         others = [name for name in idle if name not in own and name not in copies]
         if alike := look_like_copies(pl_module, list(own), others):
-            rank_zero_warn(
+            warn(
                 f"{', '.join(alike)} look like copies of a network that is cut. To cut these, too: "
-                f"follow={alike}.",
-                stacklevel=2,
+                f"follow={alike}."
             )
         return with_copies(found, copies)
 
@@ -411,9 +412,8 @@ class StructuredChannelPruning(MaskedTraining):
     def _free(self, pl_module: LightningModule) -> None:
         """Detach what modules keep of a forward pass: in its graph weights have the shapes before the cut."""
         for name, tensor in kept_graphs(pl_module):
-            rank_zero_warn(
-                f"{name} keeps a graph of the network before the cut, and is detached. Detach what you keep.",
-                stacklevel=2,
+            warn(
+                f"{name} keeps a graph of the network before the cut, and is detached. Detach what you keep."
             )
             with suppress(RuntimeError):  # of a view
                 tensor.detach_()

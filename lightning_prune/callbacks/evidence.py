@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune import rng
 from lightning_prune.callbacks import _lightning, generators
+from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.ranks import gathered
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
@@ -175,7 +176,7 @@ def _aside(data: Any) -> Any:
             try:
                 vars(twin)[name] = copy(value)
             except TypeError:
-                rank_zero_warn(
+                warn(
                     f"criterion: it reads training batches, and {type(data).__name__}.{name} is a "
                     f"{type(value).__name__}, which cannot be copied: the epoch under way may see other "
                     "samples than without it. Open it in __iter__ or in __getitem__."

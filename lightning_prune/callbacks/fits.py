@@ -41,6 +41,7 @@ class Fit:
         late: whether the state of a checkpoint came after the fit had started.
         explained: whether it was said why there are fewer prunings than were asked for.
         patience: of `EarlyStopping`, where that ends a round.
+        cut: whether `EarlyStopping` ended the round before it had its length.
         varies: whether rounds may have other lengths than the arguments say, and the last one has its own.
     """
 
@@ -59,6 +60,7 @@ class Fit:
         self.explained = False
         self.late = False
         self.patience: RoundPatience | None = None
+        self.cut = False
         self.varies = False
         self._handle: Handle | None = None
         self._optimizers: list[optim.Optimizer] = []  # that the hold watches

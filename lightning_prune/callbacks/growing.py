@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from typing_extensions import final, override
 
@@ -18,6 +17,7 @@ from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.pruning import trained
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
 from lightning_prune.callbacks.rounds import Rounds
@@ -252,10 +252,9 @@ class DynamicSparseTraining(MaskedTraining):
             self.masks = first
             size = sum(mask.numel() for mask in first.values())
             if self.target == 0 if self._start_from is None else alive(first) == size:
-                rank_zero_warn(
+                warn(
                     "DynamicSparseTraining: no weight is dead as training begins, so updates have nothing to "
-                    "exchange. Give sparsity= above 0, or masks= of a network that is sparse.",
-                    stacklevel=2,
+                    "exchange. Give sparsity= above 0, or masks= of a network that is sparse."
                 )
         if self._start_from is not None or self.round or self.resumption:
             self._check_pattern()

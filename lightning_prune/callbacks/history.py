@@ -28,6 +28,7 @@ class RoundRecord:
         best: the best value in it of what a `ModelCheckpoint` monitors that keeps the best of each round,
             None where none does.
         checkpoint: the file in which that one kept it; empty where none did.
+        cut: whether an `EarlyStopping` ended it before it had its length.
     """
 
     round: int
@@ -38,6 +39,7 @@ class RoundRecord:
     metrics: dict[str, float]
     best: float | None = None
     checkpoint: str = ""
+    cut: bool = False
 
 
 def with_round(
@@ -47,6 +49,7 @@ def with_round(
     steps: int,
     metrics: dict[str, float],
     kept: tuple[float | None, str] = (None, ""),
+    cut: bool = False,
 ) -> list[RoundRecord]:
     """The history and a row of this round, as it is now.
 
@@ -61,7 +64,7 @@ def with_round(
     sparsity = (total - left) / total if total else 0.0
     return [
         *(r for r in history if r.round < round),
-        RoundRecord(round, sparsity, left, total, steps, metrics, *kept),
+        RoundRecord(round, sparsity, left, total, steps, metrics, *kept, cut),
     ]
 
 
@@ -71,25 +74,39 @@ class _Line:
     sparsity: str
     alive: int
     steps: int
+    ended: str
     best: str
     checkpoint: str
 
 
-def tell(history: Sequence[RoundRecord]) -> None:
-    """Show the rows as a table, with the best of each round where some round has kept one."""
+def tell(history: Sequence[RoundRecord], schedules: bool = False) -> None:
+    """Show the rows as a table, with the best of each round where some round has kept one.
+
+    Args:
+        history: the rows.
+        schedules: whether learning rates went by a schedule, which patience may have cut.
+    """
     lines = [
         _Line(
             row.round,
             f"{100 * row.sparsity:.2f} %",
             row.alive,
             row.steps,
+            "by patience" if row.cut else "-",
             "-" if row.best is None else f"{row.best:.4g}",
             Path(row.checkpoint).name or "-",
         )
         for row in history
     ]
     kept = any(row.checkpoint for row in history)
-    log.info(table("the rounds:", lines, without=() if kept else ("best", "checkpoint")).rstrip())
+    cut = [str(row.round) for row in history if row.cut]
+    without = [*([] if cut else ["ended"]), *([] if kept else ["best", "checkpoint"])]
+    log.info(table("the rounds:", lines, without=without).rstrip())
+    if cut and schedules:
+        log.info(
+            f"EarlyStopping ended round {', '.join(cut)} before its length, so the learning rate schedule "
+            "did not come to its end there. Let patience be longer, or do without EarlyStopping."
+        )
 
 
 def best_checkpoint(history: Sequence[RoundRecord], round: int | None, sparsity: float | None) -> Path:

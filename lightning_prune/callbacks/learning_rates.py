@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, optim
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_prune.callbacks.messages import warn
 
 Rates = list[list[dict[str, Any]]]  # of each optimizer's groups: all of their settings
 
@@ -101,7 +102,7 @@ def warn_of_schedules(trainer: Trainer, spans: Mapping[str, Span]) -> None:
         round, last, fit = (int(min(n, 10 * LOOK_AHEAD) // every) for n in (span.round, span.last, span.fit))
         rates = ahead(config.scheduler, trainer, min(max(round, last, fit) + 1, LOOK_AHEAD))
         if rates and (said := misfit(rates, round, last, every, config.interval)):
-            rank_zero_warn(f"{type(config.scheduler).__name__}: {said}", stacklevel=2)
+            warn(f"{type(config.scheduler).__name__}: {said}")
 
 
 def misfit(rates: list[list[float]], round: int, last: int, every: int, interval: str) -> str | None:

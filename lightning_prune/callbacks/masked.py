@@ -12,19 +12,25 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_prune import doctor
 from lightning_prune.callbacks import _lightning, home, resumption
-from lightning_prune.callbacks.beside import averaging_of, best_of_round, compare_anew, show
+from lightning_prune.callbacks.beside import (
+    averaging_of,
+    best_of_round,
+    compare_anew,
+    monitors_of_all_rounds,
+    show,
+)
 from lightning_prune.callbacks.checkpoints import make_plain, read_shards, write_shards
 from lightning_prune.callbacks.fits import Fit, reads_gradients
 from lightning_prune.callbacks.history import RoundRecord, best_checkpoint, tell, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
+from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.networks import taken_up
-from lightning_prune.callbacks.patience import RoundPatience
+from lightning_prune.callbacks.patience import RoundPatience, exhausted
 from lightning_prune.callbacks.ranks import check_ranks, decided, decided_masks, together
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
@@ -308,7 +314,7 @@ class MaskedTraining(Callback, ABC):
         if self._network is None or self.resumption or last is pl_module or not (self.round or self.sparsity):
             return
         place = f"{type(self).__name__}: it is in round {self.round} at sparsity {self.sparsity:.4f}"
-        rank_zero_warn(taken_up(pl_module, self.masks, place), stacklevel=2)
+        warn(taken_up(pl_module, self.masks, place))
 
     def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether a dead weight's gradient may reach a living one."""
@@ -329,6 +335,7 @@ class MaskedTraining(Callback, ABC):
         self._running.varies = any(getattr(other, "varies_rounds", False) for other in others)
         self._wait(trainer)
         self._say_if_idle(trainer)
+        self._say_if_rounds_mix(trainer)
         if self.resumption is None:  # Lightning restores its counters just before this hook.
             self._at = self._at.on(self.clock(trainer), trainer.global_step)
         elif next(c for c in _lightning.callbacks_of(trainer) if isinstance(c, MaskedTraining)) is self:
@@ -348,11 +355,20 @@ class MaskedTraining(Callback, ABC):
     def _say_if_idle(self, trainer: Trainer) -> None:
         """Say that no round can end early, where it was asked for."""
         if self.end_round_on_early_stop and not trainer.early_stopping_callbacks:
-            rank_zero_warn(
+            warn(
                 "end_round_on_early_stop=True ends no round: there is no EarlyStopping. Add one, or leave it "
-                "out.",
-                stacklevel=2,
+                "out."
             )
+
+    def _say_if_rounds_mix(self, trainer: Trainer) -> None:
+        """Say which `ModelCheckpoint` compares networks of several sparsities."""
+        if self.compares and self.rounds and not _lightning.is_a_trial(trainer):
+            for monitor in monitors_of_all_rounds(trainer):
+                log.info(
+                    f"ModelCheckpoint(monitor={monitor!r}) compares over all rounds, so what it keeps as the "
+                    "best may be of a round that is less sparse than the last. To keep the best of each "
+                    "round, name it by the round: filename='{round:.0f}'."
+                )
 
     def _patience_is_due(self) -> None:
         if self._fit is not None and self._fit.patience is not None:
@@ -372,7 +388,7 @@ class MaskedTraining(Callback, ABC):
             return
         if said := without_room(trainer, self._at, self.rounds):
             self._running.explained = True
-            rank_zero_warn(said, stacklevel=2)
+            warn(said)
 
     def _say_if_fewer(self, trainer: Trainer) -> None:
         """Say at the end of a fit that there were fewer prunings than asked for, unless it was said."""
@@ -383,7 +399,7 @@ class MaskedTraining(Callback, ABC):
         if said := ended_early(
             self._at, self.rounds, self.sparsity, fit.begun, trainer.global_step > fit.since
         ):
-            rank_zero_warn(said, stacklevel=2)
+            warn(said)
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -445,6 +461,7 @@ class MaskedTraining(Callback, ABC):
         """Let the round end now if the patience of an `EarlyStopping` is over that ends rounds."""
         patience = self._running.patience
         if patience is not None and patience.due and patience.is_exhausted(trainer):
+            self._running.cut = not self.is_over(trainer)
             self._at = self._at.ending(self.clock(trainer))
 
     def _has_had_its_length(self, trainer: Trainer) -> bool:
@@ -512,6 +529,7 @@ class MaskedTraining(Callback, ABC):
     def _begun(self, trainer: Trainer) -> None:
         """A round has begun with its masks on: what is compared from here on, and what is said."""
         compare_anew(trainer)
+        self._running.cut = False
         self._wait(trainer)
         left = alive(self._units)
         log.info(
@@ -559,7 +577,8 @@ class MaskedTraining(Callback, ABC):
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
         metrics = {**logged, **self._of_round()}
         kept = best_of_round(trainer) if self.compares else (None, "")
-        self.history = with_round(self.history, self.round, self._units, steps, metrics, kept)
+        cut = self._running.cut
+        self.history = with_round(self.history, self.round, self._units, steps, metrics, kept, cut)
 
     # -------------------------------------------------------------------- wherever weights leave the training
 
@@ -598,6 +617,7 @@ class MaskedTraining(Callback, ABC):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit = self._running
+        fit.cut = not self.is_over(trainer) and exhausted(trainer)
         self._at = self._at_now()
         self._record(trainer)
         fit.apply()
@@ -633,7 +653,7 @@ class MaskedTraining(Callback, ABC):
         best, path = best_of_round(trainer)
         self.history = [*self.history[:-1], replace(self.history[-1], best=best, checkpoint=path)]
         if self.round:
-            tell(self.history)
+            tell(self.history, schedules=bool(trainer.lr_scheduler_configs))
 
     def _sparse_path(self, trainer: Trainer, given: str | Path) -> Path:
         """Where the sparse file goes: beside the checkpoints, unless the path is absolute."""

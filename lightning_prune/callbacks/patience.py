@@ -7,6 +7,11 @@ from lightning.pytorch import Trainer
 from typing_extensions import final
 
 
+def exhausted(trainer: Trainer) -> bool:
+    """Whether an `EarlyStopping` has waited for a better metric as long as it waits."""
+    return any(s.wait_count >= max(1, s.patience) for s in trainer.early_stopping_callbacks)
+
+
 @final
 class RoundPatience:
     """While this is there, no `EarlyStopping` of a trainer ends the fit because a metric no longer improves.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import final, override
 
@@ -18,7 +17,9 @@ from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
+from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.ranks import together
+from lightning_prune.callbacks.shortfall import cut_off, idle
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import by_name, check_callable, number, whole
@@ -157,6 +158,8 @@ class IterativeMagnitudePruning(MaskedTraining):
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
         for one in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
             check_schedule(one, rounds)
+            if said := cut_off(one, rounds):
+                warn(said)
         for name, function in (
             ("criterion", criterion),
             ("allocate", allocate),
@@ -212,6 +215,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         names = [name for name, _ in pl_module.named_parameters()]
         self._running.followed = following(self.follow, list(params), names)
         if not self.masks:
+            self._say_if_idle_rounds(list(params), first)
             self._say_untrained(trainer, pl_module, list(prunable), params)
         self._dry_run(pl_module, params, first)
         self.masks = first
@@ -235,6 +239,16 @@ class IterativeMagnitudePruning(MaskedTraining):
                     "weight goes to one."
                 )
 
+    def _say_if_idle_rounds(self, names: list[str], first: Masks) -> None:
+        """Say that prunings would take nothing, as the masks to start from are sparser."""
+        rounds = range(1, self.rounds + 1)
+        levels = {r: [s for _, s in self._sparsities(names, r) if not callable(s)] or [0.0] for r in rounds}
+        total = sum(mask.numel() for mask in first.values())
+        if self._start_from is None or not total:
+            return
+        if said := idle(1 - alive(first) / total, levels.__getitem__, self.rounds):
+            warn(said)
+
     def _say_untrained(
         self,
         trainer: Trainer,
@@ -245,20 +259,18 @@ class IterativeMagnitudePruning(MaskedTraining):
         """Say which weights stay dense as no optimizer trains them, and which are pruned all the same."""
         held = trained_by(trainer)
         if held and (idle := [name for name, p in pruned.items() if id(p) not in held]):
-            rank_zero_warn(
+            warn(
                 f"include: {', '.join(idle)} are pruned, and no optimizer trains them. Exclude them to leave "
-                "them as they are.",
-                stacklevel=2,
+                "them as they are."
             )
         left = [name for name in prunable if name not in pruned and name not in self._running.followed]
         if not left:
             return
         why = f"{', '.join(left)}: no optimizer trains them, so they stay dense."
         if follow := look_like_copies(pl_module, list(pruned), left):
-            rank_zero_warn(
+            warn(
                 f"{why} Some look like copies of weights that are pruned. To put the masks of the originals "
-                f"on these: follow={follow}. To prune them on their own, name them in include=.",
-                stacklevel=2,
+                f"on these: follow={follow}. To prune them on their own, name them in include=."
             )
         else:
             log.info(f"{type(self).__name__}: {why} Name them in include= to prune them.")

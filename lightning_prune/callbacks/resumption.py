@@ -4,12 +4,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import final
 
 from lightning_prune.callbacks import _lightning, generators
+from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.ranks import of_ranks
 from lightning_prune.masks import Masks
 
@@ -122,7 +122,7 @@ class Resumption:
         if mine:
             generators.restore(trainer, mine)
         if doubts := [*doubts, *_doubts(trainer, pl_module, place, self.state)]:
-            rank_zero_warn(
+            warn(
                 "ckpt_path: masks, weights and rounds go on from the checkpoint, but not bit for bit as "
                 f"without an interruption: {'; '.join(doubts)}."
             )

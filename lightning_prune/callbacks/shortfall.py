@@ -1,8 +1,67 @@
-"""Shortfall: fewer prunings than were asked for, said as a fit starts if it is known then, or as it ends."""
+"""Shortfall: less pruning than was asked for, said as early as it is known."""
+
+from collections.abc import Callable, Sequence
 
 from lightning.pytorch import Trainer
 
 from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
+from lightning_prune.schedules import Cubic, Explicit, Linear, OneCycle, OneShot, Schedule
+from lightning_prune.structured.targets import Removed
+
+
+def cut_off(schedule: Schedule | float, rounds: int) -> str | None:
+    """What to say of a schedule that goes on after the last round; None where it does not.
+
+    >>> cut_off(Cubic(0.9, rounds=20), rounds=2)[:75]
+    'schedule: in round 2, the last one, Cubic(sparsity=0.9, rounds=20, start=0,'
+    >>> cut_off(Cubic(0.9, rounds=2), rounds=2)
+
+    Args:
+        schedule: of a callback. One that does not say where it ends is taken to end in time.
+        rounds: of the callback.
+    """
+    if isinstance(schedule, Removed):
+        schedule = schedule.schedule
+    if isinstance(schedule, Linear | Cubic | OneCycle):
+        last = schedule.start + schedule.rounds
+    elif isinstance(schedule, Explicit):
+        last = len(schedule.sparsities) - 1
+    elif isinstance(schedule, OneShot):
+        last = 1
+    else:
+        return None
+    reached, asked = schedule(rounds), schedule(last)
+    if rounds >= last or reached >= asked:
+        return None
+    return (
+        f"schedule: in round {rounds}, the last one, {schedule} is at sparsity {reached:.4g}, and it reaches "
+        f"{asked:.4g} only in round {last}. Give the callback rounds={last}, or a schedule that ends sooner."
+    )
+
+
+def idle(given: float, sparsities: Callable[[int], Sequence[float]], rounds: int) -> str | None:
+    """What to say of masks to start from that are sparser than the schedule in its first rounds.
+
+    >>> idle(0.8, lambda round: [0.25 * round], rounds=3)[:76]
+    'masks: they are at sparsity 0.8000, and the schedule is at 0.7500 in round 3'
+    >>> idle(0.2, lambda round: [0.25 * round], rounds=3)
+
+    Args:
+        given: sparsity of these masks.
+        sparsities: round -> what the schedules have in it. Of a schedule that is 0 in all of them nothing is
+            said: it is to hold the masks.
+        rounds: prunings that were asked for.
+    """
+    levels = [max(sparsities(round)) for round in range(1, rounds + 1)]
+    without = sum(0 < level <= given for level in levels)
+    if not without:
+        return None
+    which = "none of the prunings takes" if without == len(levels) else f"the first {without} prunings take"
+    return (
+        f"masks: they are at sparsity {given:.4f}, and the schedule is at {levels[without - 1]:.4f} in round "
+        f"{without}: {which} a weight. Sparsity counts what is dead already; give a schedule that begins "
+        "there, or fewer rounds."
+    )
 
 
 def without_room(trainer: Trainer, rounds: Rounds, asked: int) -> str | None:

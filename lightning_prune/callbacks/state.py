@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_prune.callbacks.messages import warn
 
 VERSION = 2  # of the callbacks' state in a checkpoint
 
@@ -59,10 +59,9 @@ def check_begun(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
         here: the same of the callback that is to go on.
     """
     for key in [key for key in here if key in there and there[key] != here[key]]:
-        rank_zero_warn(
+        warn(
             f"{name}({key}={here[key]}) has no effect: ckpt_path= goes on with a fit that has begun with "
-            f"{key}={there[key]}. Start another fit, without ckpt_path=, for it to have one.",
-            stacklevel=2,
+            f"{key}={there[key]}. Start another fit, without ckpt_path=, for it to have one."
         )
 
 

@@ -84,8 +84,12 @@ class Summary:
 
     @override
     def __str__(self) -> str:
-        ratios = f"compression {self.compression_ratio:.2f}x, theoretical {self.theoretical_speed_up:.2f}x"
-        return table(f"{ratios} ({self.where})", (*self.layers, self.total))
+        ratios = (
+            f"compression {self.compression_ratio:.2f}x (parameters over those that are not 0), theoretical "
+            f"{self.theoretical_speed_up:.2f}x (multiply-adds over those with a weight that is not 0: the "
+            "speed-up where zeros are skipped)"
+        )
+        return table(f"{ratios}; {self.where}", (*self.layers, self.total))
 
 
 def summarize(model: nn.Module, example_input: Example) -> Summary:
