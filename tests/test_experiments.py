@@ -594,6 +594,7 @@ def test_a_method_that_does_not_fit_the_experiment_is_refused_with_the_reason(gr
 
 
 @pytest.mark.filterwarnings("ignore:granularity. Filter")  # it prunes classes here, too
+@pytest.mark.filterwarnings("ignore:schedule. in round 1, the last one")  # it goes on after this one
 @pytest.mark.parametrize(("group", "name"), METHODS)
 def test_every_method_runs_from_its_config_in_the_mnist1d_experiment(group, name, tmp_path):
     # half_rate_output is the experiment's own schedule; any other replaces it for all layers

@@ -36,6 +36,13 @@ class ForkedModelParallel(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         self._launcher = _Forked(self, start_method="fork")
 
+    @override
+    def setup_environment(self) -> None:
+        # In a forked process the first call replaces torch's pool of threads, which it does not guard: two
+        # threads that come to it at once, as autograd's may, abort the process.
+        torch.set_num_threads(torch.get_num_threads())
+        super().setup_environment()
+
 
 @final
 class _Forked(_MultiProcessingLauncher):
