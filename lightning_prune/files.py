@@ -4,11 +4,15 @@ import errno
 import os
 import secrets
 import stat
+import zipfile
+import zlib
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
 
 try:
     import fcntl
@@ -160,3 +164,34 @@ def _sync_folder(target: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+_MAGIC, _DIRECTORY = b"PK", 0x10  # how a zip archive begins, and an attribute of what is in it
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file begins as `torch.save` begins one; old versions of torch wrote others."""
+    with path.open("rb") as opened:
+        return opened.read(len(_MAGIC)) == _MAGIC
+
+
+def check_archive(path: Path) -> None:
+    """Make sure that all in a file of `torch.save` is as it was written; torch itself compares no checksums.
+
+    Raises:
+        zipfile.BadZipFile: when it is not.
+    """
+    with path.open("rb") as opened:
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                _check_contents(archive)
+        except (OSError, zlib.error) as error:  # of places and lengths that the file does not have
+            raise zipfile.BadZipFile(str(error)) from error
+
+
+def _check_contents(archive: zipfile.ZipFile) -> None:
+    if torch.serialization.get_crc32_options() and (broken := archive.testzip()):
+        raise zipfile.BadZipFile(f"the checksum of {broken} is another")
+    # Of what is marked as a directory torch reads nothing, and gives whatever the memory holds.
+    if marked := [its.filename for its in archive.infolist() if its.external_attr & _DIRECTORY]:
+        raise zipfile.BadZipFile(f"{marked[0]} is marked as a directory")

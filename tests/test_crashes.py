@@ -1,12 +1,11 @@
 """Killed at any moment, with a full disk, or given a broken file: nothing is lost and nothing is believed."""
 
-import functools
 import os
 import random
 import resource
-import signal
-import threading
+import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prune as lp
-from lightning_prune import rewind
+from lightning_prune import load_pruned, rewind
 from lightning_prune.callbacks import masked
 from lightning_prune.callbacks import pruning as callback_module
-from lightning_prune.callbacks.checkpoints import WholeCheckpointIO
+from lightning_prune.callbacks.checkpoints import WholeCheckpointIO, load_masks
 from lightning_prune.holding import Handle
 from lightning_prune.study import round_masks
 from lightning_prune.study.recording import Records
 from lightning_prune.study.records import read
 from lightning_prune.study.round_masks import masks_of
+from tests.killing import a_way, arm, differences, killed_at_random, missing
 from tests.networks import Net, fitter, same
-from tests.test_resume import in_another_process
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)"),
@@ -49,57 +48,6 @@ SPOTS = {
     "writing a record": (Records, "_finish"),
     "removing the masks of later rounds": (Path, "unlink"),
 }
-
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at(spot, n, spots=SPOTS):
-    """The process ends without another instruction at the n-th call of a function."""
-    owner, name = spots[spot]
-    original, calls = getattr(owner, name), []
-
-    @functools.wraps(original)
-    def deadly(*args, **options):
-        calls.append(1)
-        if len(calls) == n:
-            die()
-        return original(*args, **options)
-
-    setattr(owner, name, deadly)
-
-
-def die_in_a_write(n, share):
-    """In the n-th checkpoint, when about this share of its bytes is written."""
-    save, calls = torch.save, []
-
-    class Deadly:
-        def __init__(self, file):
-            self.file, self.written = file, 0
-
-        def write(self, data):
-            self.written += self.file.write(data)
-            self.file.flush()
-            if self.written > share * 60_000:
-                die()
-            return len(data)
-
-        def flush(self):
-            self.file.flush()
-
-    def deadly(value, file):
-        whole = "state_dict" in value  # a checkpoint: the masks of a round are small
-        calls.extend([1] * whole)
-        return save(value, Deadly(file) if whole and len(calls) == n else file)
-
-    torch.save = deadly
-
-
-def die_after(seconds):
-    timer = threading.Timer(seconds, die)
-    timer.daemon = True
-    timer.start()
 
 
 @dataclass(frozen=True)
@@ -190,42 +138,8 @@ def train(folder, setting):
 
 
 def train_to_file(folder, setting, ways):
-    torch.set_num_threads(1)
-    for way, *arguments in ways:
-        {"at": die_at, "in a write": die_in_a_write, "after": die_after}[way](*arguments)
-    result = train(folder, setting)
-    torch.save(result, folder / "final.pt")
-
-
-def differences(folder, setting, ways, expected, target=train_to_file):
-    """Kill a run in these ways, one after the other, starting it again each time; then let it end."""
-    folder.mkdir()
-    kills = 0
-    for way in (*ways, None):
-        code = in_another_process(folder, setting, [way] if way else [], target=target)
-        assert code in (0, -signal.SIGKILL)
-        kills += code != 0
-        if code == 0:
-            break
-    result = torch.load(folder / "final.pt", weights_only=True)
-    if result["random"] is None:
-        expected = {**expected, "random": None}
-    different = [key for key in expected if not same(result[key], expected[key])]
-    left = sorted(path.name for path in folder.rglob("*") if path.suffix == ".tmp" or "sparse" in path.name)
-    return kills, [*different, *(f"left behind: {name}" for name in left)]
-
-
-def a_way(draw):
-    """A way to die, at random."""
-    kind = draw.choice(["at", "at", "in a write", "after"])
-    if kind == "at":
-        spot = draw.choice(list(SPOTS))
-        often = {"a step": 24, "masking after a step": 40, "between rewinding and masking": 4}
-        seldom = {"before a file is on the disk": 8, "before a file has its name": 8}
-        return "at", spot, draw.randint(1, {**often, **seldom}.get(spot, 3))
-    if kind == "in a write":
-        return kind, draw.randint(1, 5), draw.random()
-    return kind, draw.uniform(0.05, 0.8)
+    arm(ways, SPOTS)
+    torch.save(train(folder, setting), folder / "final.pt")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -242,27 +156,22 @@ def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(name, tmp_pat
         ways = [("at", "a step", 6), ("at", "masking after a step", 9), ("at", "a step", 7)]
     (tmp_path / "straight").mkdir()
     expected = train(tmp_path / "straight", SETTINGS[name])
-    kills, different = differences(tmp_path / "run", SETTINGS[name], ways, expected)
+    kills, different = differences(tmp_path / "run", SETTINGS[name], ways, expected, train_to_file)
     assert different == []
     assert kills >= len(ways) - 1
 
 
 def test_every_moment_to_be_killed_at_is_there():
     """A function that has moved would be found by the slow suite alone."""
-    assert not [spot for spot, (owner, name) in SPOTS.items() if not hasattr(owner, name)]
+    assert not missing(SPOTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_runs_killed_at_random_moments_end_with_the_same_bits(seed, tmp_path, capsys):
-    draw, total, runs, different = random.Random(seed), 0, 0, []
-    while total < 30:
-        setting, ways = a_setting(draw), [a_way(draw) for _ in range(draw.randint(2, 6))]
-        (tmp_path / f"straight {runs}").mkdir()
-        expected = train(tmp_path / f"straight {runs}", setting)
-        kills, its = differences(tmp_path / str(runs), setting, ways, expected)
-        runs, total = runs + 1, total + kills
-        different += [(setting, ways, what) for what in its]
+    often = {"a step": 24, "masking after a step": 40, "between rewinding and masking": 4}
+    die_by = partial(a_way, spots=SPOTS, often=often)
+    total, runs, different = killed_at_random(seed, 30, tmp_path, a_setting, die_by, train, train_to_file)
     with capsys.disabled():
         print(f"\n{total} kills by SIGKILL in {runs} runs, {len(different)} differences")
     assert different == []
@@ -351,9 +260,13 @@ def test_a_flipped_bit_is_found_or_harmless(good, tmp_path):
     path, draw, refused = tmp_path / "x.ckpt", random.Random(0), 0
     path.write_bytes(good)
     expected = WholeCheckpointIO().load_checkpoint(path)
-    for _ in range(300):
+    directory = zipfile.ZipFile(path).start_dir  # of the archive: names, places, attributes; to the end
+    attributes = [(directory + 38, bit) for bit in range(8)]  # of the first file
+    drawn = [(draw.randrange(len(good)), draw.randrange(8)) for _ in range(300)]
+    drawn += [(draw.randrange(directory, len(good)), draw.randrange(8)) for _ in range(300)]
+    for place, bit in [*attributes, *drawn]:
         content = bytearray(good)
-        content[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
+        content[place] ^= 1 << bit
         path.write_bytes(content)
         try:
             found = WholeCheckpointIO().load_checkpoint(path)
@@ -361,7 +274,30 @@ def test_a_flipped_bit_is_found_or_harmless(good, tmp_path):
             refused += 1
         else:
             assert same(found, expected)
-    assert refused > 200  # the others hit what pads the file
+    assert refused > 200  # the others hit what pads the file, and what nobody reads
+
+
+def test_damaged_files_give_no_masks_and_no_network(tmp_path):
+    """As checkpoints: a bit that has changed is found, or changes nothing."""
+    path, draw, net = tmp_path / "x.pt", random.Random(0), torch.nn.Linear(30, 20)
+    masks = lp.prune(net, 0.5)
+    for stored, reading in (
+        (masks, load_masks),
+        (net.state_dict(), lambda path: load_pruned(torch.nn.Linear(30, 20), path).state_dict()),
+    ):
+        torch.save(stored, path)
+        content, refused = path.read_bytes(), 0
+        for _ in range(60):
+            damaged = bytearray(content)
+            damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                found = reading(path)
+            except ValueError:
+                refused += 1
+            else:
+                assert same(dict(found), dict(stored))
+        assert refused > 20
 
 
 def test_a_foreign_file_is_refused(tmp_path):

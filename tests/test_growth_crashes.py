@@ -1,8 +1,8 @@
 """Masks that grow, in a training that is killed at any moment: resumed, it ends with the same bits."""
 
 import os
-import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +19,8 @@ from lightning_prune.study import round_masks
 from lightning_prune.study.recording import Records
 from lightning_prune.study.records import read
 from lightning_prune.study.round_masks import masks_of
+from tests.killing import a_way, arm, differences, killed_at_random, missing
 from tests.networks import Net, fitter, same
-from tests.test_crashes import die_after, die_at, die_in_a_write, differences
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -130,26 +130,8 @@ def train(folder, setting):
 
 
 def train_to_file(folder, setting, ways):
-    torch.set_num_threads(1)
-    for way, *arguments in ways:
-        if way == "at":
-            die_at(*arguments, SPOTS)
-        else:
-            {"in a write": die_in_a_write, "after": die_after}[way](*arguments)
+    arm(ways, SPOTS)
     torch.save(train(folder, setting), folder / "final.pt")
-
-
-def a_way(draw):
-    """A way to die, at random."""
-    kind = draw.choice(["at", "at", "at", "in a write", "after"])
-    if kind == "at":
-        spot = draw.choice(list(SPOTS))
-        often = {"a step": 24, "masking after a step": 40, "scoring": 8, "exchanging": 4}
-        seldom = {"before a file is on the disk": 8, "before a file has its name": 8}
-        return "at", spot, draw.randint(1, {**often, **seldom}.get(spot, 3))
-    if kind == "in a write":
-        return kind, draw.randint(1, 5), draw.random()
-    return kind, draw.uniform(0.05, 0.8)
 
 
 def test_a_training_whose_masks_grow_is_killed_in_its_updates_and_ends_with_the_same_bits(tmp_path):
@@ -165,21 +147,21 @@ def test_a_training_whose_masks_grow_is_killed_in_its_updates_and_ends_with_the_
 
 def test_every_moment_to_be_killed_at_is_there():
     """A function that has moved would be found by the slow suite alone."""
-    assert not [spot for spot, (owner, name) in SPOTS.items() if not hasattr(owner, name)]
+    assert not missing(SPOTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_trainings_whose_masks_grow_are_killed_at_random_and_end_with_the_same_bits(seed, tmp_path, capsys):
-    draw, total, runs, different = random.Random(seed), 0, 0, []
-    while total < 20:
-        setting, ways = a_setting(draw), [a_way(draw) for _ in range(draw.randint(2, 6))]
-        (tmp_path / f"straight {runs}").mkdir()
-        expected = train(tmp_path / f"straight {runs}", setting)
-        assert expected["round"] > 0
-        kills, its = differences(tmp_path / str(runs), setting, ways, expected, train_to_file)
-        runs, total = runs + 1, total + kills
-        different += [(setting, ways, what) for what in its]
+    often = {"a step": 24, "masking after a step": 40, "scoring": 8, "exchanging": 4}
+    die_by = partial(a_way, spots=SPOTS, often=often)
+
+    def straight(folder, setting):
+        result = train(folder, setting)
+        assert result["round"] > 0
+        return result
+
+    total, runs, different = killed_at_random(seed, 20, tmp_path, a_setting, die_by, straight, train_to_file)
     with capsys.disabled():
         print(f"\n{total} kills by SIGKILL in {runs} runs, {len(different)} differences")
     assert different == []

@@ -16,7 +16,7 @@ from typing_extensions import final, override
 from lightning_prune import folders
 from lightning_prune.callbacks import _lightning
 from lightning_prune.copies import gathered
-from lightning_prune.files import replacing
+from lightning_prune.files import check_archive, is_archive, replacing
 from lightning_prune.masks import Masks, pack_one, unpack
 
 
@@ -65,7 +65,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return folders.whole(local, weights_only)
         try:
             if local is not None and local.is_file():
-                _compare_checksums(local)
+                check_archive(local)
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
         except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
             raise ValueError(
@@ -85,12 +85,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
 def _local(path: str | Path) -> Path | None:
     """Where on this machine a path or URL is, if it is here at all."""
     return Path(url_to_fs(str(path))[1]) if get_protocol(str(path)) in ("file", "local") else None
-
-
-def _compare_checksums(path: Path) -> None:
-    with zipfile.ZipFile(path) as file:  # as torch.save writes them
-        if torch.serialization.get_crc32_options() and (broken := file.testzip()):
-            raise zipfile.BadZipFile(f"the checksum of {broken} is another")
 
 
 def write_shards(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
@@ -153,6 +147,8 @@ def load_masks(path: str | Path) -> Masks:
         'which torch.save put {parameter name: bool tensor}; or "zeros". Name one of these.'
     )
     try:
+        if is_archive(Path(path)):
+            check_archive(Path(path))
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as cause:  # whatever reading a file of another kind may end with
         raise error from cause

@@ -1,6 +1,7 @@
 """Loading: a cut network into the full-size model, from all files that one may be in."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune import folders
 from lightning_prune.deploy.storage import load_sparse
+from lightning_prune.files import check_archive, is_archive
 from lightning_prune.structured import surgery
 from lightning_prune.structured.trial import first_line
 from lightning_prune.structured.units import after, cut_of, has_state, of_state, parameter
@@ -66,6 +68,8 @@ def _read(path: Path, weights_only: bool) -> Mapping[str, Any]:
     if head[8:] == b"{":  # of safetensors: the length of a JSON object, and the object
         return load_sparse(path)
     try:
+        if is_archive(path):
+            check_archive(path)
         stored = torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
         if not weights_only:
@@ -75,7 +79,10 @@ def _read(path: Path, weights_only: bool) -> Mapping[str, Any]:
             "it holds other objects (hyper-parameters that are enums or paths, say) and you trust it, load "
             f"it with weights_only=False, which runs code from it. ({first_line(error)})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, ImportError, LookupError) as error:
+    except (
+        *(zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, EOFError, ValueError),
+        *(AttributeError, ImportError, LookupError),
+    ) as error:
         raise _unreadable(path, error) from error
     if not isinstance(stored, Mapping):
         raise ValueError(
