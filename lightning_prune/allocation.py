@@ -109,17 +109,7 @@ def per_output(
 
     Reference: Sun et al. (2024), arXiv:2306.11695, Section 3, "comparison group".
     """
-    keep: dict[str, Tensor] = {}
-    for name, count in uniform(scores, total).items():
-        if scores[name].dim() < 2:
-            raise ValueError(
-                f"allocate: per_output shares out what lies within an output, and the units of {name} are "
-                "whole outputs or whole inputs. Allowed are single weights, kernels, blocks and N:M. Use "
-                "`uniform`, or one of these as granularity."
-            )
-        rows = (layouts or {}).get(name, Layout()).rows(scores[name])
-        keep[name] = evenly(count, candidates_per_row(rows))
-    return keep
+    return EvenOutputs(of=uniform)(scores, total, layouts=layouts)
 
 
 @dataclass(frozen=True)
@@ -136,6 +126,10 @@ class EvenOutputs:
     Args:
         of: the allocation that says how many of each tensor.
 
+    Raises:
+        ValueError: as it is called, when the units of a granularity are whole outputs, or belong to several
+            of them.
+
     Reference: Lasby et al. (2024), arXiv:2305.02299, Section 3.1.
     """
 
@@ -150,13 +144,18 @@ class EvenOutputs:
         masks: Masks | None = None,
         layouts: Mapping[str, Layout] | None = None,
     ) -> dict[str, Tensor]:
+        keep: dict[str, Tensor] = {}
         counts = evidence.call(self.of, scores, total, params=params, masks=masks, layouts=layouts)
-        return {
-            name: evenly(
-                survivors(count), candidates_per_row((layouts or {}).get(name, Layout()).rows(scores[name]))
-            )
-            for name, count in counts.items()
-        }
+        for name, count in counts.items():
+            if scores[name].dim() < 2:
+                raise ValueError(
+                    "allocate: per_output and EvenOutputs share out what lies within an output, and the "
+                    f"units of {name} are whole outputs or whole inputs. Allowed are single weights, "
+                    "kernels, blocks and N:M. Use `uniform`, or one of these as granularity."
+                )
+            rows = (layouts or {}).get(name, Layout()).rows(scores[name])
+            keep[name] = evenly(survivors(count), candidates_per_row(rows))
+        return keep
 
 
 def evenly(total: int, caps: Tensor) -> Tensor:

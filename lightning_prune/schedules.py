@@ -96,6 +96,11 @@ class OneShot:
     def __call__(self, round: int) -> float:
         return self.sparsity if round else 0.0
 
+    @property
+    def last(self) -> int:
+        """The round from which on it stays as it is."""
+        return 1
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -189,6 +194,11 @@ class Linear:
     def __call__(self, round: int) -> float:
         return self.initial + (self.sparsity - self.initial) * _progress(self, round)
 
+    @property
+    def last(self) -> int:
+        """The round from which on it stays as it is."""
+        return self.start + self.rounds
+
 
 @dataclass(frozen=True)
 class Cubic:
@@ -219,6 +229,11 @@ class Cubic:
 
     def __call__(self, round: int) -> float:
         return self.sparsity + (self.initial - self.sparsity) * (1 - _progress(self, round)) ** 3
+
+    @property
+    def last(self) -> int:
+        """The round from which on it stays as it is."""
+        return self.start + self.rounds
 
 
 @dataclass(frozen=True)
@@ -261,6 +276,11 @@ class OneCycle:
         rise = (1 + math.exp(self.b - self.a)) / (1 + math.exp(self.b - self.a * x))
         return self.initial + (self.sparsity - self.initial) * rise
 
+    @property
+    def last(self) -> int:
+        """The round from which on it stays as it is."""
+        return self.start + self.rounds
+
 
 @dataclass(frozen=True)
 class Explicit:
@@ -298,6 +318,11 @@ class Explicit:
 
     def __call__(self, round: int) -> float:
         return self.sparsities[min(round, len(self.sparsities) - 1)]
+
+    @property
+    def last(self) -> int:
+        """The round from which on it stays as it is."""
+        return len(self.sparsities) - 1
 
 
 @dataclass(frozen=True)

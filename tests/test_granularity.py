@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.allocation import AtLeast, class_distributed, erk, global_rank, lamp, per_output, uniform
+from lightning_prune.allocation import (
+    AtLeast,
+    EvenOutputs,
+    class_distributed,
+    erk,
+    global_rank,
+    lamp,
+    per_output,
+    uniform,
+)
 from lightning_prune.granularity import NM, Block, Filter, Kernel, single, units
 from lightning_prune.layers import Layout, layouts
 from lightning_prune.pruning import next_masks
@@ -223,9 +232,10 @@ def test_per_output_keeps_the_same_of_every_output_that_the_layer_computes(plain
     assert int(alive.max() - alive.min()) <= {Kernel(): kernel, Block(1, 2): 3}.get(granularity, 1)
 
 
-def test_per_output_of_whole_outputs_is_refused():
+@pytest.mark.parametrize("allocate", [per_output, EvenOutputs(of=erk)], ids=str)
+def test_even_outputs_of_whole_outputs_are_refused(allocate):
     with pytest.raises(ValueError, match="units of weight are whole outputs or whole inputs"):
-        lp.prune(nn.Linear(4, 4), 0.5, allocate=per_output, granularity=Filter())
+        lp.prune(nn.Linear(4, 4), 0.5, allocate=allocate, granularity=Filter())
 
 
 def test_two_of_four_of_gpt2_lie_along_inputs():

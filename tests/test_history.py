@@ -125,6 +125,16 @@ def test_a_finished_run_that_is_resumed_still_knows_the_best_of_its_last_round(t
     assert [(r.round, r.best) for r in resumed.history] == [(r.round, r.best) for r in straight.history]
 
 
+def test_a_finished_run_that_is_resumed_still_knows_that_patience_cut_its_last_round(tmp_path):
+    straight, scores = pruning(rounds=1, every_n_epochs=4), [1, 2, 3, 4, 9, 8, 7, 6]
+    trainer, _ = fitted(scores, tmp_path / "a", straight, stopping())
+    assert [row.cut for row in straight.history] == [False, True]
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = pruning(rounds=1, every_n_epochs=4)
+    fitted(scores, tmp_path / "a", resumed, stopping(), ckpt_path=tmp_path / "end.ckpt")
+    assert [row.cut for row in resumed.history] == [False, True]
+
+
 @pytest.mark.parametrize("look", ["test", "validate"])
 def test_what_is_looked_at_later_changes_nothing_of_the_history(look, tmp_path):
     pruner = pruning()

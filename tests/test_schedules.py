@@ -124,3 +124,31 @@ def test_masks_that_are_sparser_than_the_first_rounds_say_which_prunings_take_no
     assert len(told) == bool(said)
     assert all(said in str(w.message) for w in told)
     assert all(Path(w.filename).name == "test_schedules.py" for w in told)  # the line that called fit
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        OneShot(0.5),
+        lp.schedules.Linear(0.9, rounds=5, start=2),
+        lp.schedules.Cubic(0.9, rounds=4),
+        lp.schedules.OneCycle(0.9, rounds=6, start=1),
+        lp.schedules.Explicit([0.0, 0.5, 0.7]),
+    ],
+    ids=str,
+)
+def test_a_schedule_changes_up_to_its_last_round_and_no_further(schedule):
+    values = [schedule(round) for round in range(20)]
+    assert values[schedule.last - 1] < values[schedule.last]
+    assert set(values[schedule.last :]) == {values[schedule.last]}
+
+
+def test_a_schedule_of_ones_own_may_say_which_round_is_its_last():
+    class Mine:
+        last = 3
+
+        def __call__(self, round: int) -> float:
+            return 0.2 * min(round, 3)
+
+    with pytest.warns(UserWarning, match="in round 2, the last one, .* only in round 3"):
+        lp.IterativeMagnitudePruning(Mine(), rounds=2)

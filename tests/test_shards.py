@@ -166,12 +166,17 @@ def test_a_resumed_run_on_shards_ends_with_the_same_bits(two):
     check_resumed(two["resumed"])
 
 
-def test_a_checkpoint_of_shards_goes_on_with_one_process_and_in_the_bare_model(two):
-    path = two["folder"] / "checkpoints" / "step=8.ckpt"
+def check_alone(path, straight):
+    """A checkpoint of two processes goes on with one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # generators of two processes, and here is one
         alone = fit(None, 1, ckpt_path=path)
-    assert [what for what in ENDS if not same(alone[what], two["resumed"][0]["straight"][what])] == []
+    assert [what for what in ENDS if not same(alone[what], straight[what])] == []
+
+
+def test_a_checkpoint_of_shards_goes_on_with_one_process_and_in_the_bare_model(two):
+    path = two["folder"] / "checkpoints" / "step=8.ckpt"
+    check_alone(path, two["resumed"][0]["straight"])
     state = torch.load(path, weights_only=True)["state_dict"]
     Whole().load_state_dict(state, strict=True)
 
@@ -182,11 +187,7 @@ def test_a_run_that_is_resumed_from_a_folder_of_shards_ends_with_the_same_bits(t
 
 def test_a_folder_of_shards_goes_on_with_one_process_and_in_the_bare_model(two):
     path = two["folder"] / "folders" / "step=8.ckpt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # generators of two processes, and here is one
-        alone = fit(None, 1, ckpt_path=path)
-    straight = two["resumed_folders"][0]["straight"]
-    assert [what for what in ENDS if not same(alone[what], straight[what])] == []
+    check_alone(path, two["resumed_folders"][0]["straight"])
     model, other = Whole(), Whole()
     with pytest.raises(ValueError, match="read by pickle"):
         lp.load_pruned(model, path)

@@ -28,8 +28,9 @@ def examination() -> float:
     for name, p in params.items():
         p.data.masked_fill_(~masks[name], 0)
 
+    trained = {id(p) for p in task.parameters()}
+
     def look() -> None:
-        trained = {id(p) for p in task.parameters()}
         found = [*doctor.awake(params, masks, ""), *doctor.replaced(params, task, optimizers, trained)]
         found += [*doctor.emptied(masks, before), *doctor.missed(masks, before, sparsities)]
         found += doctor.awake(dict(task.state_dict()), masks, "")  # in a checkpoint

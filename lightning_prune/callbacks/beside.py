@@ -43,6 +43,8 @@ def compare_anew(trainer: Trainer) -> None:
     for stopper in trainer.early_stopping_callbacks:
         stopper.wait_count = 0
         stopper.best_score = _worst("min" if stopper.monitor_op == torch.lt else "max")
+    # Metrics that learning rate schedules read, which fail without them.
+    waited = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
     for checkpoint in _of_rounds(trainer):
         checkpoint.best_k_models = {}
         checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
@@ -50,9 +52,7 @@ def compare_anew(trainer: Trainer) -> None:
         checkpoint.kth_value = _worst(checkpoint.mode)
         # Between validations it would compare by what the network of the round before came to. Without that,
         # Lightning lets it wait for the next validation.
-        if _lightning.saves_between_validations(checkpoint) and checkpoint.monitor not in _waited_for(
-            trainer
-        ):
+        if _lightning.saves_between_validations(checkpoint) and checkpoint.monitor not in waited:
             trainer.callback_metrics.pop(checkpoint.monitor or "", None)
 
 
@@ -67,20 +67,21 @@ def best_of_round(trainer: Trainer) -> tuple[float | None, str]:
 
 def monitors_of_all_rounds(trainer: Trainer) -> list[str]:
     """What each `ModelCheckpoint` monitors that keeps the best of all rounds together."""
-    of_rounds = _of_rounds(trainer)
-    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return [c.monitor for c in checkpoints if c.monitor and c.save_top_k > 0 and c not in of_rounds]
+    of_all = [c for c in _checkpoints(trainer) if not _is_of_rounds(c)]
+    return [c.monitor for c in of_all if c.monitor and c.save_top_k > 0]
 
 
 def _of_rounds(trainer: Trainer) -> list[ModelCheckpoint]:
     """Those whose files are named by the round."""
-    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return [c for c in checkpoints if "{round" in (c.filename or "")]
+    return [c for c in _checkpoints(trainer) if _is_of_rounds(c)]
 
 
-def _waited_for(trainer: Trainer) -> set[str | None]:
-    """Metrics that learning rate schedules read, which fail without them."""
-    return {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+def _is_of_rounds(checkpoint: ModelCheckpoint) -> bool:
+    return "{round" in (checkpoint.filename or "")
+
+
+def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
 
 
 def _worst(mode: str) -> Tensor:

@@ -464,6 +464,10 @@ class MaskedTraining(Callback, ABC):
             self._running.cut = not self.is_over(trainer)
             self._at = self._at.ending(self.clock(trainer))
 
+    def _is_cut(self, trainer: Trainer) -> bool:
+        """As a fit ends: whether an `EarlyStopping` ended it within a round."""
+        return not self.is_over(trainer) and exhausted(trainer)
+
     def _has_had_its_length(self, trainer: Trainer) -> bool:
         """Rounds of several lengths: whether the last one has come to its own."""
         return self._running.varies and self.is_last() and self.is_over(trainer)
@@ -617,7 +621,7 @@ class MaskedTraining(Callback, ABC):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit = self._running
-        fit.cut = not self.is_over(trainer) and exhausted(trainer)
+        fit.cut = self._is_cut(trainer)
         self._at = self._at_now()
         self._record(trainer)
         fit.apply()
@@ -628,8 +632,8 @@ class MaskedTraining(Callback, ABC):
         self._say_if_fewer(trainer)
         if self.resumption and not self._running.begun:  # a finished run, of which no batch was left
             steps = trainer.global_step - self._at.step
-            metrics, kept = self.resumption.metrics, best_of_round(trainer)
-            self.history = with_round(self.history, self.round, self._units, steps, metrics, kept)
+            row = self.resumption.metrics, best_of_round(trainer), self._is_cut(trainer)
+            self.history = with_round(self.history, self.round, self._units, steps, *row)
         self._tell_history(trainer)
         self._leave()
         settle(pl_module)
@@ -682,9 +686,7 @@ class MaskedTraining(Callback, ABC):
         left = resumption.interrupted(trainer, fit.begun, fit.epoch)
         self._leave()
         vars(self).update(fit.before)
-        self._interrupted = (
-            left  # Callbacks that write a checkpoint of the exception are told of it after this one.
-        )
+        self._interrupted = left  # Who writes a checkpoint of the exception is told of it after us.
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -702,13 +704,13 @@ class MaskedTraining(Callback, ABC):
     def _at_now(self) -> Rounds:
         """The rounds, in line with what the clock says now, to be taken up by another fit."""
         fit = self._fit
-        return (
-            self._at.at(self.clock(fit.trainer), fit.trainer.global_step) if fit and fit.begun else self._at
-        )
+        if fit is None or not fit.begun:
+            return self._at
+        return self._at.at(self.clock(fit.trainer), fit.trainer.global_step)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: hooks and trainers cannot be pickled, and a copy has none."""
-        return {**vars(self), "_at": self._at_now(), "_fit": None, "_network": None}
+        return {**vars(self), "_at": self._at_now(), "_fit": None, "_network": None, "_interrupted": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -734,8 +736,10 @@ class MaskedTraining(Callback, ABC):
         }
 
     def _to_resume(self) -> dict[str, Any]:
-        if self.resumption or self._interrupted:
-            return self.resumption.state if self.resumption else dict(self._interrupted or {})
+        if self.resumption is not None:
+            return self.resumption.state
+        if self._interrupted is not None:
+            return dict(self._interrupted)  # a checkpoint completes it
         fit = self._fit
         return resumption.capture(*((fit.trainer, fit.epoch) if fit and fit.begun else (None, None)))
 

@@ -4,12 +4,17 @@ import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from typing_extensions import final
 
 
 def exhausted(trainer: Trainer) -> bool:
     """Whether an `EarlyStopping` has waited for a better metric as long as it waits."""
-    return any(s.wait_count >= max(1, s.patience) for s in trainer.early_stopping_callbacks)
+    return any(_has_waited(s, s.patience) for s in trainer.early_stopping_callbacks)
+
+
+def _has_waited(stopper: EarlyStopping, patience: int) -> bool:
+    return stopper.wait_count >= max(1, patience)
 
 
 @final
@@ -34,7 +39,7 @@ class RoundPatience:
     def is_exhausted(self, trainer: Trainer) -> bool:
         """Whether one of them, in any process, would have ended the fit. All processes ask together."""
         self.due = False
-        here = any(stopper.wait_count >= max(1, patience) for stopper, patience in self._given)
+        here = any(_has_waited(stopper, patience) for stopper, patience in self._given)
         return trainer.strategy.reduce_boolean_decision(here, all=False)
 
     def write(self, checkpoint: dict[str, Any]) -> None:

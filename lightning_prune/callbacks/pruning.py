@@ -19,7 +19,7 @@ from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.ranks import together
-from lightning_prune.callbacks.shortfall import cut_off, idle
+from lightning_prune.callbacks.shortfall import cut_off, without_effect
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import by_name, check_callable, number, whole
@@ -215,7 +215,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         names = [name for name, _ in pl_module.named_parameters()]
         self._running.followed = following(self.follow, list(params), names)
         if not self.masks:
-            self._say_if_idle_rounds(list(params), first)
+            self._say_if_without_effect(list(params), first)
             self._say_untrained(trainer, pl_module, list(prunable), params)
         self._dry_run(pl_module, params, first)
         self.masks = first
@@ -239,14 +239,14 @@ class IterativeMagnitudePruning(MaskedTraining):
                     "weight goes to one."
                 )
 
-    def _say_if_idle_rounds(self, names: list[str], first: Masks) -> None:
+    def _say_if_without_effect(self, names: list[str], first: Masks) -> None:
         """Say that prunings would take nothing, as the masks to start from are sparser."""
-        rounds = range(1, self.rounds + 1)
-        levels = {r: [s for _, s in self._sparsities(names, r) if not callable(s)] or [0.0] for r in rounds}
         total = sum(mask.numel() for mask in first.values())
         if self._start_from is None or not total:
             return
-        if said := idle(1 - alive(first) / total, levels.__getitem__, self.rounds):
+        rounds = (self._sparsities(names, round) for round in range(1, self.rounds + 1))
+        levels = [max((s for _, s in each if not callable(s)), default=0.0) for each in rounds]
+        if said := without_effect(1 - alive(first) / total, levels):
             warn(said)
 
     def _say_untrained(

@@ -1,37 +1,33 @@
 """Shortfall: less pruning than was asked for, said as early as it is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
 
 from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
-from lightning_prune.schedules import Cubic, Explicit, Linear, OneCycle, OneShot, Schedule
+from lightning_prune.schedules import Schedule
 from lightning_prune.structured.targets import Removed
 
 
 def cut_off(schedule: Schedule | float, rounds: int) -> str | None:
     """What to say of a schedule that goes on after the last round; None where it does not.
 
+    >>> from lightning_prune.schedules import Cubic
     >>> cut_off(Cubic(0.9, rounds=20), rounds=2)[:75]
     'schedule: in round 2, the last one, Cubic(sparsity=0.9, rounds=20, start=0,'
     >>> cut_off(Cubic(0.9, rounds=2), rounds=2)
 
     Args:
-        schedule: of a callback. One that does not say where it ends is taken to end in time.
+        schedule: of a callback. One that does not say which is its `last` round is taken to end in time.
         rounds: of the callback.
     """
     if isinstance(schedule, Removed):
         schedule = schedule.schedule
-    if isinstance(schedule, Linear | Cubic | OneCycle):
-        last = schedule.start + schedule.rounds
-    elif isinstance(schedule, Explicit):
-        last = len(schedule.sparsities) - 1
-    elif isinstance(schedule, OneShot):
-        last = 1
-    else:
+    last: int | None = getattr(schedule, "last", None)
+    if not callable(schedule) or last is None or rounds >= last:
         return None
     reached, asked = schedule(rounds), schedule(last)
-    if rounds >= last or reached >= asked:
+    if reached >= asked:
         return None
     return (
         f"schedule: in round {rounds}, the last one, {schedule} is at sparsity {reached:.4g}, and it reaches "
@@ -39,20 +35,18 @@ def cut_off(schedule: Schedule | float, rounds: int) -> str | None:
     )
 
 
-def idle(given: float, sparsities: Callable[[int], Sequence[float]], rounds: int) -> str | None:
+def without_effect(given: float, levels: Sequence[float]) -> str | None:
     """What to say of masks to start from that are sparser than the schedule in its first rounds.
 
-    >>> idle(0.8, lambda round: [0.25 * round], rounds=3)[:76]
+    >>> without_effect(0.8, [0.25, 0.5, 0.75])[:76]
     'masks: they are at sparsity 0.8000, and the schedule is at 0.7500 in round 3'
-    >>> idle(0.2, lambda round: [0.25 * round], rounds=3)
+    >>> without_effect(0.2, [0.25, 0.5, 0.75])
 
     Args:
         given: sparsity of these masks.
-        sparsities: round -> what the schedules have in it. Of a schedule that is 0 in all of them nothing is
-            said: it is to hold the masks.
-        rounds: prunings that were asked for.
+        levels: the sparsities of rounds 1, 2, ... Of a schedule that is 0 in all of them nothing is said: it
+            is to hold the masks.
     """
-    levels = [max(sparsities(round)) for round in range(1, rounds + 1)]
     without = sum(0 < level <= given for level in levels)
     if not without:
         return None
