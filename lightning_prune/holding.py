@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import final
 
-from lightning_prune.masks import Masks, bits, zero_dead_
+from lightning_prune.masks import Masks, bits, masks_of, zero_dead_
 from lightning_prune.shards import is_sharded, like, local, settle
 
 # Optimizers that update each weight from its own gradient alone. Under any other, the gradient of a dead
@@ -327,13 +327,7 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
         )
     settle(model)
     parameters = dict(model.named_parameters())
-    unknown = [name for name in masks if name not in parameters]
-    if unknown:
-        raise ValueError(
-            f"masks: {', '.join(unknown)} not in the model; allowed are parameters of "
-            f"{type(model).__name__}. Use its masks."
-        )
-    optimizers = _optimizers(optimizer)
+    masks, optimizers = masks_of(parameters, masks, "model's"), _optimizers(optimizer)
     # A plain loop may clip at any place between backward and step, so gradients are always masked here.
     return Handle({name: parameters[name] for name in masks}, masks, optimizers, gradients=True)
 

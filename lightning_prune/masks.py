@@ -3,6 +3,7 @@
 A mask is a bool tensor of its weight's shape, True where the weight is alive. Masks are born in `selection`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,8 +159,8 @@ def masks_of(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], whose: s
     """
     if unknown := [name for name in masks if name not in params]:
         raise ValueError(
-            f"masks: {', '.join(unknown)}: allowed are names of the {whose} parameters. Change the names: "
-            f"{_renamed(unknown, list(params))}"
+            f"masks: {', '.join(unknown)}: allowed are names of the {whose} parameters. "
+            f"Use those. {_renamed(unknown, list(params))}"
         )
     for name, mask in masks.items():
         shape = tuple(params[name].shape)
@@ -184,6 +185,12 @@ def _renamed(unknown: Sequence[str], names: Sequence[str]) -> str:
             name = name.replace(wrapper, "")
         return name
 
+    computed = {re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name) for name in names} - {*names}
+    if mine := [name for name in unknown if name in computed]:
+        return (
+            f"{', '.join(mine)} are computed by a parametrization. Call lightning_prune.adapters.merge, or "
+            "torch.nn.utils.parametrize.remove_parametrizations, first."
+        )
     here = {bare(name): name for name in names}
     pairs = {name: here[bare(name)] for name in unknown if bare(name) in here}
     if not pairs:

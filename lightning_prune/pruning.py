@@ -1,6 +1,7 @@
 """Pruning: score the weights, select those that stay. The four axes meet here, and nowhere else."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -316,6 +317,12 @@ def chosen(
             continue
         there = {name: candidates[name] for name in names}
         size = sum(counted({name: s.numel() for name, s in group.items()}, together).values())
+        if not size and any(masks[name].numel() for name in names):
+            warnings.warn(
+                f"granularity: {granularity} finds no unit in {', '.join(names)}, which stay dense. "
+                "Use another.",
+                stacklevel=2,
+            )
         total = min(
             budget(sparsity, size), sum(counted({n: count(c) for n, c in there.items()}, together).values())
         )

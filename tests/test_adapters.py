@@ -38,8 +38,8 @@ def test_what_is_merged_is_what_was_trained_to_the_bit_and_zeros_stay(dtype):
     was = model(x)
     adapters.merge(model)
     assert torch.equal(model(x), was)
-    assert set(model.state_dict()) == set(names)
-    assert {id(p) for p in model.parameters()} == set(identities)
+    assert list(model.state_dict()) == names
+    assert [id(p) for p in model.parameters()] == identities
     assert all(p.requires_grad for p in model.parameters())
     for name, mask in masks.items():
         p = model.get_parameter(name)
@@ -117,6 +117,10 @@ def test_what_cannot_have_an_adapter_is_refused_and_nothing_changes():
         ({}, {**masks, "2.gone": masks["2.weight"]}, r"2\.gone"),
         ({}, {"0.weight": masks["2.weight"]}, r"0\.weight is torch\.bool"),
         ({}, {"0.bias": torch.ones(8, dtype=torch.bool)}, r"0\.bias is of 1 dimensions"),
+        ({}, {**masks, "0.bias": torch.ones(8, dtype=torch.bool)}, r"0\.bias is of 1 dimensions"),
+        ({}, None, "masks=None"),
+        ({}, [masks], r"masks=\["),
+        ({}, {}, r"masks=\{\}"),
     ]
     for options, given, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -128,3 +132,104 @@ def test_what_cannot_have_an_adapter_is_refused_and_nothing_changes():
     tied[1].weight = tied[0].weight
     with pytest.raises(ValueError, match=r"shared by 0\.weight, 1\.weight"):
         adapters.attach(tied, {"0.weight": torch.ones(4, 4, dtype=torch.bool)})
+    small = nn.Linear(4, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"weight is of torch\.float8_e4m3fn"):
+        adapters.attach(small, {"weight": torch.ones(4, 4, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="model='net'"):
+        adapters.attach("net", masks)
+
+
+def test_a_copy_merges_on_its_own():
+    model = network()
+    adapters.attach(model, lp.prune(model, 0.5), rank=2)
+    trained(model)
+    other = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    was = model(x)
+    adapters.merge(model)
+    assert torch.equal(other(x), was)
+    adapters.merge(other)
+    assert torch.equal(model(x), was)
+    assert torch.equal(other(x), was)
+    assert type(other[0]) is nn.Linear
+
+
+def test_a_fit_goes_on_after_merging_with_the_optimizer_state_of_before():
+    model = network()
+    masks = lp.prune(model, 0.5)
+    optimizer = torch.optim.Adam(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    adapters.attach(model, masks)
+    adapters.merge(model)
+    again = torch.optim.Adam(model.parameters())
+    again.load_state_dict(state)
+    assert all(again.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+
+
+def test_under_autocast_what_is_merged_is_what_was_trained():
+    model = network()
+    adapters.attach(model, lp.prune(model, 0.5), rank=2)
+    x = trained(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        was = model(x)
+        adapters.merge(model)
+        assert torch.equal(model(x), was)
+
+
+def test_masks_are_those_of_the_moment_and_are_in_checkpoints():
+    model = network()
+    masks = lp.prune(model, 0.5)
+    kept = {name: mask.clone() for name, mask in masks.items()}
+    adapters.attach(model, masks, rank=2)
+    for mask in masks.values():
+        mask.fill_(True)
+    trained(model)
+    fresh = network()
+    adapters.attach(fresh, {name: torch.ones_like(mask) for name, mask in masks.items()}, rank=2)
+    fresh.load_state_dict(model.state_dict())
+    for one in (model, fresh):
+        adapters.merge(one)
+        assert all(torch.equal(one.get_parameter(n) != 0, m) for n, m in kept.items())
+
+
+def test_an_update_that_is_not_finite_is_refused_and_stays():
+    model = network()
+    adapters.attach(model, lp.prune(model, 0.5), rank=2)
+    with torch.no_grad():
+        model[2].parametrizations.weight[0].up.fill_(float("nan"))
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"the updates of 2\.weight are not finite"):
+        adapters.merge(model)
+    assert list(model.state_dict()) == before
+
+
+def test_strides_and_parametrizations_of_others_stay():
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    strides = conv.weight.stride()
+    adapters.attach(conv, lp.prune(conv, 0.5))
+    adapters.merge(conv)
+    assert conv.weight.stride() == strides
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    model.register_parameter("other", nn.Parameter(torch.randn(3, 4)))
+    adapters.attach(model, {"other": torch.rand(3, 4) > 0.5})
+    y, names = model(torch.ones(1, 4)), ["bias", "other"]
+    adapters.merge(model)
+    assert torch.equal(model(torch.ones(1, 4)), y)
+    assert [n for n, p in model.named_parameters(recurse=False)] == names
+
+
+def test_calls_that_need_the_weights_say_that_adapters_are_attached():
+    model = network()
+    masks = lp.prune(model, 0.5)
+    adapters.attach(model, masks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for call in (
+        lambda: lp.apply_masks(model, masks),
+        lambda: lp.hold(model, optimizer, masks),
+        lambda: adapters.attach(model, masks),
+    ):
+        with pytest.raises(ValueError, match=r"0\.weight, 2\.weight are computed by a parametrization"):
+            call()

@@ -218,6 +218,7 @@ def test_each_expert_is_a_matrix_of_its_own(granularity, layout):
     assert torch.equal(Kernel()(given, layout=layout)[0], weight.flatten(0, 1))
 
 
+@pytest.mark.filterwarnings("ignore:.*finds no unit")
 @pytest.mark.parametrize("granularity", [single, Kernel(), Block(1, 2), NM(2, 4)], ids=str)
 def test_per_output_keeps_the_same_of_every_output_that_the_layer_computes(plain, granularity):
     weight, layout, pairs = plain
@@ -362,3 +363,10 @@ def test_what_is_no_granularity_is_refused_and_nothing_is_pruned(granularity, me
     with pytest.raises(ValueError, match=message):
         lp.prune(net, 0.5, granularity=granularity)
     assert torch.equal(net.weight, before)
+
+
+def test_a_network_without_a_unit_is_said_to_stay_dense():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(2, 3))
+    with pytest.warns(UserWarning, match=r"NM\(n=2, m=4\) finds no unit in 0\.weight, 1\.weight, which stay"):
+        masks = lp.prune(model, 0.5, granularity=NM(2, 4))
+    assert all(bool(mask.all()) for mask in masks.values())

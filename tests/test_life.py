@@ -580,7 +580,9 @@ def test_growth_of_a_dense_network_is_said_to_exchange_nothing(options):
 
 
 def grows(**options):
-    return lp.DynamicSparseTraining(0.8, every_n_train_steps=2, include=["body*"], **options)
+    return lp.DynamicSparseTraining(
+        options.pop("sparsity", 0.8), every_n_train_steps=2, include=["body*"], **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -588,6 +590,8 @@ def grows(**options):
     [
         (pruning, {}, {"masks": "zeros"}, "masks='zeros'.* begun with masks=None"),
         (grows, {}, {"criterion": lp.criteria.magnitude}, "criterion=magnitude.* begun with criterion=Ran"),
+        (grows, {}, {"sparsity": 0.6}, r"sparsity=0\.6.* begun with sparsity=0\.8"),
+        (grows, {}, {"allocate": lp.allocation.uniform}, "allocate=uniform.* begun with allocate=erk"),
         (grows, {"until": 0.5}, {"until": 0.9}, "until=0.9.* begun with until=0.5"),
     ],
     ids=str,

@@ -1,7 +1,7 @@
 """The step with fixed masks, here and in another checkout, such as that of an earlier commit.
 
-`git worktree add ../before COMMIT`, then `python -m experiments.benchmarks.beside ../before`: LeNet-300-100 with
-batch 60, with the callback and without, in processes of the one checkout and the other in turn.
+`git worktree add ../before COMMIT`, then `python -m experiments.benchmarks.beside ../before`: LeNet-300-100
+at batch 60, with the callback and without, in processes of the one checkout and the other in turn.
 """
 
 import logging

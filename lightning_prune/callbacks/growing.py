@@ -449,6 +449,8 @@ class DynamicSparseTraining(MaskedTraining):
     @override
     def _begun_with(self) -> dict[str, str]:
         first = {"masks": named(self._start_from), "criterion": named(self.criterion)}
+        if not callable(self.target):  # else every update reads them
+            first |= {"sparsity": str(self.target), "allocate": named(self.allocate)}
         return first if self.until_step is not None else {**first, "until": named(self.until)}
 
     # -------------------------------------------------------------------------------------------- checkpoints
