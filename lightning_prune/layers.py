@@ -85,7 +85,7 @@ def targets(
     """Which parameters would be pruned, and why the others would not: `print(targets(model))` is a dry run.
 
     >>> [(t.parameter, t.why_not) for t in targets(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))][1:3]
-    [('0.bias', 'no weight matrix'), ('1.weight', 'BatchNorm1d is not among layers')]
+    [('0.bias', 'no weight matrix'), ('1.weight', 'BatchNorm1d is not in layers=')]
 
     A parameter is prunable if it is a weight of two dimensions or more, and every module that owns it is of
     one of the types `layers` (a class name, or that of a base class): a head tied to an embedding is left
@@ -123,7 +123,7 @@ def targets(
             if name in sources or isinstance(module, ParametrizationList):
                 why = "another tensor is computed from it"
             elif not is_layer:
-                why = f"{type(module).__name__} is not among layers"
+                why = f"{type(module).__name__} is not in layers="
             elif name not in weights:
                 why = "no weight matrix"
             elif is_lazy(p):

@@ -57,8 +57,8 @@ def test_history_names_the_best_checkpoint_of_each_round(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"round": 3}, r"round=3: no round was so\. Allowed are .*: 0 \(0\.0000\), 1 \(0\.5"),
-        ({"sparsity": 0.9}, r"sparsity=0\.9: no round was so"),
+        ({"round": 3}, r"round=3: there was no such round\. Allowed are .*: 0 \(0\.0000\), 1 \(0\.5"),
+        ({"sparsity": 0.9}, r"sparsity=0\.9: no round was so sparse"),
         ({"sparsity": 1.5}, "sparsity=1.5: allowed are fractions"),
         ({"sparsity": "a"}, "sparsity='a': allowed are fractions"),
         ({"round": "a"}, "round='a': allowed are whole numbers"),
@@ -89,7 +89,7 @@ def test_a_fit_that_ends_shows_its_rounds(tmp_path, caplog):
     with caplog.at_level("INFO", logger="lightning_prune"):
         fitted([1, 5, 4], tmp_path, pruner)
     told = caplog.messages[-1].splitlines()
-    assert told[0] == "the rounds:"
+    assert told[0] == "the rounds (alive: weights, best: score):"
     assert re.split(r"\s{2,}", told[1].strip()) == [
         "round",
         "sparsity",
@@ -201,9 +201,9 @@ def test_a_round_that_patience_cuts_is_said_in_the_table_and_what_that_did_to_th
     with caplog.at_level("INFO", logger="lightning_prune"):
         fitted(scores, tmp_path, pruner, stopping(), model=Scheduled())
     assert [row.cut for row in pruner.history] == [True, False, True]
-    shown = next(m for m in caplog.messages if m.startswith("the rounds:")).splitlines()[3:]
+    shown = next(m for m in caplog.messages if m.startswith("the rounds (")).splitlines()[3:]
     assert ["by patience" in line for line in shown] == [True, False, True]
-    assert any("ended round 0, 2 before its length" in m for m in caplog.messages) == scheduled
+    assert any("ended rounds 0, 2 early" in m for m in caplog.messages) == scheduled
 
 
 def test_patience_that_ends_the_fit_is_said_in_the_table_too(tmp_path, caplog):

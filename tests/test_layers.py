@@ -40,7 +40,7 @@ MATRICES = ["gate_up_proj", "down_proj"]
 def test_matrices_of_any_name_are_prunable_where_their_type_is_among_layers():
     net = nn.Sequential(nn.Linear(4, 4), Bank())
     assert list(prunable(net)) == ["0.weight"]
-    assert reasons(net)["1.down_proj"] == "Bank is not among layers"
+    assert reasons(net)["1.down_proj"] == "Bank is not in layers="
     assert list(prunable(net, layers=["Bank"])) == [f"1.{name}" for name in MATRICES]
     assert list(prunable(net, layers=["Linear", "Ba*"])) == ["0.weight", *(f"1.{name}" for name in MATRICES)]
 

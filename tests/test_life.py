@@ -962,7 +962,7 @@ PRUNED = "round 1 of 2: pruned 80, 320 weights left (80.00 %)"
 def test_a_script_without_logging_set_up_shows_a_line_for_each_pruning_and_why_it_ended_early():
     lines = shown()
     assert lines[0] == PRUNED
-    assert lines[2] == "the rounds:"
+    assert lines[2] == "the rounds (alive: weights):"
     assert lines[3].split() == ["round", "sparsity", "alive", "steps"]
     assert lines[1].startswith("round 1 is the last: the next sparsity, 0.3600, is above max_sparsity=0.3")
 

@@ -269,6 +269,17 @@ def test_a_schedule_that_would_be_overrun_gets_a_warning_that_names_the_way_out(
         trained(one_cycle(6), to_epoch=1, shorten=False)
 
 
+@pytest.mark.parametrize("clock", [{}, {"every": 6}], ids=str)
+def test_a_fit_that_goes_on_beyond_a_schedule_is_told_beforehand_where_to_end(clock):
+    ends = "max_steps=18" if clock else "max_epochs=6"
+    message = rf"beyond its end, where it raises an error\. Let the fit end with the last round \({ends}\)"
+    with (
+        pytest.warns(UserWarning, match=message),
+        pytest.raises(ValueError, match="Tried to step 7 times"),
+    ):
+        trained(one_cycle(6), to_step=0, **clock)
+
+
 @pytest.mark.parametrize("every", [1, 3, 5])
 def test_rounds_do_not_drift_where_two_optimizers_step_at_once(every):
     pruner = lp.IterativeMagnitudePruning(Geometric(0.1), rounds=5, every_n_train_steps=every)

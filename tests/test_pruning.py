@@ -68,13 +68,13 @@ def test_a_dry_run_says_of_every_parameter_whether_and_why_not(monkeypatch):
     ]
     why = {t.parameter: t.why_not for t in rows}
     assert why == {
-        "embed.weight": "Embedding is not among layers",
+        "embed.weight": "Embedding is not in layers=",
         "inner.weight": "",
         "inner.bias": "no weight matrix",
         "other.weight": "not included",
         "other.bias": "no weight matrix",
-        "norm.weight": "LayerNorm is not among layers",
-        "norm.bias": "LayerNorm is not among layers",
+        "norm.weight": "LayerNorm is not in layers=",
+        "norm.bias": "LayerNorm is not in layers=",
     }
     assert all(t.prunable == (not t.why_not) for t in rows)
     assert {t.parameter for t in lp.targets(model, exclude=["other*"]) if t.why_not == "excluded"} == {
@@ -96,7 +96,7 @@ def test_a_head_that_comes_before_its_embedding_is_told_why():
             self.head, self.inner, self.embed = nn.Linear(4, 9), nn.Linear(4, 4), nn.Embedding(9, 4)
             self.head.weight = self.embed.weight
 
-    assert lp.targets(Backwards())[0].why_not == "tied to embed: Embedding is not among layers"
+    assert lp.targets(Backwards())[0].why_not == "tied to embed: Embedding is not in layers="
 
 
 def test_a_shared_weight_is_counted_once():

@@ -30,7 +30,7 @@ ROWS = [
         (1024, 768),
         0.5,
         786432,
-        "Embedding is not among layers",
+        "Embedding is not in layers=",
     ),
     Row("b", (), 12345.6, 3),
 ]

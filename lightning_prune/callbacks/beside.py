@@ -65,6 +65,11 @@ def best_of_round(trainer: Trainer) -> tuple[float | None, str]:
     return None, ""
 
 
+def monitor_of_rounds(trainer: Trainer) -> str:
+    """The metric that `best_of_round` is about; empty where there is none."""
+    return next((checkpoint.monitor or "" for checkpoint in _of_rounds(trainer)), "")
+
+
 def monitors_of_all_rounds(trainer: Trainer) -> list[str]:
     """What each `ModelCheckpoint` monitors that keeps the best of all rounds together."""
     of_all = [c for c in _checkpoints(trainer) if not _is_of_rounds(c)]

@@ -79,11 +79,13 @@ class _Line:
     checkpoint: str
 
 
-def tell(history: Sequence[RoundRecord], schedules: bool = False) -> None:
+def tell(history: Sequence[RoundRecord], units: str, monitor: str = "", schedules: bool = False) -> None:
     """Show the rows as a table, with the best of each round where some round has kept one.
 
     Args:
         history: the rows.
+        units: what is alive or not: "weights" or "channels".
+        monitor: the metric whose best value the rows have.
         schedules: whether learning rates went by a schedule, which patience may have cut.
     """
     lines = [
@@ -101,11 +103,13 @@ def tell(history: Sequence[RoundRecord], schedules: bool = False) -> None:
     kept = any(row.checkpoint for row in history)
     cut = [str(row.round) for row in history if row.cut]
     without = [*([] if cut else ["ended"]), *([] if kept else ["best", "checkpoint"])]
-    log.info(table("the rounds:", lines, without=without).rstrip())
+    best = f", best: {monitor}" if kept and monitor else ""
+    log.info(table(f"the rounds (alive: {units}{best}):", lines, without=without).rstrip())
     if cut and schedules:
         log.info(
-            f"EarlyStopping ended round {', '.join(cut)} before its length, so the learning rate schedule "
-            "did not come to its end there. Let patience be longer, or do without EarlyStopping."
+            f"EarlyStopping ended {'round' if len(cut) == 1 else 'rounds'} {', '.join(cut)} early, so the "
+            "learning rate schedule did not come to its end there. Let patience be longer, or do without "
+            "EarlyStopping."
         )
 
 
@@ -133,11 +137,15 @@ def best_checkpoint(history: Sequence[RoundRecord], round: int | None, sparsity:
         and (sparsity is None or row.alive <= budget(sparsity, row.total))
     ]
     if not rows:
-        asked = f"round={round}" if sparsity is None else f"sparsity={sparsity}"
+        asked = (
+            f"round={round}: there was no such round"
+            if sparsity is None
+            else f"sparsity={sparsity}: no round was so sparse"
+        )
         there = ", ".join(f"{row.round} ({row.sparsity:.4f})" for row in history)
         raise ValueError(
-            f"{asked}: no round was so. Allowed are those there were; with their sparsities: {there}. "
-            "Ask for one of these, or fit first."
+            f"{asked}. Allowed are the rounds there were, here with their sparsities: {there}. Ask for one "
+            "of these, or fit for longer."
         )
     row = rows[-1] if sparsity is None else rows[0]
     if not row.checkpoint:

@@ -82,7 +82,7 @@ _WHERE = "as the trainer says in configure_optimizers (estimated_stepping_batche
 DIFFERENT = 0.05  # of the highest learning rate: what makes a difference between two of them
 
 
-def warn_of_schedules(trainer: Trainer, spans: Mapping[str, Span]) -> None:
+def warn_of_schedules(trainer: Trainer, spans: Mapping[str, Span], ends: str) -> None:
     """Warn of schedules whose learning rates at the end of a round are not those at their own end.
 
     Each schedule is stepped on a copy, through a round and on, whatever its class is. One that waits for a
@@ -91,6 +91,7 @@ def warn_of_schedules(trainer: Trainer, spans: Mapping[str, Span]) -> None:
     Args:
         trainer: whose schedules have not been stepped yet.
         spans: {"step" or "epoch": how far schedules come that step once in each}.
+        ends: the setting of the trainer with which a fit ends with its last round, such as "max_epochs=9".
     """
     if not trainer.lightning_module.automatic_optimization:
         return
@@ -101,11 +102,13 @@ def warn_of_schedules(trainer: Trainer, spans: Mapping[str, Span]) -> None:
         every = config.frequency
         round, last, fit = (int(min(n, 10 * LOOK_AHEAD) // every) for n in (span.round, span.last, span.fit))
         rates = ahead(config.scheduler, trainer, min(max(round, last, fit) + 1, LOOK_AHEAD))
-        if rates and (said := misfit(rates, round, last, every, config.interval)):
+        if rates and (said := misfit(rates, round, last, every, config.interval, ends)):
             warn(f"{type(config.scheduler).__name__}: {said}")
 
 
-def misfit(rates: list[list[float]], round: int, last: int, every: int, interval: str) -> str | None:
+def misfit(
+    rates: list[list[float]], round: int, last: int, every: int, interval: str, ends: str = ""
+) -> str | None:
     """What of a schedule does not go with rounds that rewind it; None where all does.
 
     >>> falls = [[1 - i / 8] for i in range(9)]  # from 1 to 0 in 8 steps
@@ -120,6 +123,7 @@ def misfit(rates: list[list[float]], round: int, last: int, every: int, interval
         last: how many lie before the end of the last round.
         every: how many batches, or epochs, make one of its steps.
         interval: which of the two it counts.
+        ends: the setting with which a fit ends with its last round.
     """
     length = f"{round * every} {interval}{'' if round * every == 1 else 's'}"
     if len(rates) <= round < LOOK_AHEAD:
@@ -138,8 +142,9 @@ def misfit(rates: list[list[float]], round: int, last: int, every: int, interval
         if end == max(of_group[: round + 1]) and highest - end > DIFFERENT * highest:
             return _unfinished(end, f"up to {highest:.3g}", group, length)
         if max(of_group[round:last], default=end) - end > DIFFERENT * highest:
-            return _overrun(length, last * every, interval)
-    return _overrun(length, last * every, interval) if len(rates) <= last < LOOK_AHEAD else None
+            return _overrun(length, last * every, interval, "where it goes up again", ends)
+    raises = len(rates) <= last < LOOK_AHEAD
+    return _overrun(length, last * every, interval, "where it raises an error", ends) if raises else None
 
 
 def _unfinished(end: float, goes: str, group: int, length: str) -> str:
@@ -149,10 +154,10 @@ def _unfinished(end: float, goes: str, group: int, length: str) -> str:
     )
 
 
-def _overrun(length: str, last: int, interval: str) -> str:
+def _overrun(length: str, last: int, interval: str, what: str, ends: str) -> str:
     return (
         f"a round takes it to {length}, and the last round, which goes on to the end of the fit, to {last} "
-        f"{interval}s, beyond its end. Let the fit end sooner (max_epochs or max_steps), or ask for more "
+        f"{interval}s, beyond its end, {what}. Let the fit end with the last round ({ends}), or ask for more "
         "rounds."
     )
 

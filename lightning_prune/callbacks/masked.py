@@ -21,6 +21,7 @@ from lightning_prune.callbacks.beside import (
     averaging_of,
     best_of_round,
     compare_anew,
+    monitor_of_rounds,
     monitors_of_all_rounds,
     show,
 )
@@ -475,7 +476,7 @@ class MaskedTraining(Callback, ABC):
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_last():
             if self._has_had_its_length(trainer):
-                self.stop(trainer, "it has had the length of a round, and rounds may end early in this fit.")
+                self.stop(trainer, "it has come to its end, so the fit ends.")
             return
         if not self.is_over(trainer):
             return
@@ -657,7 +658,8 @@ class MaskedTraining(Callback, ABC):
         best, path = best_of_round(trainer)
         self.history = [*self.history[:-1], replace(self.history[-1], best=best, checkpoint=path)]
         if self.round:
-            tell(self.history, schedules=bool(trainer.lr_scheduler_configs))
+            monitor, schedules = monitor_of_rounds(trainer), bool(trainer.lr_scheduler_configs)
+            tell(self.history, self._unit, monitor, schedules)
 
     def _sparse_path(self, trainer: Trainer, given: str | Path) -> Path:
         """Where the sparse file goes: beside the checkpoints, unless the path is absolute."""

@@ -250,7 +250,9 @@ class LotteryTicketRewind(Callback):
             varied = self.varies_rounds or pruner.varies_rounds
             goes_on = 0 < more < float("inf") and not varied and not held
             spans[interval] = learning_rates.Span(round, round + more if goes_on else round, fit)
-        learning_rates.warn_of_schedules(trainer, spans)
+        name = "max_epochs" if pruner.every_n_train_steps is None else "max_steps"
+        length = pruner.every_n_train_steps or pruner.every_n_epochs
+        learning_rates.warn_of_schedules(trainer, spans, f"{name}={(pruner.rounds + 1) * length}")
 
     # -------------------------------------------------------------------------------------- while it trains
 
