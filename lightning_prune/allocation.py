@@ -23,20 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import evidence
+from lightning_prune import adaptive, evidence
 from lightning_prune.checks import number, whole
 from lightning_prune.criteria import wanda
 from lightning_prune.evidence import Forward
 from lightning_prune.layers import Layout
-from lightning_prune.masks import Masks
+from lightning_prune.masks import Masks, count
 from lightning_prune.selection import (
-    DEAD,
     Allocation,
     Counts,
     Keep,
     Scores,
     Together,
-    candidates_per_row,
+    candidates_per_output,
     candidates_per_tensor,
     check_together,
     count_above,
@@ -44,6 +43,7 @@ from lightning_prune.selection import (
     survivors,
     threshold,
 )
+from lightning_prune.shards import local
 
 
 def global_rank(scores: Scores, total: int, *, together: Together | None = None) -> Keep:
@@ -92,7 +92,11 @@ def uniform(scores: Scores, total: int, *, together: Together | None = None) -> 
 
 
 def per_output(
-    scores: Scores, total: int, *, layouts: Mapping[str, Layout] | None = None
+    scores: Scores,
+    total: int,
+    *,
+    layouts: Mapping[str, Layout] | None = None,
+    together: Together | None = None,
 ) -> dict[str, Tensor]:
     """Every output of every layer keeps the same fraction of its weights: the comparison group of Wanda.
 
@@ -109,7 +113,7 @@ def per_output(
 
     Reference: Sun et al. (2024), arXiv:2306.11695, Section 3, "comparison group".
     """
-    return EvenOutputs(of=uniform)(scores, total, layouts=layouts)
+    return EvenOutputs(of=uniform)(scores, total, layouts=layouts, together=together)
 
 
 @dataclass(frozen=True)
@@ -143,18 +147,22 @@ class EvenOutputs:
         params: Mapping[str, Tensor] | None = None,
         masks: Masks | None = None,
         layouts: Mapping[str, Layout] | None = None,
+        together: Together | None = None,
     ) -> dict[str, Tensor]:
+        check_together(self.of, together)
         keep: dict[str, Tensor] = {}
-        counts = evidence.call(self.of, scores, total, params=params, masks=masks, layouts=layouts)
-        for name, count in counts.items():
+        given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
+        counts = evidence.call(self.of, scores, total, **given)
+        for name, its in counts.items():
             if scores[name].dim() < 2:
                 raise ValueError(
                     "allocate: per_output and EvenOutputs share out what lies within an output, and the "
                     f"units of {name} are whole outputs or whole inputs. Allowed are single weights, "
                     "kernels, blocks and N:M. Use `uniform`, or one of these as granularity."
                 )
-            rows = (layouts or {}).get(name, Layout()).rows(scores[name])
-            keep[name] = evenly(survivors(count), candidates_per_row(rows))
+            layout = (layouts or {}).get(name, Layout())
+            caps = candidates_per_output(name, scores[name], layout, together)
+            keep[name] = evenly(survivors(its), caps)
         return keep
 
 
@@ -173,11 +181,18 @@ def evenly(total: int, caps: Tensor) -> Tensor:
     return parts
 
 
-def class_distributed(scores: Scores, total: int, *, params: Mapping[str, Tensor], masks: Masks) -> Keep:
+def class_distributed(
+    scores: Scores,
+    total: int,
+    *,
+    params: Mapping[str, Tensor],
+    masks: Masks,
+    together: Together | None = None,
+) -> Keep:
     """Class-distribution: the threshold of each tensor is lambda * sigma, its weights' standard deviation.
 
     One lambda serves all, such that the total is exact: the highest scores / sigma of all tensors survive.
-    Sigma is that of the living weights.
+    Sigma is that of the living weights, computed in double precision and rounded to single.
 
     >>> import torch
     >>> w = {"a": torch.tensor([1.0, -1.0]), "b": torch.tensor([5.0, -9.0])}
@@ -189,10 +204,21 @@ def class_distributed(scores: Scores, total: int, *, params: Mapping[str, Tensor
     """
     scaled: Scores = {}
     for name, s in scores.items():
-        living = params[name][masks[name]].to(s.dtype)
-        sigma = living.std(correction=0) if living.numel() else torch.ones((), dtype=s.dtype, device=s.device)
+        living = local(params[name])[masks[name]].double()
+        n, mean = _mean(name, living, together)
+        _, variance = _mean(name, (living - mean).square(), together)
+        sigma = torch.tensor(variance**0.5 if n else 1.0, dtype=torch.float32, device=s.device).to(s.dtype)
         scaled[name] = s / sigma.clamp_min(torch.finfo(s.dtype).tiny)
-    return Keep(global_rank(scaled, total))
+    return Keep(global_rank(scaled, total, together=together))
+
+
+def _mean(name: str, values: Tensor, together: Together | None) -> tuple[int, float]:
+    """How many values a whole tensor has, and their mean, in float64; these are those of a part of it."""
+    found = torch.tensor([values.numel(), float(values.sum(dtype=torch.float64))], dtype=torch.float64)
+    if together is not None:
+        found = together.add(found if together.counts(name) else torch.zeros_like(found))
+    n, total = found.tolist()
+    return int(n), total / max(1.0, n)
 
 
 def erk(
@@ -217,10 +243,11 @@ def erk(
     return apportion(total, shares, candidates_per_tensor(scores, together))
 
 
-def lamp(scores: Scores, total: int) -> Keep:
+def lamp(scores: Scores, total: int, *, together: Together | None = None) -> Keep:
     """Layer-adaptive magnitude: the global rank of s^2 / (sum of t^2 over the tensor's scores t >= s).
 
-    The highest score of every tensor has 1, so each keeps one. Scores below 0 count as 0.
+    The highest score of every tensor has 1, so each keeps one. Scores below 0 count as 0. Sums are in double
+    precision, and ratios are rounded to single.
 
     >>> import torch
     >>> lamp({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.1, 0.1, 0.1])}, total=3)
@@ -228,13 +255,7 @@ def lamp(scores: Scores, total: int) -> Keep:
 
     Reference: Lee et al. (2021), arXiv:2010.07611, Equation 4.
     """
-    ranked: Scores = {}
-    for name, s in scores.items():
-        order = s.reshape(-1).sort(descending=True, stable=True).values.double()
-        squares = order.clamp_min(0).square()
-        sums = squares.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
-        ranked[name] = (squares / sums).masked_fill(order == DEAD, DEAD)
-    return Keep(global_rank(ranked, total))
+    return adaptive.kept(scores, total, together)
 
 
 @dataclass(frozen=True)
@@ -329,16 +350,18 @@ class OWL:
         params: Mapping[str, Tensor],
         masks: Masks | None = None,
         layouts: Mapping[str, Layout] | None = None,
+        together: Together | None = None,
     ) -> dict[str, int | Tensor]:
+        check_together(self.of, together)
         inputs = wanda({name: params[name] for name in scores}, model, batches, forward)
-        ratios = {name: outliers(inputs.pop(name), self.m) for name in scores}
-        sizes = {name: s.numel() for name, s in scores.items()}
-        counts = apportion(total, self.shares(ratios, sizes, total), candidates_per_tensor(scores))
+        ratios = {name: _outliers(name, local(inputs.pop(name)), self.m, together) for name in scores}
+        sizes = counted({name: s.numel() for name, s in scores.items()}, together)
+        there = candidates_per_tensor(scores, together)
+        counts = apportion(total, self.shares(ratios, sizes, total), there)
         keep: dict[str, int | Tensor] = {}
+        given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
         for name, s in scores.items():
-            keep |= evidence.call(
-                self.of, {name: s}, counts[name], params=params, masks=masks, layouts=layouts
-            )
+            keep |= evidence.call(self.of, {name: s}, counts[name], **given)
         return keep
 
     def shares(self, ratios: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, float]:
@@ -360,8 +383,14 @@ def outliers(scores: Tensor, m: float) -> float:
     >>> outliers(torch.tensor([1.0, 1.0, 1.0, 9.0]), m=2)
     0.25
     """
-    mean = scores.mean(dtype=torch.promote_types(scores.dtype, torch.float32))
-    return int((scores > m * mean).sum()) / max(1, scores.numel())
+    return _outliers("", scores, m, None)
+
+
+def _outliers(name: str, scores: Tensor, m: float, together: Together | None) -> float:
+    """The same of a whole tensor, of a part of which these are the scores."""
+    n, mean = _mean(name, scores, together)
+    limit = m * torch.tensor(mean, dtype=torch.float32, device=scores.device)
+    return counted({name: count(scores > limit)}, together)[name] / max(1, n)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from lightning_prune.evidence import Forward, Loss, differentiable, gradients, i
 from lightning_prune.layers import Layout, layouts
 from lightning_prune.masks import Masks
 from lightning_prune.selection import DEAD, Scores, keep_top
-from lightning_prune.shards import indices_of, is_sharded, local, placed
+from lightning_prune.shards import indices_of, is_sharded, local, placed, settle, sum_of_data
+from lightning_prune.shards import whole as all_of
 from lightning_prune.updates import inverse_root, is_plain, obs
 
 Params = dict[str, Tensor]
@@ -241,7 +242,7 @@ def snip(params: Params, grads: Params) -> Scores:
     Reference: Lee et al. (2019), arXiv:1810.02340, Equation 6.
     """
     scores = saliency(params, grads)
-    total = sum(float(s.double().sum()) for s in scores.values())
+    total = sum(float(all_of(s.double().sum())) for s in scores.values())
     return {name: s / (total or 1.0) for name, s in scores.items()}
 
 
@@ -463,13 +464,20 @@ def input_squares(params: Params, model: nn.Module, batches: list[Any], forward:
     laid_out = layouts(model, params)
     with differentiable(model, params) as live:
         names = {id(p): name for name, p in live.items()}
+        owned = {  # FSDP2 computes with others than those that it keeps
+            (layer, own): name
+            for layer in model.modules()
+            for own, p in layer.named_parameters(recurse=False)
+            if (name := names.get(id(p)))
+        }
 
         def accumulate(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for p in layer.parameters(recurse=False):
-                if len(args) == 1 and (name := names.get(id(p))):
+            for own, p in layer.named_parameters(recurse=False):
+                if len(args) == 1 and (name := owned.get((layer, own))):
                     found = (_input_squares if is_plain(layer, p) else _weight_squares)(
                         layer, p, args[0], laid_out[name]
                     )
+                    found = sum_of_data(found, p, live[name])
                     squares[name] = squares[name] + found if name in squares else found
 
         handles = [m.register_forward_pre_hook(accumulate) for m in model.modules()]
@@ -480,19 +488,22 @@ def input_squares(params: Params, model: nn.Module, batches: list[Any], forward:
         finally:
             for handle in handles:
                 handle.remove()
+            settle(model)
     if missed := [name for name in params if name not in squares]:
         raise ValueError(
             f"criterion: the layers of {', '.join(missed)} are not called with an input of their own, as is "
             "needed for its norm. Exclude these weights."
         )
-    return squares
+    return {
+        name: placed(its.expand(local(w).shape), w) if is_sharded(w := params[name]) else its
+        for name, its in squares.items()
+    }
 
 
 def _input_squares(layer: nn.Module, p: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """The sums of squares of the inputs, along the weight's dimension of inputs."""
     dtype = torch.promote_types(p.dtype, torch.float32)  # sums of squares overflow in half precision
-    norms = torch.linalg.vector_norm(x.detach().reshape(-1, x.shape[-1]), dim=0, dtype=dtype)
-    return norms.square().unsqueeze(1 - layout.inputs)
+    return x.detach().reshape(-1, x.shape[-1]).to(dtype).square().sum(0).unsqueeze(1 - layout.inputs)
 
 
 def _weight_squares(layer: nn.Module, p: Tensor, x: Tensor, layout: Layout) -> Tensor:

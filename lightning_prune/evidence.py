@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune import rng
 from lightning_prune.copies import remember
+from lightning_prune.shards import is_sharded, like, settle
 
 EVIDENCE = {
     "params": "The weights are always there.",
@@ -128,15 +129,54 @@ def gradients(params: Mapping[str, Any], model: nn.Module, loss: Loss, batch: An
     >>> gradients({"weight": model.weight}, model, lambda m, x: m(x).sum(), torch.tensor([[1.0, 3.0]]))
     {'weight': tensor([[1., 3.]])}
     """
+    if any(map(is_sharded, model.parameters())):
+        return _gradients_of_shards(params, model, loss, batch)
     with differentiable(model, params) as live:
-        value = loss(model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            raise ValueError(
-                f"loss: it gave {value!r}; a scalar tensor that depends on the weights is needed. Return it "
-                "before `.item()` or `.detach()`."
-            )
+        value = _scalar(loss(model, batch))
         found = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
     return dict(zip(live, found, strict=True))
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise ValueError(
+            f"loss: it gave {value!r}; a scalar tensor that depends on the weights is needed. Return it "
+            "before `.item()` or `.detach()`."
+        )
+    return value
+
+
+def _gradients_of_shards(
+    params: Mapping[str, Any], model: nn.Module, loss: Loss, batch: Any
+) -> dict[str, Tensor]:
+    """The same of sharded weights; all processes must call it, each with its batch.
+
+    By a backward pass, as FSDP2 computes with copies of the weights; it leaves in `.grad` the mean over the
+    processes that have other data.
+    """
+    settle(model)
+    live = dict(model.named_parameters())
+    if frozen := [name for name in params if not live[name].requires_grad]:
+        raise ValueError(
+            f"requires_grad=False: {', '.join(frozen)} frozen, and where weights are sharded over processes "
+            "only those that are trained have gradients; allowed are these. Exclude the others."
+        )
+    before = [(p, p.grad) for p in live.values()]
+    try:
+        for p, _ in before:
+            p.grad = None
+        with torch.enable_grad():
+            _scalar(loss(model, batch)).backward()
+        settle(model)
+        grads = {name: live[name].grad for name in params}
+        return {
+            name: torch.zeros_like(live[name]) if g is None else like(g.detach(), live[name])
+            for name, g in grads.items()
+        }
+    finally:
+        settle(model)
+        for p, g in before:
+            p.grad = g
 
 
 def mean_gradients(

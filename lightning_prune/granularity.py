@@ -83,6 +83,20 @@ def check(granularity: object) -> None:
         )
 
 
+def within_outputs(granularity: Granularity) -> bool:
+    """Whether units are known to lie within one output each, which dimension 0 of the units counts.
+
+    >>> within_outputs(NM(2, 4)), within_outputs(Filter(dim=1))
+    (True, False)
+    """
+    known: object = granularity
+    match known:
+        case NM() | Kernel() | Filter(dim=0) | Block(rows=1):
+            return True
+        case _:
+            return granularity is single
+
+
 def single(scores: Tensor) -> tuple[Tensor, Expand]:
     """Single weights: every weight is a unit ("unstructured").
 
@@ -126,8 +140,9 @@ class NM:
     def __call__(self, scores: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:
         groups, expand = self.rows(scores, layout)
         rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        outputs = math.prod(layout.split(scores).shape[:2])
-        return groups.masked_fill(rank >= self.n, DEAD).reshape(outputs, -1, self.m), expand
+        matrices, outputs, inputs, positions = layout.split(scores).shape
+        shape = matrices * outputs, positions * (inputs // self.m), self.m
+        return groups.masked_fill(rank >= self.n, DEAD).reshape(shape), expand
 
     def rows(self, weight: Tensor, layout: Layout = Layout()) -> tuple[Tensor, Expand]:
         """A matrix of one row for each group, and how a mask of it becomes one of the weight.

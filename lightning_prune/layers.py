@@ -4,7 +4,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -375,6 +375,31 @@ class Layout:
         """Undo `rows` for a weight of this shape."""
         parts = self.split(torch.empty(shape, device="meta")).shape
         return self.join(rows.reshape(parts), shape)
+
+    def of_part(self) -> "Layout":
+        """The layout of a part of a weight, whose outputs need not make whole groups.
+
+        Raises:
+            ValueError: when outputs of several groups have one index.
+        """
+        if self.groups > 1 and self.outputs != 0:
+            raise ValueError(
+                f"groups={self.groups}: a transposed convolution has outputs of several groups at one index, "
+                "and its weight is sharded over processes; allowed are other layers here. Exclude it."
+            )
+        return replace(self, groups=1)
+
+    def axes(self, dims: int) -> tuple[list[int], list[int]]:
+        """Of a weight, or a part, with so many dimensions: those that count outputs, and the others.
+
+        Both are in the order of `rows`, and of what lies within a row.
+
+        >>> Layout(outputs=1, inputs=0).axes(4)
+        ([1], [0, 2, 3])
+        """
+        outputs = [0, self.outputs] if self.experts else [self.outputs]
+        rest = [dim for dim in range(dims) if dim not in (*outputs, self.inputs)]
+        return outputs, [self.inputs, *rest]
 
     @property
     def _places(self) -> tuple[int, int]:

@@ -15,14 +15,14 @@ from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.checks import check_callable, number
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked, call, mean_gradients, parameters_of, run, undisturbed
-from lightning_prune.granularity import Granularity, single
+from lightning_prune.granularity import Granularity, single, within_outputs
 from lightning_prune.granularity import units as units_of
 from lightning_prune.layers import LAYERS, Layout, layouts, matching, prunable
 from lightning_prune.layerwise import prune_in_order
-from lightning_prune.masks import Masks, alive, bits, count, masks_of, zero_dead_
+from lightning_prune.masks import Masks, alive, bits, count, integer, masks_of, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import DEAD, Scores, Together, counted, only, select
-from lightning_prune.shards import is_sharded, like, local, placed, refuse, shards_of
+from lightning_prune.shards import Part, Shards, cut, is_sharded, like, local, placed, refuse
 from lightning_prune.updates import Update
 
 Scheduled = list[tuple[list[str], Schedule]]  # names of weights, and the schedule that drives them
@@ -222,37 +222,80 @@ def _next_shards(
     Scores are made of the sharded tensors, so that what a criterion sums up it sums over the whole. What is
     selected of them each process selects in its own part.
     """
-    scores: Scores = {}
-    failed: Exception | None = None
     masks = {name: like(masks[name], w) for name, w in weights.items()}
-    try:
-        check_shards(sparsities, criterion, granularity)
+    runs = OF_A_RUN & {*asked(criterion), *asked(allocate, 2)}
+    batches, failed = evidence.get("batches") if runs else None, None
+    laid_out: Mapping[str, Layout] = evidence.pop("layouts", None) or {}
+    try:  # what goes wrong is told to the others, so that none of them waits for this process
+        if not laid_out and (model := evidence.get("model")) is not None:
+            laid_out = layouts(model, weights)
+        check_shards(weights, sparsities, criterion, granularity, laid_out)
         for name, weight in weights.items():
             check_finite(name, local(weight))
-        if any(sparsity for _, sparsity in sparsities):
-            evidence |= _known(weights, sparsities)
-            if (initial := evidence.get("initial")) is not None:
-                evidence["initial"] = {
-                    n: like(initial[n].to(w.device), w) if initial[n].shape == w.shape else initial[n]
-                    for n, w in weights.items()
-                    if n in initial
-                }
-            scores = score(criterion, weights, {"masks": masks, **evidence})
-            scores = {name: local(like(s, weights[name])) for name, s in scores.items()}
-            for name, values in scores.items():
-                check_finite(name, values, local(masks[name]))
-    except Exception as error:  # told to the others, so that none of them waits for this process
+    except Exception as error:
         failed = error
-    together = shards_of(weights, failed)
-    if not scores:
+    together = Shards(weights, failed)
+    if not any(sparsity for _, sparsity in sparsities):
         return {name: placed(local(masks[name]).clone(), w) for name, w in weights.items()}
+    if batches is not None and len({*(numbers := together.told(len(batches)))}) > 1:
+        raise ValueError(
+            f"batches: processes have {', '.join(map(str, numbers))} of them, and they run the model "
+            "together. Allowed are as many on each. Give each as many."
+        )
+    evidence |= _known(weights, sparsities)
+    scores: Scores = {}
+    try:
+        if (initial := evidence.get("initial")) is not None:
+            evidence["initial"] = {
+                n: like(initial[n].to(w.device), w) if initial[n].shape == w.shape else initial[n]
+                for n, w in weights.items()
+                if n in initial
+            }
+        scores = score(criterion, weights, {"masks": masks, "layouts": laid_out, **evidence})
+    except Exception as error:
+        if runs:  # the others may be within the model, where nothing can be told
+            raise
+        failed = error
+    try:
+        scores = {name: local(like(s, weights[name])) for name, s in scores.items()}
+        for name, values in scores.items():
+            check_finite(name, values, local(masks[name]))
+    except Exception as error:
+        failed = error
+    together.agree(failed)
+    if runs:
+        _check_alike(scores, weights, together)
     here = {name: local(mask) for name, mask in masks.items()}
-    new = chosen(scores, weights, here, sparsities, allocate, granularity, together=together)
+    of_a_run = {name: evidence[name] for name in OF_A_RUN & evidence.keys()}
+    if granularity is not single:
+        laid_out = {n: its.of_part() if cut(weights[n]) else its for n, its in laid_out.items()}
+    new = chosen(
+        scores, weights, here, sparsities, allocate, granularity, laid_out, together=together, **of_a_run
+    )
     return {name: placed(mask, weights[name]) for name, mask in new.items()}
 
 
+def _check_alike(scores: Scores, weights: Mapping[str, Tensor], together: Shards) -> None:
+    """Refuse scores that differ between processes which have the weight whole: nobody reduced them."""
+    sums = {
+        n: int(s.view(integer(s.dtype)).sum(dtype=torch.int64))
+        for n, s in scores.items()
+        if not is_sharded(weights[n])
+    }
+    first, *others = together.told(sums)
+    if wrong := [name for name in sums if any(its[name] != first[name] for its in others)]:
+        raise ValueError(
+            f"criterion: the scores of {', '.join(wrong)} differ between processes, on all of which the "
+            "weight is whole, and one mask is needed. Exclude it, or shard it as the others."
+        )
+
+
 def check_shards(
-    sparsities: Sequence[tuple[Sequence[str], Sparsity]], criterion: Criterion, granularity: Granularity
+    weights: Mapping[str, Tensor],
+    sparsities: Sequence[tuple[Sequence[str], Sparsity]],
+    criterion: Criterion,
+    granularity: Granularity,
+    laid_out: Mapping[str, Layout],
 ) -> None:
     """Refuse what cannot be done on shards.
 
@@ -264,16 +307,28 @@ def check_shards(
             "schedule: it reads the scores, and weights are sharded over processes, each of which has a part "
             "of them. Allowed are schedules of the round alone. Use one of these."
         )
-    if granularity is not single:
+    for name, weight in weights.items() if granularity is not single else ():
+        outputs, _ = laid_out.get(name, Layout()).axes(weight.dim())
+        if cut(weight) and not (within_outputs(granularity) and cut(weight) <= {*outputs}):
+            raise ValueError(
+                f"granularity: {granularity} puts weights of {name} together that may lie on several "
+                f"processes, over which dimension {min(cut(weight))} is divided. Allowed are single weights, "
+                "and units within one output, such as NM, where whole outputs lie on a process. Prune these, "
+                "or before you shard it."
+            )
+    if criterion is criteria.large_init_large_final:
         raise ValueError(
-            f"granularity: {granularity} puts weights together that may lie on several processes, over which "
-            "weights are sharded here. Allowed are single weights. Prune these, or before you shard it."
+            f"criterion: {criterion} ranks all weights of a layer, and they are sharded over processes, each "
+            "of which has a part. Allowed are criteria that score each weight by itself, such as movement. "
+            "Use one of these."
         )
-    if wanted := OF_A_RUN & asked(criterion).keys():
+    wanted = (OF_A_RUN & asked(criterion).keys()) - {"grads"}
+    if wanted and criterion not in (criteria.taylor, criteria.wanda):
         raise ValueError(
-            f"criterion: {criterion} asks for {', '.join(sorted(wanted))}, a run of the model, and weights "
-            "are sharded over processes. Allowed are criteria of the weights alone, such as magnitude. Use "
-            "one, or prune before you shard the model."
+            f"criterion: {criterion} asks for {', '.join(sorted(wanted))}, to run the model in a way of its "
+            "own, and weights are sharded over processes, which must put together what they find. Allowed "
+            "are criteria of the weights, of `grads`, such as snip, and taylor and wanda. Use one, or prune "
+            "before you shard the model."
         )
 
 
@@ -306,6 +361,8 @@ def chosen(
         living = values if count(mask) == mask.numel() else torch.where(mask, values, DEAD)
         units[name], expand[name] = units_of(granularity, living, (laid_out or {}).get(name))
         candidates[name] = units[name] > DEAD
+    if together is not None and granularity is not single:
+        together = together.of({n: _part_of_units(units[n], n, together, laid_out or {}) for n in units})
     allocate = allocate if isinstance(allocate, AtLeast) else AtLeast(1, of=allocate)
     new: Masks = {}
     for names, sparsity in sparsities:
@@ -331,6 +388,17 @@ def chosen(
         best = select(group, there, *axes, params=params, masks=masks, **evidence)
         new.update({n: expand[n](best.pop(n)).contiguous().logical_and_(masks[n]) for n in names})
     return {name: new[name] for name in params}
+
+
+def _part_of_units(units: Tensor, name: str, together: Together, laid_out: Mapping[str, Layout]) -> Part:
+    """Which of all units a process has: those of its outputs, where outputs are divided over processes."""
+    part = together.part(name)
+    rest = [torch.arange(size) for size in units.shape[1:]]
+    if not part.cut:
+        return Part((torch.arange(len(units)), *rest), tuple(units.shape))
+    outputs, _ = laid_out.get(name, Layout()).axes(len(part.shape))
+    shape = (part.size(outputs), *units.shape[1:])
+    return Part((part.along(outputs), *rest), shape, frozenset([0]))
 
 
 def _as_it_is(mask: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing_extensions import final
 from lightning_prune.evidence import asked, call
 from lightning_prune.layers import Layout
 from lightning_prune.masks import Masks, count, integer
+from lightning_prune.shards import Part
 
 Scores = dict[str, Tensor]
 Counts = Mapping[str, int | Tensor]  # survivors of each tensor, or of each of its outputs
@@ -53,7 +54,7 @@ class Together(Protocol):
     """What ranks that hold parts of the same tensors tell each other, to select as one process does."""
 
     def add(self, counts: Tensor) -> Tensor:
-        """The sum over all ranks of whole numbers (int64), equal on every rank."""
+        """The sum over all ranks of numbers, int64 or float64, equal on every rank."""
         ...
 
     def span(self, low: int, high: int) -> tuple[int, int]:
@@ -64,8 +65,12 @@ class Together(Protocol):
         """Whether this rank's part of a tensor counts; of replicas only one does."""
         ...
 
-    def places(self, name: str, indices: Tensor) -> Tensor:
-        """Where elements of this rank's part, by flat index, lie in the whole tensor, by flat index."""
+    def part(self, name: str) -> Part:
+        """Which part of a tensor this rank has."""
+        ...
+
+    def of(self, parts: Mapping[str, Part]) -> "Together":
+        """The same ranks, with parts of other tensors."""
         ...
 
 
@@ -117,12 +122,12 @@ def select(
     there = candidates_per_tensor(ranked, together)
     near, chosen = getattr(keep, "near", None), Masks()
     if together is not None:
-        return _chosen_together(allocate, ranked, keep, there, near, together)
+        return _chosen_together(allocate, ranked, keep, there, near, together, layouts or {})
     for name in list(ranked):
         scores_here, its = ranked.pop(name), keep[name]
         layout = (layouts or {}).get(name, Layout())
         if isinstance(its, Tensor):
-            _check_per_output(allocate, name, layout.rows(scores_here), its)
+            _check_per_output(allocate, name, its, candidates_per_row(layout.rows(scores_here)))
             rows = keep_top_of_rows(layout.rows(scores_here), its)
             chosen[name] = layout.from_rows(rows, scores_here.shape).contiguous()
             continue
@@ -144,13 +149,12 @@ def survivors(counts: int | Tensor) -> int:
     return int(counts.sum()) if isinstance(counts, Tensor) else counts
 
 
-def _check_per_output(allocate: Allocation, name: str, rows: Tensor, keep: Tensor) -> None:
-    if keep.shape != (len(rows),) or keep.is_floating_point() or keep.is_complex():
+def _check_per_output(allocate: Allocation, name: str, keep: Tensor, there: Tensor) -> None:
+    if keep.shape != there.shape or keep.is_floating_point() or keep.is_complex():
         raise ValueError(
             f"allocate: {allocate} gave {name} counts of the shape {tuple(keep.shape)} and of {keep.dtype}; "
-            f"allowed are whole numbers, one for each of its {len(rows)} outputs. Give these, or one number."
+            f"allowed are whole numbers, one for each of its {len(there)} outputs. Give these, or one number."
         )
-    there = candidates_per_row(rows)
     if bool(((keep < 0) | (keep > there.to(keep.device))).any()):
         row = int(((keep < 0) | (keep > there.to(keep.device))).nonzero()[0])
         raise ValueError(
@@ -164,6 +168,21 @@ def candidates_per_row(rows: Tensor) -> Tensor:
     if not rows.numel() or bool(rows.amin() > DEAD):
         return torch.full((len(rows),), rows.shape[1], device=rows.device)
     return (rows > DEAD).sum(1)
+
+
+def candidates_per_output(name: str, scores: Tensor, layout: Layout, together: Together | None) -> Tensor:
+    """How many candidates each output of a whole tensor has; of a part of it these are the scores."""
+    if together is None:
+        return candidates_per_row(layout.rows(scores))
+    here = candidates_per_row(layout.of_part().rows(scores))
+    return _of_outputs(here, together.part(name), layout, together.counts(name), together)
+
+
+def _of_outputs(here: Tensor, part: Part, layout: Layout, counts: bool, together: Together) -> Tensor:
+    """The sum over ranks of whole numbers, one for each output, of those of this rank's outputs."""
+    outputs, _ = layout.axes(len(part.shape))
+    found = torch.zeros(part.size(outputs), dtype=torch.int64)
+    return together.add(found.index_add_(0, part.along(outputs), here.cpu()) if counts else found)
 
 
 def only(scores: Scores, candidates: Mapping[str, Tensor]) -> Scores:
@@ -211,22 +230,23 @@ def _chosen_together(
     there: Mapping[str, int],
     near: float | None,
     together: Together,
+    layouts: Mapping[str, Layout],
 ) -> Masks:
-    """This rank's parts of what `keep_top` gives for the whole tensors. `ranked` is emptied."""
+    """This rank's parts of what `select` gives for the whole tensors. `ranked` is emptied."""
+    order, chosen, above = list(ranked), Masks(), dict[str, int]()
     counts: dict[str, int] = {}
     for name, its in keep.items():
         if isinstance(its, Tensor):
-            raise ValueError(
-                f"allocate: {allocate} gave {name} a count for each output, which ranks that hold parts of "
-                "the tensors cannot select by. Allowed are counts per tensor, such as those of `uniform`."
-            )
-        _check_count(allocate, name, its, there[name])
-        counts[name] = its
-    chosen, above = Masks(), dict[str, int]()
+            layout, scores = layouts.get(name, Layout()), ranked.pop(name)
+            _check_per_output(allocate, name, its, candidates_per_output(name, scores, layout, together))
+            chosen[name] = _chosen_per_output(name, scores, its, layout, together)
+        else:
+            _check_count(allocate, name, its, there[name])
+            counts[name] = its
     if near is not None:
         reaching = {name: _mask(s, near, operator.ge) for name, s in ranked.items()}
         reached = counted({name: count(mask) for name, mask in reaching.items()}, together)
-        chosen = {name: mask for name, mask in reaching.items() if reached[name] == counts[name]}
+        chosen |= {name: mask for name, mask in reaching.items() if reached[name] == counts[name]}
         if crossed := [name for name, n in reached.items() if n > counts[name]]:  # on all ranks the same
             above = counted({name: count_above(ranked[name], near) for name in crossed}, together)
     for name in list(ranked):
@@ -241,7 +261,62 @@ def _chosen_together(
         else:
             cut, ties = threshold(own, its, together)
             chosen[name] = _with_ties(name, scores, cut, ties, together)
-    return {name: chosen[name] for name in counts}
+    return {name: chosen[name] for name in order}
+
+
+def _chosen_per_output(name: str, scores: Tensor, keep: Tensor, layout: Layout, together: Together) -> Tensor:
+    """This rank's part of the mask of the highest scores of each output."""
+    part, own = together.part(name), layout.of_part()
+    outputs, within = layout.axes(scores.dim())
+    rows, here = own.rows(scores), part.along(outputs)
+    if part.cut <= {*outputs}:
+        mask = keep_top_of_rows(rows, keep[here])
+    else:
+        mask = _rows_together(name, rows, keep, here, part.along(within), layout, together)
+    return own.from_rows(mask, scores.shape).contiguous()
+
+
+def _rows_together(
+    name: str, rows: Tensor, keep: Tensor, here: Tensor, columns: Tensor, layout: Layout, together: Together
+) -> Tensor:
+    """This rank's part of what `keep_top_of_rows` gives, of rows that several ranks have parts of.
+
+    Args:
+        name: of the tensor.
+        rows: of this rank.
+        keep: of all rows.
+        here: which of all the rows are those of this rank.
+        columns: likewise.
+        layout: of the tensor.
+        together: the ranks.
+    """
+    floats = rows.to(torch.promote_types(rows.dtype, torch.float32)) + 0.0  # no -0.0
+    keys = _flip(floats.view(integer(floats.dtype)))
+    part, counts, own = together.part(name), together.counts(name), here.to(rows.device)
+
+    def of_all(found: Tensor) -> Tensor:
+        return _of_outputs(found.sum(1), part, layout, counts, together)
+
+    def of_mine(cut: Tensor) -> Tensor:
+        return cut.to(rows.device)[own].unsqueeze(1)
+
+    limits = torch.iinfo(keys.dtype)
+    cut = _highest(limits.min, limits.max, keep, lambda at: of_all(keys >= of_mine(at)))
+    above, tied = keys > of_mine(cut), keys == of_mine(cut)
+    spare, places = keep - of_all(above), -columns.to(rows.device)
+    _, within = layout.axes(len(part.shape))
+    first = _highest(-part.size(within), 0, spare, lambda at: of_all(tied & (places >= of_mine(at))))
+    return (above | tied & (places >= of_mine(first)) & of_mine(spare > 0)) & of_mine(keep > 0)
+
+
+def _highest(low: int, high: int, reach: Tensor, count_from: Callable[[Tensor], Tensor]) -> Tensor:
+    """For each element the highest bound from which on there are as many as it has to reach."""
+    least, most = torch.full_like(reach, low), torch.full_like(reach, high)
+    while bool((least < most).any()):
+        middle = (least | most) - ((least ^ most) >> 1)  # their mean, rounded up, without an overflow
+        enough = count_from(middle) >= reach
+        least, most = torch.where(enough, middle, least), torch.where(enough, most, middle - 1)
+    return least
 
 
 def _with_ties(name: str, scores: Tensor, cut: float, ties: int, together: Together) -> Tensor:
@@ -250,7 +325,7 @@ def _with_ties(name: str, scores: Tensor, cut: float, ties: int, together: Toget
     if not ties:
         return mask
     tied = _mask(scores, cut, operator.eq).flatten().nonzero().flatten()
-    places = together.places(name, tied).to("cpu", torch.float64)  # exact: below 2**53
+    places = together.part(name).places(tied).to("cpu", torch.float64)  # exact: below 2**53
     own = [-places] if together.counts(name) else []
     last, _ = threshold(own, ties, together)  # the place of the last one that is kept
     mask.view(-1)[tied[(-places >= last).to(tied.device)]] = True

@@ -5,8 +5,11 @@ uneven, empty, or all of it), and processes tell each other what it takes to sel
 tells does not grow with the number of weights.
 """
 
+import copy
+import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,10 +96,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, other: Tensor) -> Tensor:
-    """What this process would have of a whole tensor that lay as `other` does: a copy."""
+    """What this process would have of a whole tensor that lay as `other` does: a copy.
+
+    Where the tensor has size 1, and the other one more, it stays so, to be broadcast.
+    """
     part = tensor.detach()
     for dim, indices in enumerate(indices_of(other)):
-        if len(indices) != tensor.shape[dim]:
+        if tensor.shape[dim] == other.shape[dim] and len(indices) != tensor.shape[dim]:
             part = part.index_select(dim, indices.to(part.device))
     return part.contiguous()
 
@@ -119,6 +125,65 @@ def indices_of(tensor: Tensor) -> list[Tensor]:
         chunks = [_chunk(piece, n, mine) for piece in indices[dim].chunk(stride)]
         indices[dim] = torch.cat(chunks)
     return indices
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """Which part of a whole tensor a process has: in each dimension the elements of some indices.
+
+    Args:
+        indices: of each dimension of the whole tensor, in the order of the part.
+        shape: of the whole tensor.
+        cut: the dimensions that are divided over processes: the same on all of them.
+    """
+
+    indices: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    cut: frozenset[int] = frozenset()
+
+    def places(self, elements: Tensor) -> Tensor:
+        """Where elements of the part, by flat index, lie in the whole tensor, by flat index.
+
+        >>> Part((torch.tensor([1, 3]), torch.tensor([0, 1])), (4, 2)).places(torch.arange(4))
+        tensor([2, 3, 6, 7])
+        """
+        place, rest, stride = torch.zeros_like(elements), elements, 1
+        for its, size in zip(reversed(self.indices), reversed(self.shape), strict=True):
+            place += its.to(elements.device)[rest % max(1, len(its))] * stride
+            rest, stride = rest // max(1, len(its)), stride * size
+        return place
+
+    def along(self, dims: Sequence[int]) -> Tensor:
+        """Flat indices, in the whole, of what the part has along some of the dimensions.
+
+        >>> Part((torch.tensor([1, 3]), torch.tensor([0, 1])), (4, 2)).along([0])
+        tensor([1, 3])
+        """
+        found = torch.zeros(1, dtype=torch.int64)
+        for dim in dims:
+            found = (found.unsqueeze(1) * self.shape[dim] + self.indices[dim]).flatten()
+        return found
+
+    def size(self, dims: Sequence[int]) -> int:
+        """How many there are along these dimensions in the whole tensor."""
+        return math.prod(self.shape[dim] for dim in dims)
+
+
+def part(tensor: Tensor) -> Part:
+    """Which part of a tensor this process has."""
+    return Part(tuple(indices_of(tensor)), tuple(tensor.shape), cut(tensor))
+
+
+def cut(tensor: Tensor) -> frozenset[int]:
+    """The dimensions of a tensor that are divided over processes.
+
+    >>> cut(torch.ones(2))
+    frozenset()
+    """
+    if not is_sharded(tensor):
+        return frozenset()
+    return frozenset(dim for mesh_dim, dim, _ in _cuts(tensor) if tensor.device_mesh.size(mesh_dim) > 1)
 
 
 def _chunk(indices: Tensor, n: int, i: int) -> Tensor:
@@ -150,6 +215,38 @@ def sum_of(number: int, tensor: Tensor) -> int:
     return int(here)
 
 
+def sum_of_data(found: Tensor, used: Tensor, weight: Tensor) -> Tensor:
+    """The sum of what processes found that have other data, and of it what belongs to this one's part.
+
+    Processes along the dimensions of the mesh over which FSDP2 put the weight together have other data; along
+    those of tensor parallel they have the same. Added in float64, so that their number does not show.
+
+    Args:
+        found: of the whole weight's shape, or with size 1 in some dimensions. It may be sharded over
+            processes that have the same data.
+        used: the weight as it was computed with.
+        weight: as it is kept.
+    """
+    total = whole(found)
+    if not is_sharded(weight):
+        return total
+    mesh = weight.device_mesh
+    dims = list(range(mesh.ndim))
+    if is_sharded(used):
+        same = used.device_mesh
+        dims = [] if same == mesh else [dim for dim in dims if _names(mesh)[dim] not in _names(same)]
+    if dims:
+        exact = total.double()
+        for dim in dims:
+            torch.distributed.all_reduce(exact, group=mesh.get_group(dim))
+        total = exact.to(total.dtype)
+    return part_of(total, weight)
+
+
+def _names(mesh: Any) -> tuple[str, ...]:
+    return mesh.mesh_dim_names or ()
+
+
 def _device(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device(kind)
@@ -169,14 +266,12 @@ class Shards:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], failed: Exception | None = None) -> None:
-        self._indices = {name: indices_of(tensor) for name, tensor in tensors.items()}
-        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._parts: Mapping[str, Part] = {name: part(tensor) for name, tensor in tensors.items()}
         meshes = [t.device_mesh for t in tensors.values() if is_sharded(t)]
         self._device = _device(meshes[0].device_type)
         said = failed or _unfit(tensors)
         keys = {name: _key(tensor) for name, tensor in tensors.items()}
-        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_ranks, (f"{said}" if said else None, keys))
+        of_ranks = self.told((f"{said}" if said else None, keys))
         if failed is not None:
             raise failed
         for rank, (wrong, its) in enumerate(of_ranks):
@@ -194,8 +289,20 @@ class Shards:
             for name, parts in first.items()
         }
 
+    def told(self, value: Any) -> list[Any]:
+        """What each process tells, in their order."""
+        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, value)
+        return of_ranks
+
+    def of(self, parts: Mapping[str, Part]) -> "Shards":
+        """The same processes, with parts of other tensors: of units of weights, for instance."""
+        other = copy.copy(self)
+        other._parts = parts  # noqa: SLF001  of the same class
+        return other
+
     def add(self, counts: Tensor) -> Tensor:
-        """The sum over all processes of whole numbers, equal on each."""
+        """The sum over all processes of numbers, int64 or float64, equal on each."""
         total = counts.to(self._device, copy=True)
         torch.distributed.all_reduce(total)
         return total.to(counts.device)
@@ -213,14 +320,9 @@ class Shards:
         """Whether this process is the first that has its part of a tensor; of replicas only one counts."""
         return self._counts[name]
 
-    def places(self, name: str, indices: Tensor) -> Tensor:
-        """Where elements of this process's part, by flat index, lie in the whole tensor, by flat index."""
-        place, rest = torch.zeros_like(indices), indices
-        stride = 1
-        for its, size in zip(reversed(self._indices[name]), reversed(self._shapes[name]), strict=True):
-            place += its.to(indices.device)[rest % max(1, len(its))] * stride
-            rest, stride = rest // max(1, len(its)), stride * size
-        return place
+    def part(self, name: str) -> Part:
+        """Which part of a tensor this process has."""
+        return self._parts[name]
 
     def agree(self, failed: Exception | None) -> None:
         """Go on if nothing went wrong on any process.
@@ -228,8 +330,7 @@ class Shards:
         Raises:
             Exception: `failed`, where it is given; else a ValueError, when another process has one.
         """
-        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_ranks, None if failed is None else f"{failed}")
+        of_ranks = self.told(None if failed is None else f"{failed}")
         if failed is not None:
             raise failed
         for rank, wrong in enumerate(of_ranks):
@@ -253,14 +354,6 @@ def _unfit(tensors: Mapping[str, Tensor]) -> Exception | None:
                 "and replicas. Make it one of them with its `redistribute`."
             )
     return None
-
-
-def shards_of(tensors: Mapping[str, Tensor], failed: Exception | None = None) -> Shards | None:
-    """How the processes select together, or None where all tensors are whole.
-
-    All processes must call it where one is sharded.
-    """
-    return Shards(tensors, failed) if any(map(is_sharded, tensors.values())) else None
 
 
 # ------------------------------------------------------------------------------------------ models of shards

@@ -80,7 +80,8 @@ class _WithoutHooks(nn.Module):
 def is_plain(layer: nn.Module, weight: Tensor) -> bool:
     """Whether a layer is a product of its input with one matrix."""
     forward = type(layer).forward
-    return weight.dim() == 2 and (forward is nn.Linear.forward or type(layer).__name__ == "Conv1D")
+    names = {kind.__name__ for kind in type(layer).__mro__}  # FSDP2 makes classes of its own
+    return weight.dim() == 2 and (forward is nn.Linear.forward or "Conv1D" in names)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -24,7 +25,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
-from lightning_prune.allocation import AtLeast, PerLayer, erk, global_rank, uniform
+from lightning_prune import granularity
+from lightning_prune.allocation import (
+    OWL,
+    AtLeast,
+    EvenOutputs,
+    PerLayer,
+    class_distributed,
+    erk,
+    global_rank,
+    lamp,
+    per_output,
+    uniform,
+)
 from lightning_prune.shards import Shards, is_sharded, like, local, placed, whole
 from tests.networks import dead_are_zero, fitter, same
 
@@ -97,7 +110,7 @@ def parts(world, rank, folder):
         shards = Shards(dict(model.named_parameters()))
         for name, p in model.named_parameters():
             here = local(p)
-            places = shards.places(name, torch.arange(here.numel()))
+            places = shards.part(name).places(torch.arange(here.numel()))
             counted = torch.tensor(here.numel() if shards.counts(name) else 0)
             numbers = torch.arange(p.numel()).view(p.shape).to(p.dtype)
             seen.add(str(p.placements) if is_sharded(p) else "whole")
@@ -118,6 +131,12 @@ ALLOCATIONS = (
     PerLayer({"0.*": 0.3, "*": 0.6}),
     AtLeast(0, of=global_rank),
     AtLeast(3, of=uniform),
+    per_output,
+    EvenOutputs(of=erk),
+    class_distributed,
+    AtLeast(2, of=class_distributed),
+    lamp,
+    EvenOutputs(of=lamp),
 )
 CRITERIA = (
     lp.criteria.magnitude,
@@ -179,6 +198,96 @@ def cases(world, rank, folder, n=8):
 def many_cases(world, rank, folder):
     """With those of two and of four processes, 200 in all and more."""
     return cases(world, rank, folder, {2: 40, 4: 40}[world])
+
+
+# ------------------------------------------------------------------------------------------ models that run
+
+
+def exact(sizes, g):
+    """Whole numbers: what is summed up is exact in whichever order."""
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    return _whole_numbers(nn.Sequential(*[e for layer in layers for e in (layer, nn.ReLU())][:-1]), g)
+
+
+def images(g):
+    """Convolutions, one of them in groups, on images of 2 x 6 x 6."""
+    layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 4)
+    return _whole_numbers(nn.Sequential(*layers), g)
+
+
+def _whole_numbers(model, g):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randint(-2, 3, p.shape, generator=g))
+    return model
+
+
+def part_of_data(way, world, rank):
+    """(how many parts the data have, which of them is that of this process)."""
+    return {"tensor_parallel": (1, 0), "both": (2, rank // 2)}.get(way.__name__, (world, rank))
+
+
+DRIVEN = (
+    (lp.criteria.snip, granularity.single),
+    (lp.criteria.taylor, granularity.single),
+    (lp.criteria.wanda, granularity.single),
+    (lp.criteria.gradient, granularity.Kernel()),
+    (lp.criteria.saliency, granularity.Filter()),
+    (lp.criteria.wanda, granularity.NM(1, 2)),
+    (lp.criteria.taylor, granularity.Block(1, 3)),
+)
+OF_DATA = (global_rank, lamp, per_output, OWL(m=1.5), OWL(m=1.5, of=per_output), class_distributed, uniform)
+
+
+def mean(output, target):
+    return output.mean()
+
+
+def driven_case(seed, way, world, rank):
+    """Gradients and activations of data of which each process has a part."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n, start=0):
+        return start + int(torch.randint(n, (), generator=g))
+
+    convolutions = way in (fsdp, hybrid) and not seed % 3
+    sizes = [4 * draw(3, 1) for _ in range(4)]
+    model = images(g) if convolutions else exact(sizes, g)
+    criterion, units = DRIVEN[seed % len(DRIVEN)]
+    if way not in (fsdp, hybrid):
+        units = granularity.single
+    allocate = OF_DATA[draw(len(OF_DATA))]
+    if isinstance(units, granularity.Filter) and allocate in (per_output, OF_DATA[4]):
+        allocate = uniform
+    shape = (2, 2, 6, 6) if convolutions else (2, sizes[0])
+    parts, mine = part_of_data(way, world, rank)
+    data = [[torch.randint(-1, 2, shape, generator=g).float() for _ in range(parts)] for _ in range(2)]
+    options = {
+        **{"sparsity": draw(90, 5) / 100, "allocate": allocate, "criterion": criterion},
+        **{"granularity": units, "loss": mean},
+    }
+    sharded = way(deepcopy(model))
+    expected = lp.prune(model, data=[(torch.cat(each), 0) for each in data], **options)
+    grads = [torch.zeros_like(p) for p in sharded.parameters()]
+    for p, grad in zip(sharded.parameters(), grads, strict=True):
+        p.grad = grad
+    found = wholes(lp.prune(sharded, data=[(each[mine], 0) for each in data], **options))
+    kept = all(p.grad is grad for p, grad in zip(sharded.parameters(), grads, strict=True))
+    bits = sum(int((found[n] ^ m).sum()) for n, m in expected.items())
+    equal = kept and same(weights_of(sharded), weights_of(model))
+    size, left = (sum(f(m) for m in expected.values()) for f in (torch.Tensor.numel, torch.Tensor.sum))
+    shown = str((way.__name__, sizes, {k: str(v) for k, v in options.items()}))
+    return {"bits": bits, "equal": equal, "size": size, "left": int(left), "options": shown}
+
+
+@run
+def driven(world, rank, folder, n=7):
+    return [driven_case(seed, way, world, rank) for way in WAYS[world] for seed in range(n)]
+
+
+@run
+def many_driven(world, rank, folder):
+    return driven(world, rank, folder, 42)
 
 
 @run
@@ -336,14 +445,20 @@ def refused(world, rank, folder):
 
     before = weights_of(model)
     prune = {
-        "granularity": {"granularity": lp.granularity.Filter()},
-        "run": {"criterion": lp.criteria.wanda, "data": [torch.ones(1, 6)]},
+        "granularity": {"granularity": lp.granularity.Filter(dim=1)},
+        "blocks": {"granularity": lp.granularity.Block(2, 2)},
+        "run": {"criterion": lp.criteria.SynFlow(input_shape=(6,))},
+        "ranks": {"criterion": lp.criteria.large_init_large_final, "initial": before},
+        "batches": {"criterion": lp.criteria.wanda, "data": [torch.ones(1, 6)] * (1 + rank)},
         "schedule": {"sparsity": lp.schedules.Threshold(0.1)},
-        "allocation": {"allocate": lp.allocation.per_output},
+        "allocation": {"allocate": lambda scores, total: dict.fromkeys(scores, total)},
+        "twice": {"criterion": lp.criteria.GraSP(), "data": [(torch.ones(1, 6), 0)], "loss": mean},
         "layer_by_layer": {"layer_by_layer": True, "data": [torch.ones(1, 6)]},
         "one_fails": {"criterion": breaks},
     }
     words = {name: said(lambda o=options: lp.prune(model, **o)) for name, options in prune.items()}
+    columns = tensor_parallel(linears((4, 8, 4)))
+    words["columns"] = said(lambda: lp.prune(columns, granularity=lp.granularity.NM()))
     words["nan"] = spoilt()
     words["summarize"] = said(lambda: lp.summarize(model.eval(), torch.ones(1, 6)))
     flat = torch.distributed.fsdp.FullyShardedDataParallel(linears(), device_id=torch.device("cpu"))
@@ -576,6 +691,7 @@ def work(rank, world, port, folder, names):
             results[name] = RUNS[name](world, rank, folder)
         except Exception:
             results[name] = {"failed": traceback.format_exc()}
+            print(results[name]["failed"], file=sys.stderr)  # the others may wait until they give up
     distributed.barrier()
     distributed.destroy_process_group()
     torch.save(results, folder / f"{world}-{rank}.pt")

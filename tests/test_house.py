@@ -33,6 +33,7 @@ FLOORS = (
         "evidence",
         "metrics",
         "updates",
+        "adaptive",
     },
     {
         "growth",

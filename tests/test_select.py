@@ -9,6 +9,7 @@ import torch
 from lightning_prune import allocation
 from lightning_prune.layers import Layout
 from lightning_prune.selection import DEAD, keep_top_of_rows, select, threshold
+from lightning_prune.shards import Part
 from tests.networks import same
 from tests.reference import global_selection, uniform_selection
 
@@ -106,6 +107,7 @@ class Ranks:
 
     def __init__(self, parts):
         self.parts = parts  # of each rank: {name: flat indices in the whole tensor}
+        self.sizes = {n: 1 + max([-1, *(int(p[n].max()) for p in parts if len(p[n]))]) for n in parts[0]}
         self.sums, self.barrier = [None] * len(parts), threading.Barrier(len(parts), timeout=20)
         self.sent = 0
 
@@ -132,8 +134,9 @@ class Ranks:
                 mine = outer.parts[rank][name]
                 return not any(torch.equal(mine, outer.parts[other][name]) for other in range(rank))
 
-            def places(self, name, indices):
-                return outer.parts[rank][name][indices]
+            def part(self, name):
+                its = outer.parts[rank][name]
+                return Part((its,), (outer.sizes[name],), frozenset([0]))
 
         return Together()
 
@@ -205,16 +208,9 @@ def test_an_allocation_that_counts_one_part_alone_is_refused_over_ranks():
     scores, candidates = {"a": torch.ones(4)}, {"a": torch.ones(4, dtype=torch.bool)}
     together = Ranks([{"a": torch.arange(4)}]).of(0)
     alone = lambda scores, total: {"a": total}  # noqa: E731
-    for allocate in (alone, allocation.lamp, allocation.per_output, allocation.AtLeast(1, of=alone)):
+    for allocate in (alone, allocation.AtLeast(1, of=alone), allocation.EvenOutputs(of=alone)):
         with pytest.raises(ValueError, match=r"allocate: .* does not ask for `together`"):
             select(scores, candidates, 2, allocate, together)
-
-
-def test_counts_per_output_are_refused_over_ranks():
-    scores, candidates = {"a": torch.ones(2, 2)}, {"a": torch.ones(2, 2, dtype=torch.bool)}
-    rows = lambda scores, total, together: {"a": torch.tensor([1, 1])}  # noqa: E731
-    with pytest.raises(ValueError, match="a count for each output, which ranks that hold parts"):
-        select(scores, candidates, 2, rows, Ranks([{"a": torch.arange(4)}]).of(0))
 
 
 def test_a_threshold_over_no_score_is_refused():

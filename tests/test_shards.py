@@ -22,9 +22,9 @@ from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_
 
 FAST = [
     *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
-    *("stored", "drawn", "documented"),
+    *("stored", "drawn", "driven", "documented"),
 ]
-SLOW = [name for name in RUNS if name not in ("cases", "documented", "resumed_from_two")]
+SLOW = [name for name in RUNS if name not in ("cases", "driven", "documented", "resumed_from_two")]
 
 
 def ran(world, folder, names):
@@ -80,6 +80,11 @@ def test_masks_on_shards_are_those_of_one_process(two):
     check_cases(two["cases"], 16)
 
 
+def test_masks_of_data_on_shards_are_those_of_one_process(two):
+    """Each process has a part of each batch; one process has all of it. Granularities of outputs, too."""
+    check_cases(two["driven"], 14)
+
+
 def test_dead_weights_stay_dead_on_shards(two):
     check_held(two)
 
@@ -102,11 +107,16 @@ def test_masks_are_put_on_shards(two):
 
 
 REFUSED = {
-    "granularity": "ValueError: granularity: Filter(dim=0, n=1) puts weights together",
-    "run": "ValueError: criterion: <function wanda",
+    "granularity": "ValueError: granularity: Filter(dim=1, n=1) puts weights of 0.weight together",
+    "blocks": "ValueError: granularity: Block(rows=2, columns=2, n=1) puts weights of 0.weight together",
+    "columns": "ValueError: granularity: NM(n=2, m=4) puts weights of 2.weight together",
+    "run": "ValueError: criterion: SynFlow",
+    "twice": "ValueError: criterion: GraSP",
+    "ranks": "ValueError: criterion: <function large_init_large_final",
+    "batches": "ValueError: batches: processes have 1, 2 of them",
     "summarize": "ValueError: summarize does not work on weights that are sharded",
     "schedule": "ValueError: schedule: it reads the scores",
-    "allocation": "ValueError: allocate: <function per_output",
+    "allocation": "ValueError: allocate: <function refused.<locals>.<lambda>",
     "layer_by_layer": "ValueError: layer_by_layer=True does not work on weights that are sharded",
 }
 
@@ -301,6 +311,7 @@ def test_shards_of_two_and_of_four_processes(many):
     """With the ways to cut that need four: both at once, and replicas of shards."""
     check_parts(many)
     check_cases(many["many_cases"], 80)
+    check_cases(many["many_driven"], 84)
     check_held(many)
     check_tickets(many["tickets"])
     check_resumed(many["resumed"])

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_prune import rng
 from lightning_prune.callbacks import _lightning, generators
 from lightning_prune.callbacks.messages import warn
-from lightning_prune.callbacks.ranks import gathered
+from lightning_prune.callbacks.ranks import of_ranks, together
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
+from lightning_prune.shards import is_sharded
 
 
 def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
@@ -115,18 +116,24 @@ def traced_step(trainer: Trainer, pl_module: LightningModule) -> Callable[[Any, 
 
 
 def first_batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[Any]:
-    """The first n batches of a fresh pass over the training data, of all ranks, on the device."""
+    """The first n batches of a fresh pass over the training data, of all ranks, on the device.
+
+    Where weights are sharded, ranks run the model together, each with its own batches: as many on each.
+    """
     running = _lightning.loaders_of(trainer)
     assert running is not None
     loaders = CombinedLoader(tree_map(_twin, running.iterables), _lightning.mode_of(running))
     shared = generators.own(*running.flattened)  # with the running pass: those of data sets, for instance
     states = {name: rng.state_of(generator) for name, generator in shared.items()}
     try:
-        of_all = gathered(trainer, lambda: [batch for batch, _, _ in islice(iter(loaders), n)])
+        mine = together(trainer, lambda: [batch for batch, _, _ in islice(iter(loaders), n)])
     finally:
         for name, generator in shared.items():
             rng.set_state(generator, states[name])
-    batches = [batch for of_ranks in zip(*of_all, strict=True) for batch in of_ranks]
+    if any(map(is_sharded, pl_module.parameters())):
+        batches = mine[: min(of_ranks(trainer, len(mine)))]
+    else:
+        batches = [batch for of_one in zip(*of_ranks(trainer, mine), strict=True) for batch in of_one]
     for i, batch in enumerate(batches):
         batch = _lightning.batch_before_transfer(trainer, pl_module, batch)
         batches[i] = trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -210,7 +210,11 @@ class IterativeMagnitudePruning(MaskedTraining):
         scheduled(list(params), self.schedule, self.rounds)
         check_run(pl_module, self.criterion)
         if any(map(is_sharded, params.values())):
-            check_shards(self._sparsities(list(params), self.rounds), self.criterion, self.granularity)
+            sparsities, laid_out = (
+                self._sparsities(list(params), self.rounds),
+                layouts(pl_module, list(params)),
+            )
+            check_shards(params, sparsities, self.criterion, self.granularity, laid_out)
         self._check_others(trainer, pl_module, params)
         names = [name for name, _ in pl_module.named_parameters()]
         self._running.followed = following(self.follow, list(params), names)
