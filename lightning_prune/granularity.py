@@ -83,14 +83,13 @@ def check(granularity: object) -> None:
         )
 
 
-def within_outputs(granularity: Granularity) -> bool:
+def within_outputs(granularity: object) -> bool:
     """Whether units are known to lie within one output each, which dimension 0 of the units counts.
 
     >>> within_outputs(NM(2, 4)), within_outputs(Filter(dim=1))
     (True, False)
     """
-    known: object = granularity
-    match known:
+    match granularity:
         case NM() | Kernel() | Filter(dim=0) | Block(rows=1):
             return True
         case _:
