@@ -347,6 +347,21 @@ def record(kind, seed, round, left, **metrics):
     }
 
 
+def test_a_number_that_is_none_is_null_in_the_file_and_was_nan_in_those_of_old(tmp_path):
+    row = {"round": 0, "kind": "ticket", "alive": 1, "total": 2}
+    row |= {"metrics": {"a": math.nan, "b": 1.5}, "curve": {"a": [1.0, math.inf], "step": [1, 2]}}
+    (tmp_path / "old.jsonl").write_text(json.dumps(row) + "\n")
+    records.write(tmp_path / "new.jsonl", [row])
+    assert '"a": null, "b": 1.5' in (tmp_path / "new.jsonl").read_text()
+    for name in ("old.jsonl", "new.jsonl"):
+        (found,), broken = records.read(tmp_path / name)
+        assert not broken
+        assert math.isnan(found["metrics"].pop("a"))
+        assert found["metrics"] == {"b": 1.5}
+        assert not math.isfinite(found["curve"]["a"][1])
+        assert records.lost([{**row, **found, "metrics": row["metrics"]}]) == {"a": [0]}
+
+
 def test_broken_lines_are_counted_and_skipped():
     path = Path("records.jsonl")
     path.write_text(json.dumps(record("ticket", 1, 0, 1.0)) + '\n{"round": 1\n[]\n\n')
@@ -392,7 +407,7 @@ def test_a_claim_may_be_from_above_within_a_tolerance_and_about_one_kind_alone()
         .check(rows)
         .numbers
     )
-    assert numbers == "0.032 [0.03004, 0.03396], 5 seeds from 0.03 to 0.034; claimed <= 0.05 within 0.01"
+    assert numbers == "0.032 [0.03004, 0.03396], 5 runs from 0.03 to 0.034; claimed <= 0.05 within 0.01"
     for wrong in ({}, {"at_least": 1, "at_most": 2}, {"at_least": 1, "tolerance": -1}):
         with pytest.raises(ValueError, match=r"a claim needs|tolerance of 0 or more"):
             verdict(**wrong)
@@ -421,13 +436,13 @@ def test_a_claim_is_undecided_without_a_finite_value_of_every_seed_and_without_a
 
     assert checked(0.9, 0.91, 0.92).verdict == "held"
     found = checked(0.9, math.nan, 0.92)
-    assert (found.verdict, "2 seeds" in found.numbers) == ("undecided", True)
+    assert (found.verdict, "2 runs" in found.numbers) == ("undecided", True)
     assert found.numbers.endswith("; 1 more without a finite value")
     assert checked(math.nan).numbers == "no finite acc at 20.0% left"
-    assert checked(0.9).numbers == "0.9 without an interval, 1 seed; claimed >= 0.5"
+    assert checked(0.9).numbers == "0.9 without an interval, 1 run; claimed >= 0.5"
     found = checked(0.9, 0.9, 0.9)
     assert found.verdict == "undecided"
-    assert found.numbers == "0.9 without an interval, 3 seeds, all equal; claimed >= 0.5"
+    assert found.numbers == "0.9 without an interval, 3 runs, all equal; claimed >= 0.5"
     rows = [record("ticket", s, r, 0.5**r, acc=r * (3.0 + s)) for r in (0, 1) for s in range(2)]
     ratio = claims.Ratio("c", "s", "acc", "ticket", [0.5], 1.0, "ticket", 1.0).check(rows)
     assert ratio.numbers == "no finite acc at 50.0% left"  # nothing is a multiple of nothing

@@ -1,6 +1,7 @@
 """Modules and data of one's own, from a package of one's own; objectives; what a run was made with."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -158,7 +159,7 @@ def test_modules_in_the_folder_of_the_command_are_found_and_what_is_missing_is_n
 def test_a_way_to_grow_under_another_name_is_refused(tmp_path):
     found = command(tmp_path, "run", "experiment=mnist1d", "kind=rigl", "growth=set", *SHORT)
     assert found.returncode == 1
-    assert "growth=set: kind=rigl is not what such a run is recorded under." in found.stderr
+    assert "growth=set: kind=rigl is made by rigl, and its runs are recorded under that name" in found.stderr
 
 
 def test_the_command_takes_a_config_dir_wherever_it_stands(tmp_path):
@@ -264,6 +265,57 @@ def test_code_that_has_changed_since_is_said_and_no_control_mixes_with_it(own, m
     other[:] = ["own_module", "torch"]
     run(own("kind=reinit"))
     assert re.search(r"torch has changed since the ticket .*ticket-1 was made", caplog.text)
+
+
+def test_data_that_have_changed_since_are_said_and_no_control_mixes_with_them(own, monkeypatch, caplog):
+    folder, original, there = run(own()), provenance.content, []
+    assert len(json.loads((folder / "run.json").read_text())["sources"]["the data"]) == 16
+    monkeypatch.setattr(provenance, "content", lambda *its: "".join([original(*its), *there]))
+    run(own())
+    assert "has changed" not in caplog.text
+    there.append("another")
+    run(own())
+    assert "the data has changed since that run was made, and its numbers do not show it." in caplog.text
+    with pytest.raises(ValueError, match=r"the data has changed since it was made\. A control must differ"):
+        run(own("kind=reinit"))
+    (folder / "DONE").unlink()
+    run(own())  # as one that was killed
+    assert re.search(r"the data has changed since .*ticket-1 began, which goes on with", caplog.text)
+
+
+def test_a_finished_run_needs_no_data(own, monkeypatch, caplog):
+    folder = run(own())
+    monkeypatch.setattr(provenance, "build", lambda *_: (_ for _ in ()).throw(ValueError("there are none")))
+    with caplog.at_level("INFO"):
+        assert run(own()) == folder
+    assert "is finished already" in caplog.text
+    assert "has changed" not in caplog.text
+
+
+def test_what_is_not_a_number_is_said_with_its_round_and_null_in_the_records(own, monkeypatch, caplog):
+    import own_module
+
+    def step(self, batch, batch_idx, original=own_module.Regression.validation_step):
+        original(self, batch, batch_idx)
+        self.log("val/late", float("nan") if self.trainer.global_step > 8 else 1.0)
+        self.log("val/far", float("inf"))
+
+    monkeypatch.setattr(own_module.Regression, "validation_step", step)
+    folder = run(own())
+    said = [r.message.partition(": ")[2] for r in caplog.records if "finite" in r.message]
+    assert said == ["val/far is no finite number in rounds 0, 1.", "val/late is no finite number in round 1."]
+
+    def refused(constant):
+        raise AssertionError(constant)
+
+    text = (folder / "records.jsonl").read_text()
+    first, last = (json.loads(line, parse_constant=refused) for line in text.splitlines())
+    assert (first["metrics"]["val/late"], last["metrics"]["val/late"]) == (1.0, None)
+    assert last["curve"]["val/far"] == [None, None]
+    rows, broken = read(folder / "records.jsonl")
+    assert not broken
+    assert math.isnan(rows[1]["metrics"]["val/late"])
+    assert all(map(math.isnan, rows[1]["curve"]["val/far"]))
 
 
 def test_a_run_says_commit_changed_files_processor_and_versions(tmp_path, monkeypatch):

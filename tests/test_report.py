@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import vl_convert
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
@@ -170,7 +171,7 @@ def test_the_lines_show_means_and_intervals(reported):
             assert point["high"] - point["y"] == pytest.approx(half)
             assert point["y"] - point["low"] == pytest.approx(half)
             assert point["x"] == pytest.approx(100 * 0.8**r, abs=0.02)
-            assert point["seeds"] == 3
+            assert point["n"] == 3
     relative = {(p["kind"], p["round"]): p["y"] for p in values_of(specs(html)["relative_loss-0"])}
     losses = {
         (x["seed"], x["round"]): x["metrics"]["test_loss"]
@@ -229,7 +230,7 @@ def test_a_run_that_diverged_breaks_nothing(tmp_path):
     path.write_text(re.sub(r'"test_acc": [\d.]+', '"test_acc": NaN', path.read_text()))
     report.report(folder, out=tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
-    assert values_of(specs(html)["figure-0"])[0]["seeds"] == 1
+    assert values_of(specs(html)["figure-0"])[0]["n"] == 1
     assert figures.finite({"a": [math.nan, 1.0, -math.inf]}) == {"a": [None, 1.0, None]}
 
 
@@ -535,6 +536,67 @@ def test_a_parameter_whose_values_are_lists_has_a_chart_for_each_and_no_axis(tmp
     assert re.search(r"x=task.widths: \[8, 4\] is no\s+number", capsys.readouterr().err)
 
 
+def sweep_of(folder, key, values, **options):
+    """Runs of each value of a parameter, as a sweep leaves them."""
+    (folder / "lenet_mnist").mkdir(parents=True)
+    for n, value in enumerate(values):
+        own = written(folder / str(n), kinds=("ticket",), config=[f"{key}={value}"], **options)
+        for run in own.iterdir():
+            run.rename(folder / "lenet_mnist" / f"{run.name},{n}")
+    return folder / "lenet_mnist"
+
+
+def test_rounds_that_are_not_drawn_and_values_that_lack_one_are_said(tmp_path):
+    folders = [sweep_of(tmp_path / str(n), "rate", (0.1 * n,), seeds=(1, 2), rounds=n) for n in (2, 4)]
+    figure = figures.AgainstParameter("rate")(report.load(*folders))
+    titles = [chart.to_dict()["title"] for chart in figure.charts]
+    assert titles[:3] == [
+        "test accuracy at the end of the round, round 0 (100 % left)",
+        "test accuracy at the end of the round, round 2 (64 % left)",
+        "test accuracy at the end of the round, round 4 (41 % left)",
+    ]
+    assert "Drawn are rounds 0, 2, 4 of the 5 that there are." in figure.caption
+    assert figure.caption.endswith("Runs of rate=0.2 have no round 4.")
+
+
+def test_runs_that_differ_by_a_key_that_changes_nothing_are_named(swept, capsys):
+    report.main([str(swept), "--out", str(swept.parent / "out")])
+    said = "ticket, seed 1; 2: optimizer.lr=0.001 and optimizer.lr=0.01 gave the same records."
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in (printed, *((swept.parent / "out" / f"report.{its}").read_text() for its in ("md", "html"))):
+        assert said in text
+    path = swept / "ticket-1,optimizer.lr=0.01" / "records.jsonl"
+    path.write_text(path.read_text().replace('"val_loss": 0.5', '"val_loss": 0.6'))
+    assert [words.partition(":")[0] for words in report.load(swept).idle] == [
+        "reinit, seed 1; 2",
+        "ticket, seed 2",
+    ]
+    assert (
+        report.load(swept / "ticket-1,optimizer.lr=0.001", swept / "reinit-1,optimizer.lr=0.001").idle == []
+    )
+
+
+def test_a_text_is_told_apart_from_the_number_that_it_looks_like(tmp_path):
+    folder = sweep_of(tmp_path, "+task.note", ("1", "'1'", "true"), seeds=(1,), rounds=1)
+    runs = report.load(folder)
+    assert [run.kind for run in runs.runs] == [f"ticket · task.note={its}" for its in ("1", "'1'", "True")]
+    assert [row["task.note"] for row in report.listed(runs)] == [1, "'1'", True]
+    assert len(figures.ByParameter("task.note")(runs).charts) == 3
+    with pytest.raises(ValueError, match=r"x=task.note: '1' is no number"):
+        figures.AgainstParameter("task.note")(runs)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.988, "98.8%"), (0.55, "55%"), (0.9, "90%")])
+def test_a_chart_of_one_dot_has_a_tick_that_says_the_value(value, shown):
+    row = {"kind": "ticket", "round": 0, "x": 100.0, "y": value, "n": 1, "censored": 0}
+    x = figures.Axis("weights left (%)", log=True, reverse=True, values=[100])
+    chart = figures.lines([row], ["ticket"], x, figures.axis_of("test_acc", "accuracy"), "accuracy")
+    svg = vl_convert.vegalite_to_svg(chart.properties(width=300).to_dict())
+    written = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    assert shown in written
+    assert [text for text in written if text[0].isdigit()] == ["100", shown]
+
+
 def test_seeds_are_what_means_are_taken_over_and_no_axis(swept, capsys):
     for key in ("seed", "order_seed"):
         with pytest.raises(SystemExit):
@@ -654,6 +716,41 @@ def test_data_orders_of_one_seed_are_told_apart_as_seeds_are(tmp_path):
     runs = report.load(folder)
     assert [(run.kind, run.seed) for run in runs.runs] == [("ticket", "1, order 1"), ("ticket", "1, order 7")]
     assert len({r["seed"] for r in runs.records}) == 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "over", "each"),
+    [
+        ([(1, 1), (2, 2)], "seeds", "2 seeds"),
+        ([(1, 5)], "seeds", "1 seed"),
+        ([(1, 1), (1, 2), (1, 3)], "data orders of one seed", "3 data orders of one seed"),
+        ([(1, 1), (2, 1)], "seeds with one data order", "2 seeds with one data order"),
+        ([(1, 1), (1, 2), (2, 1), (2, 2)], "pairs of seed and data order", "4 pairs of seed and data order"),
+    ],
+)
+def test_what_n_counts_and_a_mean_is_over_is_said_everywhere(pairs, over, each, tmp_path):
+    folder = tmp_path / "lenet_mnist"
+    for n, (seed, order) in enumerate(pairs):
+        its = written(
+            tmp_path / str(n), kinds=("ticket",), seeds=(seed,), rounds=1, config=[f"order_seed={order}"]
+        )
+        shutil.copytree(its / f"ticket-{seed}", folder / f"ticket-{seed},order_seed={order}")
+    runs = report.load(folder)
+    assert runs.over == over
+    assert report.about(runs) == f"lenet_mnist, n = {each}"
+    assert f"Mean over {over} in the band" in figures.WeightsLeft()(runs).caption
+    assert report.rounds(runs, {"test_acc": "accuracy"})[0]["n"] == len(pairs)
+    text = report.text(runs, report.judged(runs))
+    assert (f"mean over {each} (lowest to highest)" in text) == (len(pairs) > 1)
+    html = report.page(runs, [], [], report.flat(runs.records))
+    assert f"{each}, kinds: ticket" in " ".join(html.split())
+    assert f"Mean over {over} [95 % interval], n: of how many runs." in html
+    (tmp_path / "merged").mkdir()
+    records.write(tmp_path / "merged" / "records.jsonl", runs.records)
+    shutil.copy(
+        folder / f"ticket-{pairs[0][0]},order_seed={pairs[0][1]}" / "config.yaml", tmp_path / "merged"
+    )
+    assert report.load(tmp_path / "merged").over == over
 
 
 def test_what_a_run_of_the_first_version_left_is_read(tmp_path):

@@ -124,6 +124,8 @@ def test_done_is_written_last_and_holds_the_hash_of_the_config(tmp_path, monkeyp
     other = config(tmp_path, "rounds=0", "batch_size=50")
     assert configs.digest(configs.plain(other, (*FREE, *GROWTH))) != (folder / "DONE").read_text().strip()
     assert state_of(config(tmp_path, "rounds=0", "progress=true")) == "finished"
+    with pytest.raises(ValueError, match=r"seed: 1 there, '1' now\)"):
+        state_of(config(tmp_path, "rounds=0", "seed='1'"))
     (folder / "DONE").write_text("0123456789abcdef\n")
     with pytest.raises(ValueError, match="DONE is that of another config"):
         run(cfg)
@@ -241,6 +243,9 @@ def test_a_run_is_named_by_what_its_command_changes():
     assert variant(["+trainer.x=1", "~batches.augment"]) == ",batches.augment=deleted,trainer.x=1"
     lists = {variant([f"a={value}"]) for value in ("[1,2]", "[12]", "[1-2]", "'1,2'", "1/2", "'1 2'")}
     assert len(lists) == 6
+    typed = {variant([f"a={value}"]) for value in ("1", "'1'", "true", "'true'", "null", "None", "1.0")}
+    assert len(typed) == 7
+    assert variant(["a='adam'"]) == variant(["a=adam"]) == ",a=adam"  # the same text
     long = [variant([f"key_{i}=0.123456789" for i in range(20)] + [f"z={z}"]) for z in (1, 2)]
     assert long[0] != long[1]
     assert all(re.fullmatch(r"[\w.,=+@-]{1,120}", name) for name in [*names, *lists, *long])

@@ -179,7 +179,7 @@ class Comparison(ABC):
 
         verdict = 2 if sides(to_hold)[0] >= 0 else 0 if sides(to_fail)[1] < 0 else 1
         between = f"[{self._number(low)}, {self._number(high)}]" if isfinite(low) else "without an interval"
-        of = "1 seed" if found.n == 1 else f"{found.n} seeds"
+        of = "1 run" if found.n == 1 else f"{found.n} runs"
         of += f" from {self._number(found.lowest)} to {self._number(found.highest)}" if isfinite(low) else ""
         of += ", all equal" if found.n > 1 and not isfinite(low) else ""
         claimed = f"claimed {'>=' if sign > 0 else '<='} {self._number(bound)}"

@@ -156,9 +156,7 @@ class Paths:
                 for alpha, *errors in zip(its[0]["alpha"], *(p[f"{split}_error"] for p in its), strict=True):
                     low, mean, high = interval(errors)
                     band = {"low": low, "high": high} if isfinite(low) else {}
-                    rows.append(
-                        {"kind": label, "round": round, "x": alpha, "y": mean, "seeds": len(its)} | band
-                    )
+                    rows.append({"kind": label, "round": round, "x": alpha, "y": mean, "n": len(its)} | band)
             x, y = Axis("interpolation"), axis_of("_acc", "error")
             charts.append(lines(rows, list(shown.values()), x, y, f"{split} error between two trainings"))
         caption = (

@@ -7,7 +7,7 @@ experiment's config lists its own; `STANDARD` are the others that a report has.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,8 @@ import vl_convert
 from lightning_prune import files
 from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.masks import Masks, jaccard
-from lightning_prune.study.records import Record, by_round, kinds_of, plain_kind
+from lightning_prune.study.parameters import spelled
+from lightning_prune.study.records import Record, by_round, finite, kinds_of, plain_kind
 from lightning_prune.study.run_folders import Runs, labelled
 from lightning_prune.study.statistics import interval, overlap_of_seeds
 
@@ -106,15 +107,6 @@ CONFIG: dict[str, Any] = {
     "view": {"stroke": None},
     "background": "white",
 }
-
-
-def finite(node: Any) -> Any:
-    """JSON without NaN and infinity, which become null: a run that diverged is no reason to break a page."""
-    if isinstance(node, dict):
-        return {k: finite(v) for k, v in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [finite(v) for v in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def panels(runs: Runs) -> dict[str, str]:
@@ -210,7 +202,7 @@ def points(
     x: Callable[[Record], float],
     y: Callable[[Record], float | None],
 ) -> list[dict[str, Any]]:
-    """For each kind and round the mean over seeds, with its 95 % interval where there are several."""
+    """For each kind and round the mean over runs, with its 95 % interval where there are several."""
     rows: list[dict[str, Any]] = []
     for round, by_kind in sorted(by_round(list(records)).items()):
         for kind in kinds:
@@ -228,7 +220,7 @@ def points(
             }
             row |= {"low": low, "high": high} if math.isfinite(low) else {}
             late = sum(bool(r["metrics"].get("censored")) for r, _ in its)
-            rows.append({**row, "seeds": len(values), "censored": late})
+            rows.append({**row, "n": len(values), "censored": late})
     return rows
 
 
@@ -241,8 +233,23 @@ def lines(
     *,
     hollow: bool = False,
     dense: float | None = None,
+    beside: Sequence[float] = (),
 ) -> Any:
-    """One line a kind in the band of its interval; hollow points: censored in some seed."""
+    """One line a kind in the band of its interval; hollow points: censored in some seed.
+
+    Args:
+        rows: as `points` gives them.
+        kinds: of run, in the order of their colours.
+        x: the horizontal axis.
+        y: the vertical axis.
+        title: of the chart.
+        hollow: whether points that are censored are.
+        dense: where a dashed line says what the dense network has.
+        beside: values that the caller draws over it.
+    """
+    high = [row[key] for row in rows for key in ("y", "low", "high") if key in row]
+    x = _apart(x, [row["x"] for row in rows])
+    y = _apart(y, [*high, *beside, *([] if dense is None else [dense])])
     inside, beyond = _split(rows, y.limits)
     base = alt.Chart(alt.Data(values=rows))
     where = {"x": alt.X("x:Q", **x.options())}
@@ -264,7 +271,7 @@ def lines(
             alt.Tooltip("low:Q", title="95 % from", format=form),
             alt.Tooltip("high:Q", title="to", format=form),
         ]
-    tips += [alt.Tooltip("seeds:Q")] + ([alt.Tooltip("censored:Q")] if hollow else [])
+    tips += [alt.Tooltip("n:Q")] + ([alt.Tooltip("censored:Q")] if hollow else [])
     tone, layers = colour(kinds, rows), list[Any]()
     pick = picked(title)
 
@@ -305,6 +312,20 @@ def lines(
         said = f"triangles lie beyond the axis, up to {furthest['y']:.3g} ({furthest['kind']})"
         return alt.layer(*layers, title=alt.TitleParams(text=title, subtitle=said), height=HEIGHT)
     return alt.layer(*layers, title=title, height=HEIGHT)
+
+
+def _apart(axis: Axis, values: Sequence[float]) -> Axis:
+    """The axis, with room around the one value that all have, and that value as a tick.
+
+    Without limits an axis of one value has ticks that all have one label, rounded to whole numbers.
+    """
+    if axis.limits is not None or len(set(values)) != 1:
+        return axis
+    (value,) = set(values)
+    room = (abs(value) or 1) / 10
+    limits = (value / 1.5, value * 1.5) if axis.log else (value - room, value + room)
+    form = ".4~s" if axis.format.endswith("s") else ".4~%" if axis.format.endswith("%") else ".4~g"
+    return replace(axis, format=form, values=[value], limits=limits)
 
 
 def picked(chart: str) -> Any:
@@ -348,8 +369,8 @@ class WeightsLeft:
         if not charts:
             return None
         caption = (
-            "Mean over seeds in the band of its 95 % interval (Student's t), dashed: the dense network. "
-            "Hollow: in some seed the minimum is the round's last evaluation (censored)."
+            f"Mean over {runs.over} in the band of its 95 % interval (Student's t), dashed: the dense "
+            "network. Hollow: in some seed the minimum is the round's last evaluation (censored)."
         )
         return Figure(self.name, "Accuracy and early stopping", caption, charts)
 
@@ -383,7 +404,7 @@ class BySparsity:
             y = axis_of(metric, label, log=metric in self.log, limits=self.limits.get(metric))
             if rows:
                 charts.append(lines(rows, kinds, Axis("sparsity (%)"), y, label))
-        caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
+        caption = f"Mean over {runs.over} in the band of its 95 % interval (Student's t)."
         return Figure(self.name, "Against sparsity", caption, charts) if charts else None
 
 
@@ -417,13 +438,16 @@ class Against:
                 charts.append(
                     lines(rows, kinds, x, axis_of(self.metric, self.label), f"{self.label} against {label}")
                 )
-        caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
+        caption = f"Mean over {runs.over} in the band of its 95 % interval (Student's t)."
         return Figure(self.name, self.label, caption, charts) if charts else None
 
 
 @dataclass(frozen=True)
 class AgainstParameter:
-    """Metrics against a parameter that varies between runs, before the first pruning and in the last round.
+    """Metrics against a parameter that varies between runs: before the first pruning and in last rounds.
+
+    There is a chart of the last round that the runs of every value have, and, where some go further, one of
+    the last round of all. Which rounds are drawn is said, and how much is left of the network in them.
 
     Args:
         key: of the parameter, such as `optimizer.lr`.
@@ -443,16 +467,18 @@ class AgainstParameter:
         given = [run.parameters.get(self.key) for run in runs.runs]
         if wrong := [v for v in given if isinstance(v, bool) or not isinstance(v, (int, float))]:
             raise ValueError(
-                f"x={self.key}: {wrong[0]} is no number; an axis needs numbers. Leave --x out: the runs "
+                f"x={self.key}: {wrong[0]!r} is no number; an axis needs numbers. Leave --x out: the runs "
                 "are told apart by it in any case."
             )
         values: set[Any] = set(given)
         records = [_without(record, self.key) for record in runs.records]
         kinds, charts = kinds_of(records), list[Any]()
-        last = max(r["round"] for r in records)
+        by_value = {v: {r["round"] for r in records if r["parameters"][self.key] == v} for v in values}
+        there = [rounds for rounds in by_value.values() if rounds]
+        shown = sorted({0, max(set.intersection(*there), default=0), max(set.union(*there))})
         wide = min(values) > 0 and max(values) >= 10 * min(values)
         for metric, label in panels(runs).items():
-            for round in dict.fromkeys((0, last)):
+            for round in shown:
                 its = [r for r in records if r["round"] == round]
                 rows: list[dict[str, Any]] = []
                 for value in sorted(values):
@@ -460,8 +486,14 @@ class AgainstParameter:
                     rows += points(here, kinds, lambda r: r["parameters"][self.key], _metric(metric))
                 if rows:
                     x, y = Axis(self.key, log=wide), axis_of(metric, label)
-                    charts.append(lines(rows, kinds, x, y, f"{label}, round {round}"))
-        caption = "Mean over seeds in the band of its 95 % interval (Student's t)."
+                    charts.append(lines(rows, kinds, x, y, f"{label}, round {round}{_left_of(its)}"))
+        caption = (
+            f"Mean over {runs.over} in the band of its 95 % interval (Student's t). Drawn are rounds "
+            f"{', '.join(map(str, shown))} of the {len(set.union(*there))} that there are."
+        )
+        for round in shown:
+            if lacking := [f"{value:g}" for value in sorted(values) if round not in by_value[value]]:
+                caption += f" Runs of {self.key}={', '.join(lacking)} have no round {round}."
         return Figure(self.name, f"Against {self.key}", caption, charts, 2)
 
 
@@ -489,16 +521,27 @@ class ByParameter:
         metric, label = next(iter(panels(runs).items()))
         alike: dict[str, list[Record]] = {}  # by the value in words: it may be a list
         for record in records:
-            alike.setdefault(str(record["parameters"].get(self.key)), []).append(record)
+            alike.setdefault(str(spelled(record["parameters"].get(self.key))), []).append(record)
         found = {value: points(here, kinds, _left, _metric(metric)) for value, here in alike.items()}
         ends = [row.get(key, row["y"]) for rows in found.values() for row in rows for key in ("low", "high")]
         y = axis_of(metric, label, limits=(min(ends), max(ends)) if ends and min(ends) < max(ends) else None)
         x = left(runs.records)
         charts = [lines(rows, kinds, x, y, f"{self.key}={value}") for value, rows in found.items() if rows]
         caption = (
-            f"{label[0].upper()}{label[1:]}: mean over seeds in the band of its 95 % interval (Student's t)."
+            f"{label[0].upper()}{label[1:]}: mean over {runs.over} in the band of its 95 % interval "
+            "(Student's t)."
         )
         return Figure(self.name, f"By {self.key}", caption, charts, 3)
+
+
+def _left_of(records: Sequence[Record]) -> str:
+    """How much is left of the networks, in words.
+
+    >>> _left_of([{"alive": 1, "total": 5}, {"alive": 10, "total": 20}])
+    ' (20 to 50 % left)'
+    """
+    ends = dict.fromkeys(f"{end(map(_left, records)):.3g}" for end in (min, max))
+    return f" ({' to '.join(ends)} % left)"
 
 
 def _check_varies(argument: str, key: str, runs: Runs) -> None:
@@ -564,7 +607,7 @@ def from_dense(runs: Runs) -> Figure | None:
             charts.append(lines(rows, kinds, left(runs.records), y, label, dense=0.0))
     caption = (
         "Accuracy less that of the dense network of the same seed, in percentage points, on a symmetric "
-        "logarithmic axis that is linear within half a point: mean over seeds in the band of its 95 % "
+        f"logarithmic axis that is linear within half a point: mean over {runs.over} in the band of its 95 % "
         "interval (Student's t). "
         "Dashed: as the dense network."
     )
@@ -589,7 +632,8 @@ def relative_loss(runs: Runs) -> Figure | None:
     y = Axis("test loss / that of round 0", log=max(r["y"] for r in rows) > 5 * min(r["y"] for r in rows) > 0)
     chart = lines(rows, kinds, Axis("sparsity (%)"), y, "relative test loss", dense=1.0)
     caption = (
-        "Test loss at the end of a round as a multiple of that of round 0: mean over seeds, 95 % interval."
+        f"Test loss at the end of a round as a multiple of that of round 0: mean over {runs.over}, 95 % "
+        "interval."
     )
     return Figure("relative_loss", "Relative loss", caption, [chart])
 
@@ -620,7 +664,7 @@ def _measured(runs: Runs, metric: str) -> list[dict[str, Any]]:
             "round": m["round"],
             "x": 100 * m["sparsity"],
             "y": m[metric],
-            "seeds": 1,
+            "n": 1,
             "censored": 0,
         }
         for m in runs.measured
@@ -747,7 +791,7 @@ def density(runs: Runs) -> Figure | None:
                 order += [layer] if layer not in order else []
         if rows:
             charts.append(heat(rows, "round", "layer", label_of(kind), "density", (0, 1), "%", sort=order))
-    caption = "The fraction of a layer's weights that is left, mean over seeds." + _some(runs)
+    caption = f"The fraction of a layer's weights that is left, mean over {runs.over}." + _some(runs)
     return Figure("density", "Density by layer", caption, charts) if charts else None
 
 
@@ -777,7 +821,7 @@ def overlap(runs: Runs) -> Figure | None:
             row = {"kind": name, "round": round, "x": _left(records[round]), "y": spread.mean, "censored": 0}
             wide = len(its) > 2 and math.isfinite(spread.interval[0])
             band = dict(zip(("low", "high"), spread.interval, strict=True)) if wide else {}
-            shared.append({**row, **band, "seeds": len(its)})
+            shared.append({**row, **band, "n": len(its)})
             chance.append({"x": row["x"], "y": by_chance})
         some = list(records)[:: -(-len(records) // 20)]
         pairs = list(combinations([{r: masks[r] for r in some} for masks in its.values()], 2))[:3]
@@ -791,7 +835,9 @@ def overlap(runs: Runs) -> Figure | None:
     if not shared:
         return None
     y = Axis("alive in both / in either", "%")
-    line = lines(shared, kinds_of(runs.records), left(runs.records), y, "overlap of two seeds' masks")
+    drawn = [row["y"] for row in chance]
+    over = "overlap of two seeds' masks"
+    line = lines(shared, kinds_of(runs.records), left(runs.records), y, over, beside=drawn)
     expected = alt.Chart(alt.Data(values=chance)).mark_point(shape="cross", color="#888", size=24)
     tip = alt.Tooltip("y:Q", title="by chance", format=".2%")
     charts.insert(0, line + expected.encode(x="x:Q", y="y:Q", tooltip=tip))
@@ -896,7 +942,7 @@ def curves(runs: Runs) -> Figure | None:
                 charts.append(
                     _curves(rows, label, f"{label_of(kind)}: {label}", "%" if "acc" in metric else "~g")
                 )
-    caption = "Mean over seeds at each evaluation of a round, one line a round." + _some(runs)
+    caption = f"Mean over {runs.over} at each evaluation of a round, one line a round." + _some(runs)
     return Figure("curves", "Training curves", caption, charts, 2) if charts else None
 
 

@@ -3,37 +3,29 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, QuotedString
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import final, override
 
 # What does not change the numbers of a run may differ when it is resumed, and is no part of its name.
 FREE = (
-    *("after", "checkpoint_every_n_epochs", "claims", "controls_at", "figures", "fixed", "folder", "hydra"),
-    *(
-        "kinds",
-        "logger",
-        "objective",
-        "objective_at",
-        "progress",
-        "runs",
-        "tables",
-        "ticket",
-        "unnamed",
-        "variant",
-    ),
+    *("after", "checkpoint_every_n_epochs", "claims", "controls_at", "figures", "fixed", "folder", "grows"),
+    *("hydra", "kinds", "logger", "objective", "objective_at", "progress", "runs", "tables", "ticket"),
+    *("unnamed", "variant"),
     # Where data that everybody has alike lie on this machine.
     *(f"{of}.{key}" for of in ("data", "batches.splits") for key in ("root", "download")),
 )
 # What a kind whose masks grow is told; what it makes of them stands in `pruner`.
 GROWTH = ("sparsity", "every_n_train_steps", "updates")
-_PLACED = ("runs", "name", "experiment", "kind", "seed")  # these have a place of their own in the path
+PLACED = ("runs", "name", "experiment", "kind", "seed")  # these have a place of their own in the path
 _LONGEST = 120  # characters; a file system allows 255 for kind, seed and this
 
 
@@ -49,12 +41,14 @@ def variant(overrides: Sequence[str], without: Sequence[str] = ()) -> str:
     ''
     >>> variant(["data.path=a/b.npz"])
     ',data.path=a-b.npz-ea9ec5'
+    >>> variant(["task.note=1"]), variant(["task.note='1'"])
+    (',task.note=1', ',task.note=1-9a7622')
 
     Args:
         overrides: as on Hydra's command line.
         without: keys that are left out, too, with all below them.
     """
-    out = tuple(f"{key}." for key in (*FREE, *_PLACED, *without))
+    out = tuple(f"{key}." for key in (*FREE, *PLACED, *without))
     parts: dict[str, str] = {}
     for given in OverridesParser.create().parse_overrides(list(overrides)):
         if not f"{given.key_or_group}.".startswith(out):
@@ -69,7 +63,23 @@ def _text(given: Override) -> str:
     value = given.value()
     if isinstance(value, (list, dict)):
         return given.get_value_element_as_str()
-    return value.text if isinstance(value, QuotedString) else str(value)  # 1e-3 is 0.001
+    if isinstance(value, (str, QuotedString)):
+        return quoted(value if isinstance(value, str) else value.text)
+    return str(value)  # 1e-3 is 0.001
+
+
+@cache
+def quoted(text: str) -> str:
+    """A text, in quotes where it would be taken for a number, a truth value or nothing without them.
+
+    >>> quoted("sgd"), quoted("1e-3"), quoted("true")
+    ('sgd', "'1e-3'", "'true'")
+    """
+    try:
+        given = OverridesParser.create().parse_override(f"key={text}").value()
+    except HydraException:
+        return text
+    return repr(text) if given is None or text == "None" or isinstance(given, (bool, int, float)) else text
 
 
 def _spelled(text: str) -> str:

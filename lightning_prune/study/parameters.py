@@ -4,7 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from lightning_prune.study.configs import flattened, left_of
-from lightning_prune.study.names import FREE
+from lightning_prune.study.names import FREE, quoted
 
 # Of these a report keeps account on its own, or they follow from the kind of a run.
 _NOT_SWEPT = (*FREE, "kind", "seed", "order_seed", "run", "oneshot", "hydra")
@@ -89,5 +89,15 @@ def _names(key: str) -> bool:
     return key.endswith("._target_")
 
 
+def spelled(value: Any) -> Any:
+    """A value as it is shown: a text that looks like a number has its quotes.
+
+    >>> spelled(1), spelled("1"), spelled("sgd")
+    (1, "'1'", 'sgd')
+    """
+    return quoted(value) if isinstance(value, str) else value
+
+
 def _hashable(value: Any) -> Hashable:
-    return str(value) if isinstance(value, (list, dict)) else value
+    """Numbers as they are; of all else no two that are written in two ways are equal, as 1 and true are."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else repr(value)

@@ -1,6 +1,7 @@
 """What a sweep would do, before it does it: runs, rounds, weights left, disk and time."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ class Plan:
         self._trials: dict[str, Cost] = {}
         self._data: dict[str, str] = {}
         self._dense: set[Path] = set()
+        self._idle: dict[str, list[str]] = {}
 
-    def add(self, cfg: DictConfig, folder: Path, state: str) -> None:
-        """Add a run."""
+    def add(self, cfg: DictConfig, folder: Path, state: str, idle: Sequence[str] = ()) -> None:
+        """Add a run, in a state, of whose command some keys are idle: nothing reads them."""
         name = f"{cfg.name}/{folder.name}"
+        for key in idle:
+            self._idle.setdefault(key, []).append(name)
         control = cfg.run._target_.startswith("lightning_prune.study.controls.")
         grows = cfg.run._target_ == "lightning_prune.study.densities.train"
         if cfg.run._target_ != "lightning_prune.study.training.train" and not control and not grows:
@@ -102,6 +106,9 @@ class Plan:
         console = console or Console()
         console.print(table)
         total = f"{self.bytes / 1e6:.1f} MB and about {duration(self.seconds)}, one run after another"
+        for key, runs in self._idle.items():
+            of = runs[0] if len(runs) == 1 else f"{runs[0]} and {len(runs) - 1} more"
+            console.print(f"{key}: nothing of {of} reads it, so that it has no effect. Leave it out.")
         console.print(
             f"{len(self.rows)} runs: {total}. Nothing was trained but trials of a few steps.", highlight=False
         )

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
-from lightning_prune.study.configs import flattened
+from lightning_prune.study.configs import build, flattened, plain
 from lightning_prune.study.data import Batches
 
 NAMED = (
@@ -96,8 +97,17 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: its for name, its in found.items() if its}
 
 
+def made_of(cfg: DictConfig) -> dict[str, str]:
+    """`sources` of a config, and as `the data` their `content`, where they can be read."""
+    found = sources(plain(cfg))
+    try:
+        return {**found, "the data": content(build(cfg, "batches"), plain(cfg.batches))}
+    except ValueError:
+        return found
+
+
 def changed_since(folder: Path, now: Mapping[str, str]) -> list[str]:
-    """The packages whose sources are others now than when the run in a folder was made, as far as it says."""
+    """What is another now than when the run in a folder was made, as far as it says: packages, the data."""
     try:
         then = json.loads((folder / "run.json").read_text()).get("sources", {})
     except (OSError, json.JSONDecodeError):

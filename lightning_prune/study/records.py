@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeGuard
 
 from lightning_prune import files
@@ -75,12 +76,21 @@ def curve(evaluations: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """Replace the file by these records, all or nothing."""
-    files.write(path, "".join(json.dumps(record) + "\n" for record in records))
+    """Replace the file by these records, all or nothing. NaN and infinity, which JSON lacks, become null."""
+    files.write(path, "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records))
+
+
+def finite(node: Any) -> Any:
+    """JSON without NaN and infinity, which become null: a run that diverged is no reason to break a page."""
+    if isinstance(node, dict):
+        return {k: finite(v) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [finite(v) for v in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records of a file, and the numbers of its lines that are no records."""
+    """The records of a file, and the numbers of its lines that are no records. What is null there is NaN."""
     records: list[dict[str, Any]] = []
     broken: list[int] = []
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
@@ -92,7 +102,9 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         except (json.JSONDecodeError, RecursionError):
             record = None
         if _is_record(record):
-            records.append(record)
+            records.append({**record, "metrics": {k: _number(v) for k, v in record["metrics"].items()}})
+            if "curve" in record:
+                records[-1]["curve"] = {k: [_number(v) for v in its] for k, its in record["curve"].items()}
         else:
             broken.append(number)
     return records, broken
@@ -104,8 +116,28 @@ def _is_record(record: Any) -> TypeGuard[Record]:
     types = {"round": int, "kind": str, "metrics": dict, "alive": int, "total": int}
     if not all(isinstance(record.get(key), its) for key, its in types.items()):
         return False
-    numbers = all(isinstance(value, (int, float)) for value in record["metrics"].values())
+    numbers = all(isinstance(value, (int, float, NoneType)) for value in record["metrics"].values())
     return numbers and 0 <= record["alive"] <= record["total"] and record["total"] > 0
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def lost(records: list[Record]) -> dict[str, list[int]]:
+    """The metrics that are NaN or infinite, and in which rounds: at the end of them, or at the best step.
+
+    >>> lost([{"round": 0, "metrics": {"val_loss": 0.3}}, {"round": 1, "metrics": {"val_loss": math.nan}}])
+    {'val_loss': [1]}
+    """
+    found: dict[str, list[int]] = {}
+    for record in records:
+        for metric, value in record["metrics"].items():
+            names = metric, metric.removesuffix("_at_early_stop")
+            said = [round for name in names for round in found.get(name, ())]
+            if not math.isfinite(value) and record["round"] not in said:
+                found.setdefault(metric, []).append(record["round"])
+    return found
 
 
 def by_round(records: list[Record]) -> dict[int, dict[str, list[Record]]]:

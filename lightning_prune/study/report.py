@@ -33,11 +33,11 @@ from lightning_prune.study.figures import (
     AgainstParameter,
     ByParameter,
     Figure,
-    finite,
     label_of,
     panels,
 )
-from lightning_prune.study.records import Record, by_round, kinds_of, plain_kind, write
+from lightning_prune.study.parameters import spelled
+from lightning_prune.study.records import Record, by_round, finite, kinds_of, plain_kind, write
 from lightning_prune.study.run_folders import Run, Runs, failure, load
 from lightning_prune.study.statistics import interval, paired_by_round
 
@@ -122,11 +122,11 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
-    """A row for each kind and round: how many seeds, and the mean of each metric with its 95 % interval."""
+    """A row for each kind and round: how many runs, and the mean of each metric with its 95 % interval."""
     rows: list[dict[str, Cell]] = []
     for round, by_kind in sorted(by_round(runs.records).items()):
         for kind, its in by_kind.items():
-            row: dict[str, Cell] = {"kind": label_of(kind), "round": round, "seeds": len(its)}
+            row: dict[str, Cell] = {"kind": label_of(kind), "round": round, "n": len(its)}
             row["weights left"] = f"{fmean(r['alive'] / r['total'] for r in its):.2%}"
             for metric, label in metrics.items():
                 values = [v for r in its if isfinite(v := r["metrics"].get(metric, nan))]
@@ -147,7 +147,8 @@ def listed(runs: Runs) -> list[dict[str, Cell]]:
         last = run.records[-1] if run.records else None
         metrics = last["metrics"] if last else {}
         value = metrics.get(metric)
-        row: dict[str, Cell] = {"kind": plain_kind(run.kind), **run.parameters, "seed": run.seed}
+        parameters = {key: spelled(given) for key, given in run.parameters.items()}
+        row: dict[str, Cell] = {"kind": plain_kind(run.kind), **parameters, "seed": run.seed}
         row["state"] = run.state
         row["rounds trained"] = len({r["round"] for r in run.records})
         row["weights left"] = f"{last['alive'] / last['total']:.2%}" if last else None
@@ -166,7 +167,7 @@ def made(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     same = {k: v for k, v in (there[0] if there else {}).items() if all(c.get(k, ...) == v for c in there)}
     details = []
     for run, config in zip(runs, configs, strict=True):
-        own = {k: v for k, v in config.items() if k not in same}
+        own = {k: spelled(v) for k, v in config.items() if k not in same}
         name = run.folder.name if run.folder else f"{run.kind}-{run.seed}"
         details.append(
             {"name": name, "state": run.state, "made": run.made, "config": own, "error": failure(run)}
@@ -227,10 +228,11 @@ def page(
         runs=runs,
         states=states,
         seeds=len({run.seed for run in runs.runs}),
+        over=runs.over,
         kinds=[label_of(k) for k in kinds_of(runs.records)],
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         verdicts=[asdict(v) for v in verdicts],
-        covered=covered(seeds(runs)),
+        covered=covered(runs.seeds),
         families=FAMILIES,
         figures=figures,
         rounds=rounds(runs, metrics),
@@ -314,7 +316,7 @@ def judged(runs: Runs) -> list[Verdict]:
 
 
 def about(runs: Runs) -> str:
-    """Of what a figure is: the experiment, and how many seeds each kind has."""
+    """Of what a figure is: the experiment, and how many runs of each kind a mean is of."""
     return f"{runs.name}, n = {_seeds_of_each(runs)}"
 
 
@@ -324,16 +326,9 @@ def _seeds_of_each(runs: Runs) -> str:
         kinds_of(runs.records) if any(map(runs.of, kinds_of(runs.records))) else [r.kind for r in runs.runs]
     )
     n = sorted({len({run.seed for run in runs.of(kind)}) for kind in kinds} - {0})
-    return f"{n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} seed{'s' if n[-1] > 1 else ''}"
-
-
-def seeds(runs: Runs) -> list[tuple[Any, Any]]:
-    """Of each run the seed of its initialization and that of its data order."""
-    return [
-        (its.get("seed", run.seed), its.get("order_seed", its.get("seed", run.seed)))
-        for run in runs.runs
-        for its in (run.config,)
-    ]
+    if n[-1] == 1:
+        return "1 seed"
+    return f"{n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} {runs.over}"
 
 
 def sources_of_variation(runs: Runs, metric: str) -> list[list[str]]:
@@ -343,7 +338,7 @@ def sources_of_variation(runs: Runs, metric: str) -> list[list[str]]:
     there are several of both.
     """
     found: dict[str, dict[tuple[Any, Any], float]] = {}
-    for run, key in zip(runs.runs, seeds(runs), strict=True):
+    for run, key in zip(runs.runs, runs.seeds, strict=True):
         if run.records and isfinite(value := run.records[-1]["metrics"].get(metric, nan)):
             found.setdefault(run.kind, {})[key] = value
     rows = [["kind", "over initializations", "over orders of the data"]]
@@ -362,7 +357,7 @@ def sources_of_variation(runs: Runs, metric: str) -> list[list[str]]:
 def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
     """The report in Markdown: tables and claims."""
     each = _seeds_of_each(runs)
-    parts = [f"# {runs.name}\n"]
+    parts = [f"# {runs.name}\n", *(f"{words}\n" for words in runs.idle)]
     for metric, label in tables(runs).items():
         spread = "" if each == "1 seed" else f", mean over {each} (lowest to highest)"
         parts += [f"{label[0].upper()}{label[1:]}{spread}:\n", markdown(table(runs.records, metric))]
@@ -383,7 +378,7 @@ def text(runs: Runs, verdicts: Sequence[Verdict]) -> str:
         rows = [["claim", "source", "verdict", "mean [95 % interval]"]]
         parts += [
             "## Claims\n",
-            f"{covered(seeds(runs))} {FAMILIES}\n",
+            f"{covered(runs.seeds)} {FAMILIES}\n",
             markdown(rows + [[v.claim, v.source, v.verdict, v.numbers] for v in verdicts]),
         ]
     return "\n".join(parts)
@@ -410,6 +405,8 @@ def say(runs: Runs, verdicts: Sequence[Verdict], written: Sequence[Path]) -> Non
     console.print(printed)
     for v in verdicts:
         console.print(f"[bold]{v.verdict}[/bold]: {v.claim} ({v.source}): {v.numbers}", highlight=False)
+    for words in runs.idle:
+        console.print(words, highlight=False)
     for file, numbers in runs.broken.items():
         where = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
         console.print(

@@ -32,7 +32,9 @@ from lightning_prune.study.locks import locked, sync
 from lightning_prune.study.names import FREE, GROWTH, variant
 from lightning_prune.study.objective import objective
 from lightning_prune.study.plan import Plan
-from lightning_prune.study.provenance import changed_since, provenance, sources
+from lightning_prune.study.provenance import changed_since, made_of, provenance
+from lightning_prune.study.reading import unread
+from lightning_prune.study.records import lost, read
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def state_of(cfg: DictConfig) -> str:
         return "new"
     there = plain(load(folder / "config.yaml"), _APART)
     if changed := sorted(k for k in {**there, **config} if there.get(k) != config.get(k)):
-        shown = "; ".join(f"{k}: {there.get(k)} there, {config.get(k)} now" for k in changed[:5])
+        shown = "; ".join(f"{k}: {there.get(k)!r} there, {config.get(k)!r} now" for k in changed[:5])
         raise ValueError(
             f"{os.path.relpath(folder)} holds a run of another config ({shown}). "
             "A folder is allowed one run. Set runs=<another folder> or name=<another name>, or delete "
@@ -145,12 +147,12 @@ def check(cfg: DictConfig) -> None:
             f"kind={cfg.kind}: {cfg.name} is no training in rounds, and has no such runs. Allowed is "
             f"kind={','.join(cfg.kinds)}; give that, or another experiment=."
         )
-    option = HydraConfig.get().runtime.choices.get("growth") if HydraConfig.initialized() else cfg.kind
-    growth, names = cfg.get("growth"), (cfg.kind, cfg.kind.partition("-")[0])  # rigl-5x is RigL for longer
-    if growth and (cfg.pruner != growth or option not in names):
+    option = HydraConfig.get().runtime.choices.get("growth") if HydraConfig.initialized() else cfg.grows
+    growth = cfg.get("growth")
+    if growth and (cfg.pruner != growth or option != cfg.grows):
         raise ValueError(
-            f"growth={option}: kind={cfg.kind} is not what such a run is recorded under. Allowed is the kind "
-            f"of the same name. Leave growth out, and give kind=rigl for RigL."
+            f"growth={option}: kind={cfg.kind} is made by {cfg.grows or 'no growth'}, and its runs are "
+            "recorded under that name: no other is allowed. Leave growth out, and give kind=rigl for RigL."
         )
     if not growth and (idle := [key for key in GROWTH if cfg.get(key) is not None]):
         raise ValueError(
@@ -198,14 +200,17 @@ def named(node: Any) -> str | None:
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
+    idle = unread(cfg)
     check(cfg)
     state = state_of(cfg)
     if state == "failed":
         log.info("%s failed before and is started anew.", os.path.relpath(folder))
         _clear(folder)
     write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    code = sources(plain(cfg))
-    changed = ", ".join(changed_since(folder, code))
+    for key in idle:
+        log.warning("%s: nothing of this run reads it, so that it has no effect. Leave it out.", key)
+    of = made_of(cfg)
+    changed = ", ".join(changed_since(folder, of))
     if state == "finished":
         log.info("%s is finished already; delete it to run it again.", os.path.relpath(folder))
         if changed:
@@ -220,12 +225,15 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         )
     _run_first(cfg)
     torch.set_num_threads(cfg.threads)
-    write(folder / "run.json", json.dumps({**provenance(), "sources": code}, indent=1) + "\n")
+    write(folder / "run.json", json.dumps({**provenance(), "sources": of}, indent=1) + "\n")
     try:
         instantiate(cfg.run)(cfg, folder)
     except Exception:
         write(folder / "FAILED", traceback.format_exc())
         raise
+    for metric, rounds in lost(read(folder / "records.jsonl")[0]).items():
+        where = f"round{'s' if len(rounds) > 1 else ''} {', '.join(map(str, rounds))}"
+        log.warning("%s: %s is no finite number in %s.", os.path.relpath(folder), metric, where)
     for path in folder.glob("*"):
         if path.is_file():
             sync(path)
@@ -275,12 +283,13 @@ def plan(cfg: DictConfig) -> None:
             "hydra/sweeper: this sweeper chooses each run by what those before it gave, so no plan can list "
             "them. Leave --multirun out to see what one of them costs."
         )
+    idle = unread(cfg)
     try:
         check(cfg)
         state = state_of(cfg)
     except ValueError as error:
         state = f"refused: {error}"
-    _PLANNED.add(cfg, folder_of(cfg), state)
+    _PLANNED.add(cfg, folder_of(cfg), state, idle)
 
 
 def dry_run(arguments: list[str]) -> None:

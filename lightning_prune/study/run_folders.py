@@ -15,7 +15,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.study.configs import flattened, left_of, renamed
 from lightning_prune.study.configs import load as load_config
 from lightning_prune.study.names import FREE
-from lightning_prune.study.parameters import values, varying
+from lightning_prune.study.parameters import spelled, values, varying
 from lightning_prune.study.records import SEPARATOR, Record, plain_kind, read
 from lightning_prune.study.round_masks import masks_of
 
@@ -76,6 +76,7 @@ class Runs:
         config: of the experiment: that of its first run.
         broken: {file: numbers of its lines that are no records}.
         measured: rows of `measured.jsonl`: what networks with the masks of these runs cost.
+        idle: which parameters tell runs apart that have the same records, in words.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Runs:
     config: Any
     broken: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     measured: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    idle: list[str] = field(default_factory=list[str])
 
     @cached_property
     def records(self) -> list[Record]:
@@ -92,6 +94,21 @@ class Runs:
     def of(self, kind: str) -> list[Run]:
         """The runs of a kind that have records."""
         return [run for run in self.runs if run.kind == kind and run.records]
+
+    @cached_property
+    def seeds(self) -> list[tuple[Any, Any]]:
+        """Of each run the seed of its initialization and that of its data order."""
+        return [_pair(run) for run in self.runs]
+
+    @property
+    def over(self) -> str:
+        """What the means are taken over, as far as the seeds of the runs differ."""
+        initializations, orders = ({pair[i] for pair in self.seeds} for i in (0, 1))
+        if len(set(self.seeds)) == 1 or all(a == b for a, b in self.seeds):
+            return "seeds"
+        if len(initializations) == 1:
+            return "data orders of one seed"
+        return "seeds with one data order" if len(orders) == 1 else "pairs of seed and data order"
 
     @property
     def groups(self) -> dict[str, list[Run]]:
@@ -108,7 +125,7 @@ def worded(parameters: Mapping[str, Any]) -> str:
     >>> worded({"optimizer.lr": 0.001, "batch_size": 60})
     'optimizer.lr=0.001, batch_size=60'
     """
-    return ", ".join(f"{key}={value}" for key, value in parameters.items())
+    return ", ".join(f"{key}={spelled(value)}" for key, value in parameters.items())
 
 
 def labelled(kind: str, parameters: Mapping[str, Any]) -> str:
@@ -151,7 +168,7 @@ def load(*places: Path | str) -> Runs:
     config: Any = load_config(first / "config.yaml")
     measured = [json.loads(line) for folder in folders for line in _lines(folder / "measured.jsonl")]
     names = dict.fromkeys(run.config.get("name", config.name) for run in runs)
-    return Runs(", ".join(names), runs, config, broken, measured)
+    return Runs(", ".join(names), runs, config, broken, measured, idle(runs))
 
 
 def _why_none(places: Sequence[Path | str], folders: Sequence[Path], runs: Sequence[Run]) -> str:
@@ -184,7 +201,7 @@ def once(runs: Sequence[Run]) -> list[Run]:
     kept: dict[Any, Run] = {}
     for n, run in enumerate(runs):
         its = left_of(flattened(run.config), FREE)
-        same = (run.kind, run.seed, frozenset((k, str(v)) for k, v in its.items())) if its else n
+        same = (run.kind, run.seed, frozenset((k, repr(v)) for k, v in its.items())) if its else n
         other = kept.setdefault(same, run)
         if other is run:
             continue
@@ -201,6 +218,34 @@ def orders(runs: Sequence[Run]) -> None:
     for run in runs:
         run.seed = f"{run.seed}, order {run.config.get('order_seed', run.seed)}"
         run.records = [{**record, "seed": run.seed} for record in run.records]
+
+
+def idle(runs: Sequence[Run]) -> list[str]:
+    """Which parameters change nothing, in words: they tell runs apart whose records are the same."""
+    same: dict[tuple[Any, ...], dict[str, None]] = {}
+    for run in runs:
+        if run.parameters and run.records:
+            without = ("kind", "parameters", "seconds")
+            numbers = [{k: v for k, v in record.items() if k not in without} for record in run.records]
+            key = (plain_kind(run.kind), str(run.seed), json.dumps(numbers, sort_keys=True))
+            same.setdefault(key, {})[worded(run.parameters)] = None
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (kind, seed, _), words in same.items():
+        if len(words) > 1:
+            found.setdefault((kind, tuple(words)), []).append(seed)
+    return [
+        f"{kind}, seed {'; '.join(seeds)}: {' and '.join(words)} gave the same records. What these differ in "
+        "has no effect on this kind of run: see whether anything reads it."
+        for (kind, words), seeds in found.items()
+    ]
+
+
+def _pair(run: Run) -> tuple[Any, Any]:
+    """The seed of a run's initialization, and that of its data order."""
+    its, seed = run.config, str(run.seed).partition(", order ")
+    if not its and seed[1]:  # records alone, as `orders` has named them
+        return seed[0], seed[2]
+    return its.get("seed", run.seed), its.get("order_seed", its.get("seed", run.seed))
 
 
 def _matching(place: Path | str) -> list[Path]:

@@ -19,7 +19,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.rewind import Snapshot
 from lightning_prune.study.configs import load, plain
 from lightning_prune.study.names import FREE
-from lightning_prune.study.provenance import changed_since, sources
+from lightning_prune.study.provenance import changed_since, made_of
 from lightning_prune.study.records import Record, read, write
 from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.training import fit
@@ -121,7 +121,7 @@ def finished_masks(cfg: DictConfig) -> Mapping[int, Masks]:
 
     Raises:
         FileNotFoundError: when there is no finished run, or its masks are missing.
-        ValueError: when the code that its config names has changed since.
+        ValueError: when the data, or the code that its config names, have changed since.
     """
     folder = _folder(cfg)
     if not (folder / "final.ckpt").is_file():
@@ -154,7 +154,7 @@ def _check_config(cfg: DictConfig) -> None:
 
 
 def _check_sources(cfg: DictConfig, folder: Path) -> None:
-    changed = changed_since(folder, sources(plain(cfg)))
+    changed = changed_since(folder, made_of(cfg))
     if own := [name for name in changed if name not in _FRAMEWORKS]:
         raise ValueError(
             f"ticket={cfg.ticket}: {', '.join(own)} has changed since it was made. A control must differ "
