@@ -5,6 +5,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -367,6 +369,58 @@ def test_a_sweep_runs_with_every_launcher(launcher, package, jobs, tmp_path):
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="there is no Slurm here")
 def test_a_sweep_runs_on_slurm(tmp_path):
     launched("slurm", tmp_path)
+
+
+STAND_IN = {  # for Slurm: each job of an array is started at once, on this machine
+    "sbatch": """
+cp "$1" "$STAND_IN/submitted"
+for i in 0 1; do
+  SLURM_JOB_ID=7$i SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$i SLURM_JOB_NAME=sweep SLURM_NTASKS=1 \\
+    SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 bash "$1" > "$STAND_IN/$i" 2>&1 &
+done
+echo Submitted batch job 7
+""",
+    "srun": """
+while case "$1" in --unbuffered) shift;; --*) shift 2;; *) false;; esac; do :; done
+exec "$@"
+""",
+    "sacct": "echo 'JobID|State|NodeList'",
+}
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="there is Slurm here")
+def test_a_sweep_is_handed_to_slurm_as_one_array_whose_jobs_are_the_runs(tmp_path):
+    if find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        pytest.skip("hydra-submitit-launcher is not installed")
+    for name, text in STAND_IN.items():
+        (tmp_path / name).write_text("#!/bin/bash\n" + text)
+        (tmp_path / name).chmod(0o755)
+    code = "from lightning_prune.study.command import main; main()"
+    short = ["experiment=mnist1d", "rounds=1", "steps_per_round=40", "evaluate_every=20", "progress=false"]
+    sweep = ["--multirun", *short, "seed=1,2", "hydra/launcher=slurm", "hydra.launcher.partition=short"]
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "STAND_IN": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code, "run", *sweep],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr + "".join(p.read_text() for p in tmp_path.glob("[01]"))
+    assert set(results(tmp_path / "runs")) == {"ticket-1", "ticket-2"}
+    asked = re.findall(r"^#SBATCH --(.*)$", (tmp_path / "submitted").read_text(), re.MULTILINE)
+    expected = {
+        "array=0-1%2",
+        "cpus-per-task=1",
+        "job-name=mnist1d",
+        "mem=8GB",
+        "partition=short",
+        "time=240",
+    }
+    assert expected <= set(asked)
 
 
 @pytest.mark.parametrize(
