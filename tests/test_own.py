@@ -4,12 +4,14 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from lightning_prune.study import command as commands
 from lightning_prune.study import provenance, report
 from lightning_prune.study import run as entry
 from lightning_prune.study.configs import CONF
@@ -147,26 +151,42 @@ def test_the_entry_returns_the_objective_also_of_a_run_that_is_finished(own):
 
 def test_modules_in_the_folder_of_the_command_are_found_and_what_is_missing_is_named(tmp_path):
     shutil.copytree(EXAMPLE, tmp_path / "own")
-    its = ["run", "--config-dir", str(tmp_path / "own" / "conf"), "experiment=own", *SHORT]
+    its = ["run", "experiment=own", "--config-dir", str(tmp_path / "own" / "conf"), *SHORT]  # flags anywhere
     found = command(tmp_path / "own", *its, PYTHONPATH=str(ROOT))
     assert found.returncode == 0, found.stderr
+    (records,) = tmp_path.glob("own/runs/own/ticket-1,*/records.jsonl")
+    assert [r["round"] for r in read(records)[0]] == [0, 1]
     found = command(tmp_path, *its, PYTHONPATH=str(ROOT))
     assert found.returncode == 1
     assert "batches of own, kind=ticket: Error loading 'own_module.Waves'" in found.stderr
     assert "Give the command in the folder of that module, or PYTHONPATH=<that folder>." in found.stderr
 
 
-def test_a_way_to_grow_under_another_name_is_refused(tmp_path):
-    found = command(tmp_path, "run", "experiment=mnist1d", "kind=rigl", "growth=set", *SHORT)
-    assert found.returncode == 1
-    assert "growth=set: kind=rigl is made by rigl, and its runs are recorded under that name" in found.stderr
-
-
-def test_the_command_takes_a_config_dir_wherever_it_stands(tmp_path):
-    found = command(tmp_path, "run", "experiment=own", "--config-dir", str(EXAMPLE / "conf"), *SHORT)
-    assert found.returncode == 0, found.stderr
-    (records,) = tmp_path.glob("runs/own/ticket-1,*/records.jsonl")
-    assert [r["round"] for r in read(records)[0]] == [0, 1]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["kind=rigl"], None),
+        (["kind=rigl-5x"], None),
+        (["kind=static-uniform"], None),
+        (["kind=rigl", "growth=set"], "growth=set: kind=rigl is made by rigl, and its runs are recorded"),
+        (
+            ["kind=static-5x", "growth=static-uniform"],
+            "growth=static-uniform: kind=static-5x is made by static,",
+        ),
+        (["kind=ticket", "growth=rigl"], "growth=rigl: kind=ticket is made by no growth"),
+    ],
+)
+def test_a_kind_says_how_it_grows_and_another_way_under_that_name_is_refused(given, message):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", ["experiment=mnist1d", *given])
+        HydraConfig.instance().set_config(
+            compose("config", ["experiment=mnist1d", *given], return_hydra_config=True)
+        )
+    try:
+        with pytest.raises(ValueError, match=re.escape(message)) if message else nullcontext():
+            entry.check(cfg)
+    finally:
+        HydraConfig.instance().cfg = None
 
 
 def test_a_plan_finds_the_configs_that_a_run_finds_and_does_not_guess_what_a_sweeper_will_choose(tmp_path):
@@ -182,11 +202,30 @@ def test_a_plan_finds_the_configs_that_a_run_finds_and_does_not_guess_what_a_swe
         assert "hydra/sweeper: this sweeper chooses each run by what those before it gave" in found.stderr
 
 
-def test_unknown_commands_are_refused_and_help_is_printed(tmp_path):
-    assert "usage: lightning-prune" in command(tmp_path, "--help").stdout
-    wrong = command(tmp_path, "train")
-    assert wrong.returncode == 2
-    assert "train: there is no such command" in wrong.stdout
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        ([], 0, "usage: lightning-prune COMMAND"),
+        (["--help"], 0, "usage: lightning-prune COMMAND"),
+        (["train"], 2, "train: there is no such command"),
+    ],
+)
+def test_unknown_commands_are_refused_and_help_is_printed(given, code, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-prune", *given])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code == code
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("module", "does"), [("run", "run.command"), ("report", "report.main")])
+def test_in_a_clone_modules_of_these_names_do_the_same(module, does, monkeypatch):
+    given = []
+    monkeypatch.setattr(sys, "argv", ["-m", "a", "b"])
+    monkeypatch.setattr(f"lightning_prune.study.{does}", lambda arguments=None: given.append(arguments))
+    runpy.run_module(f"experiments.{module}", run_name="__main__")
+    assert given in ([["a", "b"]], [None])  # None: those of the command line
 
 
 @pytest.mark.skipif(
