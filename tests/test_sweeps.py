@@ -64,14 +64,26 @@ def results(folder):
 # ------------------------------------------------------------------------------------- killed, and failed
 
 
+def begun(folder, output, *arguments):
+    """A sweep that has just come to its first run: however long Python takes to start, kills hit runs."""
+    before = output.read_text().count("Launching") if output.is_file() else 0
+    process = multirun(output, folder, *arguments)
+    while process.exitcode is None and (
+        not output.is_file() or output.read_text().count("Launching") == before
+    ):
+        time.sleep(0.01)
+    return process
+
+
 def killed_and_restarted(tmp_path, arguments, kills, seed):
-    finished(multirun(tmp_path / "log", tmp_path / "straight", *arguments), tmp_path / "log")
+    process, began = begun(tmp_path / "straight", tmp_path / "log", *arguments), time.monotonic()
+    finished(process, tmp_path / "log")
+    whole = time.monotonic() - began
     expected = results(tmp_path / "straight")
-    moments, killed = random.Random(seed), 0
-    began = time.monotonic()
+    moments, killed, interrupted = random.Random(seed), 0, 0
     while killed < kills:
-        process = multirun(tmp_path / "log", tmp_path / "runs", *arguments)
-        process.join(moments.uniform(0, 6))
+        process = begun(tmp_path / "runs", tmp_path / "log", *arguments)
+        process.join(moments.uniform(0, 2 * whole / kills))  # so that the kills are spread over all runs
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
@@ -80,9 +92,12 @@ def killed_and_restarted(tmp_path, arguments, kills, seed):
             break
         assert process.exitcode == -signal.SIGKILL
         killed += 1
+        configs = (tmp_path / "runs").glob("*/*/config.yaml")
+        interrupted += any(not (path.parent / "DONE").is_file() for path in configs)
     assert killed
-    finished(multirun(tmp_path / "log", tmp_path / "runs", *arguments), tmp_path / "log")
-    print(f"{killed} kills in {time.monotonic() - began:.0f} s")
+    assert interrupted  # in the middle of a run
+    finished(begun(tmp_path / "runs", tmp_path / "log", *arguments), tmp_path / "log")
+    print(f"{killed} kills, {interrupted} of them in the middle of a run")
     assert results(tmp_path / "runs") == expected
     return expected
 
