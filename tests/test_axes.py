@@ -232,7 +232,7 @@ def test_a_kind_whose_masks_grow_is_one_round_of_its_sparsity(kind, tmp_path, im
         (["seed=abc"], r"seed='?abc'?: allowed are whole numbers from 0 on"),
         (["batch_size=0"], r"batch_size=0: allowed are whole numbers from 1 on"),
         (["steps_per_round=0.5"], r"steps_per_round=0\.5: allowed are whole numbers from 1 on"),
-        (["growth=set"], r"growth=.*: kind=ticket is not .* recorded under\. .* give kind=rigl"),
+        (["growth=set"], r"growth=.*: kind=ticket is made by no growth, .* give kind=rigl"),
         (["kind=rigl", "criterion=movement"], r"criterion=.*movement: kind=rigl is made by no criterion"),
         (["kind=rigl", "rewind=weights"], r"rewind=.*: kind=rigl is made by no rewind"),
         (["sparsity=0.8"], r"sparsity=0\.8: kind=ticket prunes.* Leave it out, or give kind=rigl"),
