@@ -127,9 +127,15 @@ def source(package: str) -> str | None:
     path = Path(spec.origin)
     installed = {"site-packages", "dist-packages"} & {*path.parts}
     if installed and package != "lightning_prune":
-        return ", ".join(version(name) for name in packages_distributions().get(package, ()))
+        return ", ".join(version(name) for name in _distributions().get(package, ()))
     files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
     return _digest((str(f.relative_to(path.parent)).encode(), f.read_bytes()) for f in files)
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Which distributions installed packages come from: all of them are read for it, which takes seconds."""
+    return packages_distributions()
 
 
 def content(batches: Any, config: Mapping[str, Any]) -> str:
