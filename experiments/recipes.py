@@ -1,13 +1,17 @@
-"""The recipes of `docs/recipes.md`, on MNIST-1D: what each way to a sparse network comes to.
+"""The recipes of `docs/recipes.md`, on MNIST-1D and MNIST: what each way to a sparse network comes to.
 
 `python -m experiments.recipes [--seeds N] [NAME...]` trains the recipes of these names, or all, with N seeds.
-It writes `experiments/results/recipes/records.jsonl` and prints the tables of the page.
+It writes `experiments/results/recipes/records.jsonl` and prints the tables of the page. MNIST is in the
+folder that `--data` names, or is downloaded into it.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from time import process_time
 from typing import Any
 
 import torch
@@ -17,8 +21,9 @@ from torch.nn.functional import cross_entropy
 
 import lightning_prune as lp
 from lightning_prune.deploy.summary import multiply_adds
-from lightning_prune.study.data import Batches, Pair, Splits, mnist1d
-from lightning_prune.study.models import ResidualMLP
+from lightning_prune.deploy.timing import alternated, ratio
+from lightning_prune.study.data import Batches, Pair, Splits, mnist, mnist1d
+from lightning_prune.study.models import LeNet, ResidualMLP
 from lightning_prune.study.records import SEPARATOR, Record, read, write
 from lightning_prune.study.statistics import interval
 
@@ -38,6 +43,7 @@ class Recipe:
         rate: the highest learning rate of one cycle, of Adam.
         before: what happens to the network before the fit: called with it, the data and the epochs.
         data: makes the data of the fit.
+        latency: whether to measure how many times as fast as the full-size network it has become.
     """
 
     network: Callable[[], nn.Module]
@@ -47,6 +53,7 @@ class Recipe:
     rate: float = 1e-2
     before: Callable[[nn.Module, Splits, int], None] = lambda network, splits, epochs: None
     data: Callable[[], Splits] = mnist1d
+    latency: bool = False
 
 
 class Task(LightningModule):
@@ -88,7 +95,7 @@ def fit(
     return task.net
 
 
-# --------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------ networks and data
 
 
 def convolutional() -> nn.Module:
@@ -97,6 +104,15 @@ def convolutional() -> nn.Module:
     for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 2)):
         layers += [nn.Conv1d(before, after, 5, stride, 2, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+_folder = ["data"]  # that holds MNIST
+
+
+def some_of_mnist() -> Splits:
+    """4,000 training images of MNIST, as many as MNIST-1D has, and all for tests."""
+    splits = mnist(_folder[0])
+    return Splits((splits.train[0][:4000], splits.train[1][:4000]), splits.val, splits.test)
 
 
 class Encoder(nn.Module):
@@ -151,9 +167,8 @@ def channels(**how: Any) -> Callbacks:
     """Half of the channels go at once, and the others train on through another cycle of learning rates."""
 
     def callbacks(rounds: int, epochs: int) -> list[Callback]:
-        half = lp.schedules.OneShot(0.5)
         pruner = lp.StructuredChannelPruning(
-            half, rounds=1, every_n_epochs=epochs, remove="each_round", **how
+            lp.schedules.OneShot(0.5), rounds=1, every_n_epochs=epochs, remove="each_round", **how
         )
         return [pruner, lp.LotteryTicketRewind(policy=lp.rewind.learning_rate)]
 
@@ -237,6 +252,16 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         ),
         "gradual": Recipe(Encoder, rate=3e-3, callbacks=gradual),
     },
+    "mnist": {
+        "dense": Recipe(LeNet, dense, rate=3e-3, data=some_of_mnist),
+        "rewound to initialization, all weights ranked together": Recipe(
+            LeNet, rewound(), rate=3e-3, data=some_of_mnist
+        ),
+        "learning rates rewound": Recipe(
+            LeNet, rewound(lp.rewind.learning_rate), rate=3e-3, data=some_of_mnist
+        ),
+        "gradual": Recipe(LeNet, gradual, rate=3e-3, data=some_of_mnist),
+    },
     "frozen": {
         "dense": Recipe(convolutional, dense, rounds=0, before=pretrained()),
         "magnitude, all weights ranked together": Recipe(
@@ -256,9 +281,11 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         ),
     },
     "channels": {
-        "dense": Recipe(convolutional, dense, rounds=1),
-        "L1 norm, every layer alike": Recipe(convolutional, channels(), rounds=1),
-        "random channels": Recipe(convolutional, channels(criterion=lp.filters.RandomChannels()), rounds=1),
+        "dense": Recipe(convolutional, dense, rounds=1, latency=True),
+        "L1 norm, every layer alike": Recipe(convolutional, channels(), rounds=1, latency=True),
+        "random channels": Recipe(
+            convolutional, channels(criterion=lp.filters.RandomChannels()), rounds=1, latency=True
+        ),
     },
     "zeros": {
         "dense network, no masks": Recipe(ResidualMLP, dense, rounds=0, before=dense_already),
@@ -272,6 +299,7 @@ def train(name: str, way: str, recipe: Recipe, seed: int) -> Record:
     """Follow a recipe. The record says what is left of the weights of the full-size network."""
     seed_everything(seed, verbose=False)
     network, splits = recipe.network(), recipe.data()
+    full = deepcopy(network).eval()
     total = sum(p.numel() for p in network.parameters() if p.dim() > 1)
     recipe.before(network, splits, recipe.epochs)
     callbacks = recipe.callbacks(recipe.rounds, recipe.epochs)
@@ -280,6 +308,9 @@ def train(name: str, way: str, recipe: Recipe, seed: int) -> Record:
     x, y = splits.test
     with torch.inference_mode():
         right = float((trained(x).argmax(1) == y).float().mean())
+    metrics: dict[str, float] = {"test_acc": right, "multiply_adds": multiply_adds(trained, x[:1])[""]}
+    if recipe.latency:
+        metrics["times_as_fast"] = times_as_fast(trained, full, x[:128])
     return {
         "kind": f"{name}{SEPARATOR}{way}",
         "seed": seed,
@@ -287,18 +318,45 @@ def train(name: str, way: str, recipe: Recipe, seed: int) -> Record:
         "sparsity": 1 - alive / total,
         "alive": alive,
         "total": total,
-        "metrics": {"test_acc": right, "multiply_adds": multiply_adds(trained, x[:1])[""]},
+        "metrics": metrics,
     }
 
 
+@torch.inference_mode()
+def times_as_fast(network: nn.Module, full: nn.Module, batch: Tensor) -> float:
+    """The latency of the full-size network over that of this one: alternated runs, the fastest tenth of them.
+
+    In CPU time of one thread, which other jobs of a machine disturb least.
+    """
+
+    def work(net: nn.Module) -> Callable[[], float]:
+        def spent() -> float:
+            start = process_time()
+            net(batch)
+            return process_time() - start
+
+        return spent
+
+    times = alternated({"full": work(full), "own": work(network)}, at_least=2.0, warm_up=3)
+    return ratio(times["full"], times["own"]).value
+
+
 def table(records: Sequence[Record], name: str) -> str:
-    """Test accuracy in percent, mean over seeds and its 95 % interval, of each way of a recipe."""
-    lines = ["| way | weights left | multiply-adds | test accuracy |", "|---|---|---|---|"]
+    """Test accuracy in percent, mean over seeds and its 95 % interval, of each way of a recipe.
+
+    Where latency was measured, how many times as fast the network became: the median of the seeds.
+    """
+    measured = any(recipe.latency for recipe in RECIPES[name].values())
+    lines = [
+        f"| way | weights left | multiply-adds |{' times as fast |' if measured else ''} test accuracy |",
+        "|---|---|---|---|" + "---|" * measured,
+    ]
     for way in RECIPES[name]:
         found = [r for r in records if r["kind"] == f"{name}{SEPARATOR}{way}"]
         low, mean, high = interval([100 * r["metrics"]["test_acc"] for r in found])
         left, count = found[0]["alive"] / found[0]["total"], found[0]["metrics"]["multiply_adds"]
-        lines.append(f"| {way} | {left:.0%} | {count:,} | {mean:.1f} [{low:.1f}, {high:.1f}] |")
+        fast = f" {median(r['metrics']['times_as_fast'] for r in found):.1f} |" if measured else ""
+        lines.append(f"| {way} | {left:.0%} | {count:,} |{fast} {mean:.1f} [{low:.1f}, {high:.1f}] |")
     return "\n".join(lines)
 
 
@@ -307,7 +365,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RECIPES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default=_folder[0], help="the folder of MNIST")
     given = parser.parse_args()
+    _folder[0] = given.data
     torch.set_num_threads(1)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for name in given.names or RECIPES:

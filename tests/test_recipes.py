@@ -7,14 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import recipes, trial
+from experiments import language, recipes, trial
 from lightning_prune.study.data import Splits
 from lightning_prune.study.records import read
 
 ROOT = Path(__file__).parents[1]
 WAYS = [(name, way) for name, ways in recipes.RECIPES.items() for way in ways]
 RECORDS = read(recipes.RESULTS)[0]
-LEFT = {"mlp": 0.1, "cnn": 0.1, "transformer": 0.14, "frozen": 0.3, "channels": 0.25, "zeros": 0.1}
+LEFT = {
+    "mlp": 0.1,
+    "mnist": 0.1,
+    "cnn": 0.1,
+    "transformer": 0.14,
+    "frozen": 0.3,
+    "channels": 0.25,
+    "zeros": 0.1,
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*isinstance.treespec, LeafSpec.*")
 
@@ -29,7 +37,8 @@ def splits(*shape, examples=64):
 @pytest.mark.parametrize(("name", "way"), WAYS)
 def test_a_recipe_trains_two_tiny_rounds_to_the_sparsity_that_its_page_says(name, way):
     recipe = recipes.RECIPES[name][way]
-    tiny = replace(recipe, rounds=min(recipe.rounds, 2), epochs=2, data=lambda: splits(40))
+    shape = (28, 28) if name == "mnist" else (40,)
+    tiny = replace(recipe, rounds=min(recipe.rounds, 2), epochs=2, data=lambda: splits(*shape), latency=False)
     record = recipes.train(name, way, tiny, seed=1)
     left = record["alive"] / record["total"]
     if way == "dense" or "no masks" in way:
@@ -42,6 +51,22 @@ def test_a_recipe_trains_two_tiny_rounds_to_the_sparsity_that_its_page_says(name
 def test_the_page_of_recipes_has_the_numbers_of_the_records(name):
     assert recipes.table(RECORDS, name) in (ROOT / "docs" / "recipes.md").read_text()
     assert all(len([r for r in RECORDS if r["kind"].endswith(f" · {way}")]) >= 3 for _, way in WAYS)
+
+
+def test_the_page_of_recipes_has_the_perplexities_of_the_records():
+    records = read(language.RESULTS)[0]
+    assert language.table(records) in (ROOT / "docs" / "recipes.md").read_text()
+    assert {r["seed"] for r in records} == {1, 2, 3}
+    for way in language.WAYS:
+        found = [r for r in records if r["kind"] == way]
+        assert len(found) == (1 if way in language.WITHOUT_DATA else 3)
+        left = [r["alive"] / r["total"] for r in found]
+        assert left == pytest.approx([1.0 if way == "dense" else 0.5] * len(found), abs=1e-3)
+
+
+def test_times_as_fast_is_the_ratio_of_two_latencies():
+    slow = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(40)))
+    assert recipes.times_as_fast(slow[:1], slow, torch.randn(64, 256)) > 3
 
 
 @pytest.mark.parametrize("kind", ["round", "fit"])

@@ -114,7 +114,7 @@ def _is_record(record: Any) -> TypeGuard[Record]:
     if not isinstance(record, dict):
         return False
     types = {"round": int, "kind": str, "metrics": dict, "alive": int, "total": int}
-    if not all(isinstance(record.get(key), its) for key, its in types.items()):
+    if not all(isinstance(record.get(key), wanted) for key, wanted in types.items()):
         return False
     numbers = all(isinstance(value, (int, float, NoneType)) for value in record["metrics"].values())
     return numbers and 0 <= record["alive"] <= record["total"] and record["total"] > 0
