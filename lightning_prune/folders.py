@@ -18,13 +18,13 @@ from torch import Tensor
 
 from lightning_prune.shards import evenly, is_sharded
 
-_REST = "meta.pt"  # Lightning's name
+REST = "meta.pt"  # Lightning's name
 _APART = "set apart as"  # the only key of what stands for a tensor that was set apart
 
 
 def is_folder(path: str | Path) -> bool:
     """Whether a checkpoint is such a folder, and whole."""
-    return Path(path, _REST).is_file()
+    return Path(path, REST).is_file()
 
 
 def set_apart(state: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -92,7 +92,7 @@ def whole(folder: str | Path, weights_only: bool | None = True) -> dict[str, Any
         folder: of the checkpoint.
         weights_only: as in `torch.load`, of what is not sharded.
     """
-    rest: dict[str, Any] = torch.load(Path(folder, _REST), map_location="cpu", weights_only=weights_only)
+    rest: dict[str, Any] = torch.load(Path(folder, REST), map_location="cpu", weights_only=weights_only)
     contents = _contents(folder)
     values: dict[str, Any] = {
         key: None if value is None else torch.empty_like(value, device="cpu")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -612,6 +612,31 @@ ENDS = ("masks", "weights", "optimizers", "seen", "round", "sparsity", "history"
 def tickets(world, rank, folder):
     """Weights and masks of one process, and of shards of the same training."""
     return {"alone": fit(None, 1), **{way: fit(way, world) for way in LIGHTNING[world]}}
+
+
+@run
+def tickets_of_gradients(world, rank, folder):
+    """Whose criterion runs the training step, on two batches of each process."""
+    pruning = {"criterion": lp.criteria.snip, "score_batches": 2, "allocate": per_output}
+    ways = {way: fit(way, world, pruning=pruning) for way in LIGHTNING[world]}
+    return {"alone": fit(None, 1, pruning=pruning), **ways}
+
+
+@run
+def refused_fits(world, rank, folder):
+    """What Lightning averages, and a folder that a kill left without its end."""
+    averages = {"averages": EMAWeightAveraging(), "swa": StochasticWeightAveraging(0.1)}
+    words = {n: said(lambda c=c: fit("fsdp", world, others=(c,))) for n, c in averages.items()}
+    torn, whole_one = folder / "torn" / "step=9.ckpt", folder / "torn" / "step=8.ckpt"
+    for path in (torn, whole_one):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "__0_0.distcp").touch()
+    (whole_one / "meta.pt").touch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        words["torn"] = said(lambda: fit("fsdp", world, folder / "torn", ckpt_path=torn, save=True))
+    words["warned"] = [str(w.message) for w in caught if "meta.pt" in str(w.message)]
+    return words
 
 
 @run

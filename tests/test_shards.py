@@ -22,9 +22,11 @@ from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_
 
 FAST = [
     *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
-    *("stored", "drawn", "driven", "documented"),
+    *("stored", "drawn", "driven", "refused_fits", "tickets_of_gradients", "documented"),
 ]
-SLOW = [name for name in RUNS if name not in ("cases", "driven", "documented", "resumed_from_two")]
+SLOW = [
+    name for name in RUNS if name not in ("cases", "driven", "documented", "refused_fits", "resumed_from_two")
+]
 
 
 def ran(world, folder, names):
@@ -128,6 +130,15 @@ def test_what_shards_cannot_do_is_refused_by_name(what, two):
         assert rank["unchanged"] is True
 
 
+def test_fits_that_shards_cannot_do_are_refused_by_name(two):
+    for rank in two["refused_fits"]:
+        assert "EMAWeightAveraging keeps a copy of the module" in rank["averages"]
+        assert "StochasticWeightAveraging keeps a copy of the module" in rank["swa"]
+        assert "step=9.ckpt' does not point to a valid checkpoint" in rank["torn"]  # says Lightning
+    (warning,) = two["refused_fits"][0]["warned"]
+    assert re.search("step=9.ckpt has no meta.pt.*Remove it. The newest whole one is .*step=8.ckpt", warning)
+
+
 def test_no_process_waits_for_one_that_failed(two):
     first, last = two["refused"]
     assert last["one_fails"] == "OSError: no space left"
@@ -161,6 +172,10 @@ def check_tickets(of_ranks):
 
 def test_a_lottery_ticket_on_shards_is_that_of_one_process(two):
     check_tickets(two["tickets"])
+
+
+def test_a_lottery_ticket_by_gradients_on_shards_is_that_of_one_process(two):
+    check_tickets(two["tickets_of_gradients"])
 
 
 def check_resumed(of_ranks):
@@ -314,6 +329,7 @@ def test_shards_of_two_and_of_four_processes(many):
     check_cases(many["many_driven"], 84)
     check_held(many)
     check_tickets(many["tickets"])
+    check_tickets(many["tickets_of_gradients"])
     check_resumed(many["resumed"])
     check_resumed(many["resumed_folders"])
     assert not any(any(rank.values()) for rank in many["settings"])
