@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TESTS ?=
+JOBS ?= 2
 RUN := $(VENV)/bin/python -m
+# Tests of one file stay in one process; each of the JOBS processes computes with one thread.
+PARALLEL := --numprocesses $(JOBS) --dist loadfile
 EXTRAS := experiments,vision,storage,channels,parquet,launchers,sweepers,loggers
 # The extras and the dependency groups of pyproject.toml that a target needs; the file $(VENV)/<name> says that they are installed.
 $(VENV)/demo: NEEDS := --editable ".[experiments]"
@@ -22,10 +25,10 @@ demo: $(VENV)/demo  ## a lottery ticket on MNIST-1D, with its controls: table, r
 	$(RUN) experiments.report runs/mnist1d
 
 test: $(VENV)/test  ## the test suite that runs at every push; TESTS= are the files or options of pytest
-	$(RUN) pytest $(TESTS)
+	$(RUN) pytest $(PARALLEL) $(TESTS)
 
 test-slow: $(VENV)/test  ## all of it, long sweeps too
-	$(RUN) pytest -m "slow or not slow"
+	$(RUN) pytest $(PARALLEL) -m "slow or not slow"
 
 test-oldest: oldest.txt  ## the test suite with the oldest versions that pyproject.toml allows
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=oldest.txt

@@ -10,6 +10,7 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune.masks import alive
 from lightning_prune.schedules import Geometric, OneShot
+from tests.naming import in_words
 from tests.networks import Net, fitter, same
 
 
@@ -81,7 +82,7 @@ def test_rates_outside_0_and_1(rate):
         ({"schedule": 0.5}, r"schedule: 0.5 is given; allowed are callables"),
         ({"schedule": {"*": 0.5}}, r"schedule: 0.5 is given; allowed are callables"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_arguments_of_the_pruning_callback(options, message):
     with pytest.raises(ValueError, match=message):
@@ -126,7 +127,7 @@ def test_a_to_step_that_is_no_step(to_step):
         ),
         ({"schedule": {}}, "schedule"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_patterns_that_match_nothing(options, message):
     refused(message, pruning(**options), lp.LotteryTicketRewind())
@@ -260,7 +261,7 @@ def test_a_second_fit_with_another_model():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 1}, {"every_n_train_steps": 2}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 1}, {"every_n_train_steps": 2}], ids=in_words)
 def test_weights_that_are_not_finite_at_a_pruning(clock, value):
     class Diverge(Callback):
         def on_train_batch_end(self, trainer, model, *_):

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler as sched
 import lightning_prune as lp
 from lightning_prune.masks import alive, pack
 from lightning_prune.schedules import Geometric
+from tests.naming import in_words
 from tests.networks import Gan, Manual, Net, Watch, dead_are_zero, fitter, same
 
 
@@ -129,7 +130,7 @@ def second_fit(new_trainer, clock):
 
 @pytest.mark.parametrize("new_trainer", [False, True])
 @pytest.mark.parametrize(
-    "clock", [{"every_n_epochs": 1}, {"every_n_epochs": 2}, {"every_n_train_steps": 4}], ids=str
+    "clock", [{"every_n_epochs": 1}, {"every_n_epochs": 2}, {"every_n_train_steps": 4}], ids=in_words
 )
 def test_a_second_fit_goes_on_from_the_round_and_masks_of_the_first(clock, new_trainer):
     rounds, masks, first = second_fit(new_trainer, clock)
@@ -248,7 +249,7 @@ def test_the_sparsity_may_reach_max_sparsity():
     assert pruner.sparsity == 0.75
 
 
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 1}, {"every_n_train_steps": 3}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 1}, {"every_n_train_steps": 3}], ids=in_words)
 def test_the_fit_ends_after_a_round_whose_metric_fell_below_its_threshold(clock):
     pruner = pruning(rounds=9, stop_below={"scripted": 5.0}, **clock)
     model = Scripted([9, 8, 5, 4.9, 9, 9, 9, 9, 9])
@@ -347,7 +348,7 @@ def test_two_pruning_callbacks_divide_a_model(tmp_path):
         ({"every_n_epochs": 1}, {"limit_train_batches": 2}, 2),
         ({"every_n_train_steps": 5}, {}, 5),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_the_length_of_a_round_is_known_when_optimizers_are_configured(options, trainer, expected):
     pruner, seen = pruning(**options), []

@@ -11,6 +11,7 @@ from lightning_prune import doctor
 from lightning_prune.allocation import AtLeast, global_rank
 from lightning_prune.masks import alive
 from lightning_prune.schedules import Explicit, OneShot
+from tests.naming import in_words
 from tests.networks import Net, fitter, same, sgd
 
 
@@ -158,7 +159,7 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_masks(tmp_path):
 # ------------------------------------------------------------------------------------------------ the doctor
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=in_words)
 def test_dead_weights_are_counted_wherever_they_are_and_whatever_they_hold(dtype):
     mask = torch.rand(3, 1 << 17) < 0.5  # more than what is looked at together
     mask[0, 0] = mask[2, 5] = mask[2, -1] = False

@@ -12,6 +12,7 @@ from lightning_prune.allocation import AtLeast, PerLayer, uniform
 from lightning_prune.criteria import GraSP
 from lightning_prune.granularity import NM, Block, Filter
 from lightning_prune.schedules import Explicit, Geometric, OneShot, Threshold, TopK
+from tests.naming import in_words
 from tests.networks import Net, fitter, same
 
 
@@ -120,7 +121,7 @@ def half_a_mask(scores):
         ({"schedule": lambda round: torch.zeros(2)}, "is given as a sparsity; allowed are numbers"),
         ({"schedule": lambda round: round / 2}, "gives sparsity 1.0 in round 2"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_wrong_argument_is_named_before_the_first_step(options, message):
     refused(message, **options)
@@ -143,7 +144,9 @@ def test_a_wrong_value_is_named_where_it_is_given(make, message):
         make()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, torch.uint8], ids=in_words
+)
 def test_weights_of_a_type_that_cannot_be_trained_are_refused_by_name(dtype):
     model = Net()
     model.body.weight = nn.Parameter(model.body.weight.detach().to(dtype), requires_grad=False)
@@ -177,7 +180,7 @@ def test_weights_of_a_type_that_cannot_be_trained_are_refused_by_name(dtype):
         ({"schedule": OneShot(0.95), "granularity": Filter()}, "schedule: in round 1 it leaves layers empty"),
         ({"schedule": OneShot(0.997), "allocate": uniform}, "schedule: in round 1 it leaves layers empty"),
     ],
-    ids=str,
+    ids=in_words,
 )
 @pytest.mark.filterwarnings("ignore:granularity")
 def test_a_budget_below_one_weight_a_layer_is_refused_before_the_first_step(options, message):
@@ -208,7 +211,7 @@ def test_the_largest_minimum_that_fits_holds_in_a_fit():
     assert [int(m.sum()) for m in pruner.masks.values()] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("schedule", [TopK(150), Threshold(1e9)], ids=str)
+@pytest.mark.parametrize("schedule", [TopK(150), Threshold(1e9)], ids=in_words)
 def test_a_schedule_that_reads_scores_ends_the_fit_where_it_would_leave_nothing(schedule):
     pruner = lp.IterativeMagnitudePruning(schedule, rounds=9)
     fitter(pruner, epochs=10).fit(Net())
@@ -265,7 +268,7 @@ def test_a_criterion_that_runs_the_model_is_tried_before_the_first_step(criterio
     refused(message, model(), criterion=criterion)
 
 
-@pytest.mark.parametrize("criterion", [lp.criteria.taylor, lp.criteria.snip, lp.criteria.wanda], ids=str)
+@pytest.mark.parametrize("criterion", [lp.criteria.taylor, lp.criteria.snip, lp.criteria.wanda], ids=in_words)
 def test_trying_a_criterion_disturbs_nothing(criterion):
     """A fit that prunes once trains its dense round to the same bits as one that prunes by magnitude."""
 
@@ -288,7 +291,7 @@ def test_trying_a_criterion_disturbs_nothing(criterion):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [(OneShot(0.5), [1, 3]), (Explicit([0.5]), [3]), (Explicit([0.5, 0.6]), [3, 3])],
-    ids=str,
+    ids=in_words,
 )
 def test_a_criterion_is_tried_on_one_batch_and_not_where_it_prunes_at_once(schedule, expected):
     seen = []

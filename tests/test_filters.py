@@ -14,6 +14,7 @@ from lightning_prune import allocation, criteria, filters, prune_channels
 from lightning_prune.structured import discover, speed, targets
 from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
+from tests.naming import in_words
 from tests.networks import same
 from tests.test_channels import IMAGE, Residual, randomized
 
@@ -194,7 +195,7 @@ def of_wrong_shape(params, channels):
         ({"allocate": lambda scores, total: dict.fromkeys(scores, 1)}, r"were asked for"),
         ({"example_input": None}, r"its channels cannot be traced"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_bad_arguments_are_refused_by_name_and_change_nothing(options, message):
     model = Residual()

@@ -13,6 +13,7 @@ import lightning_prune as lp
 from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.masks import alive
 from lightning_prune.schedules import Geometric
+from tests.naming import in_words
 from tests.networks import Net, dead_are_zero, fitter, same, sgd
 
 
@@ -179,7 +180,7 @@ def test_a_resumed_run_prunes_the_weights_that_it_pruned_before(unfrozen, tmp_pa
         ({"copy.*": "body.*"}, "no parameter is such a copy"),
         ({"net.*": "net.*"}, "no parameter is such a copy"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_pattern_that_leads_nowhere_is_refused(follow, message):
     with pytest.raises(ValueError, match=message):

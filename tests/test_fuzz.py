@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_prune.study.records import read
 from lightning_prune.study.run import run
 from lightning_prune.study.tasks import Classification
+from tests.naming import in_words
 from tests.test_experiments import config, lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
@@ -64,13 +65,13 @@ def refused(key, value, others, folder, monkeypatch):
         assert path.name != "records.jsonl" or read(path) == ([], 0)
 
 
-@pytest.mark.parametrize(("key", "value", "others"), SAMPLE, ids=str)
+@pytest.mark.parametrize(("key", "value", "others"), SAMPLE, ids=in_words)
 def test_a_bad_value_is_refused_before_training(key, value, others, tmp_path, monkeypatch):
     refused(key, value, others, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("key", "value", "others"), CASES, ids=str)
+@pytest.mark.parametrize(("key", "value", "others"), CASES, ids=in_words)
 def test_every_bad_value_is_refused_before_training(key, value, others, tmp_path, monkeypatch):
     refused(key, value, others, tmp_path, monkeypatch)
 

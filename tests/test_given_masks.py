@@ -9,6 +9,7 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune.masks import alive
 from lightning_prune.schedules import Bucket, Explicit, OneShot, Threshold, TopK
+from tests.naming import in_words
 from tests.networks import bits_of, dead_are_zero, same, samples, sgd
 
 
@@ -33,7 +34,7 @@ AXES = [
 ]
 
 
-@pytest.mark.parametrize("axes", AXES, ids=str)
+@pytest.mark.parametrize("axes", AXES, ids=in_words)
 def test_the_dead_stay_dead_and_count(axes):
     model = network()
     first = lp.prune(model, 0.5, **axes)
@@ -45,7 +46,7 @@ def test_the_dead_stay_dead_and_count(axes):
     assert dead_are_zero(dict(model.named_parameters()), second)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, OneShot(0.2)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, OneShot(0.2)], ids=in_words)
 def test_a_sparsity_below_that_of_the_masks_changes_no_mask(sparsity):
     model = network()
     first = lp.prune(model, 0.5)
@@ -175,7 +176,7 @@ def test_a_wrapper_that_changed_the_names_is_named_on_either_side(wrap, prefix):
     lp.apply_masks(wrapped, of_wrapper)  # by the wrapper's own names
 
 
-@pytest.mark.parametrize("schedule", [TopK(108), TopK(999), Threshold(1e9), Bucket(1e9)], ids=str)
+@pytest.mark.parametrize("schedule", [TopK(108), TopK(999), Threshold(1e9), Bucket(1e9)], ids=in_words)
 def test_a_schedule_that_would_leave_nothing_is_refused_and_nothing_is_changed(schedule):
     model = network()
     before = deepcopy(dict(model.state_dict()))

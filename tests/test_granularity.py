@@ -20,6 +20,7 @@ from lightning_prune.layers import Layout, layouts
 from lightning_prune.pruning import next_masks
 from lightning_prune.selection import DEAD
 from tests import reference_methods as oracle
+from tests.naming import in_words
 
 SHAPES = [(6, 8), (5, 10), (4, 6, 3, 3), (3, 9, 5), (2, 3)]
 
@@ -28,7 +29,7 @@ def model():
     return nn.ModuleList([nn.Linear(10, 7), nn.Conv2d(8, 6, 3), nn.Conv1d(5, 4, 3), nn.Linear(3, 2)])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=in_words)
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 8)])
 def test_nm_keeps_n_of_every_m_and_the_remainder(n, m, shape):
     scores = torch.randint(0, 5, shape).float()  # many ties
@@ -39,7 +40,7 @@ def test_nm_keeps_n_of_every_m_and_the_remainder(n, m, shape):
 
 
 @pytest.mark.parametrize(
-    "allocate", [global_rank, uniform, erk, lamp, class_distributed, AtLeast(3)], ids=str
+    "allocate", [global_rank, uniform, erk, lamp, class_distributed, AtLeast(3)], ids=in_words
 )
 @pytest.mark.parametrize("sparsity", [0.1, 0.5])
 def test_nm_is_exact_under_every_allocation(allocate, sparsity):
@@ -204,7 +205,7 @@ def test_blocks_keep_to_outputs_and_inputs_that_lie_together(plain):
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 2, experts=True), Layout(2, 1, experts=True)], ids=["oi", "io"])
-@pytest.mark.parametrize("granularity", [NM(2, 4), Block(2, 4), Filter(0), Filter(1)], ids=str)
+@pytest.mark.parametrize("granularity", [NM(2, 4), Block(2, 4), Filter(0), Filter(1)], ids=in_words)
 def test_each_expert_is_a_matrix_of_its_own(granularity, layout):
     weight = torch.rand(3, 5, 8)
     given = weight if layout.outputs == 1 else weight.mT
@@ -219,7 +220,7 @@ def test_each_expert_is_a_matrix_of_its_own(granularity, layout):
 
 
 @pytest.mark.filterwarnings("ignore:.*finds no unit")
-@pytest.mark.parametrize("granularity", [single, Kernel(), Block(1, 2), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("granularity", [single, Kernel(), Block(1, 2), NM(2, 4)], ids=in_words)
 def test_per_output_keeps_the_same_of_every_output_that_the_layer_computes(plain, granularity):
     weight, layout, pairs = plain
     params, masks = {"w": weight}, {"w": torch.ones_like(weight, dtype=torch.bool)}
@@ -233,7 +234,7 @@ def test_per_output_keeps_the_same_of_every_output_that_the_layer_computes(plain
     assert int(alive.max() - alive.min()) <= {Kernel(): kernel, Block(1, 2): 3}.get(granularity, 1)
 
 
-@pytest.mark.parametrize("allocate", [per_output, EvenOutputs(of=erk)], ids=str)
+@pytest.mark.parametrize("allocate", [per_output, EvenOutputs(of=erk)], ids=in_words)
 def test_even_outputs_of_whole_outputs_are_refused(allocate):
     with pytest.raises(ValueError, match="units of weight are whole outputs or whole inputs"):
         lp.prune(nn.Linear(4, 4), 0.5, allocate=allocate, granularity=Filter())
@@ -304,7 +305,9 @@ def test_outputs_of_the_last_layer_are_pruned_with_a_warning():
     lp.prune(net, 0.6, granularity=Block())
 
 
-@pytest.mark.parametrize("granularity", [single, Block(2, 2), Kernel(), Filter(0), Filter(1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "granularity", [single, Block(2, 2), Kernel(), Filter(0), Filter(1, 2)], ids=in_words
+)
 @pytest.mark.parametrize("allocate", [global_rank, uniform, lamp], ids=["global", "uniform", "lamp"])
 def test_the_budget_of_units_is_met_exactly(granularity, allocate):
     net = model()

@@ -19,6 +19,7 @@ from lightning_prune.granularity import NM, Block
 from lightning_prune.layers import Layout, layouts
 from lightning_prune.masks import alive, unpack
 from lightning_prune.pruning import next_masks
+from tests.naming import in_words
 from tests.networks import Net, dead_are_zero, fitter, same, state
 
 SGD = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)  # noqa: E731
@@ -305,7 +306,7 @@ def test_structured_masks_and_weights_equal_the_papers_steps_over_fifty_updates(
         assert all(growth.fits(pattern, m, Layout()) for m in masks.values())
 
 
-@pytest.mark.parametrize("grow", [criteria.gradient, criteria.Random(), criteria.momentum], ids=str)
+@pytest.mark.parametrize("grow", [criteria.gradient, criteria.Random(), criteria.momentum], ids=in_words)
 @pytest.mark.parametrize("make", [SGD, lambda p: torch.optim.Adam(p, 0.01)])
 def test_the_number_alive_is_constant_in_each_layer_and_what_grows_starts_at_zero(grow, make):
     counts, fresh = set(), []
@@ -371,7 +372,7 @@ def test_masks_stay_from_until_on():
     assert pruner.round == 2  # steps 2 and 4
 
 
-@pytest.mark.parametrize("grow", [criteria.gradient, criteria.Random(), criteria.momentum], ids=str)
+@pytest.mark.parametrize("grow", [criteria.gradient, criteria.Random(), criteria.momentum], ids=in_words)
 @pytest.mark.parametrize("at_epoch_end", [True, False])
 def test_resume_equals_straight_run(grow, at_epoch_end, tmp_path):
     def run(epochs, folder, ckpt_path=None):
@@ -489,7 +490,7 @@ def test_it_works_with_conv_layers_and_reads_its_masks_as_any_other():
     assert alive(growth.exchanged(masks, number, scores, scores)) == alive(masks)
 
 
-@pytest.mark.parametrize("pattern", [growth.FanIn(0.5), growth.FanIn(0), NM(1, 2)], ids=str)
+@pytest.mark.parametrize("pattern", [growth.FanIn(0.5), growth.FanIn(0), NM(1, 2)], ids=in_words)
 def test_patterns_are_those_of_outputs_and_inputs_wherever_a_layer_counts_them(pattern):
     """Groups of a convolution, a transposed one, and inputs that come first."""
     torch.manual_seed(0)
@@ -563,7 +564,9 @@ def test_a_network_that_diverged_is_not_exchanged_by_its_nans():
         fitter(dst(), epochs=4).fit(Diverges(SGD))
 
 
-@pytest.mark.parametrize("options", [{}, {"sparsity": schedules.Alternating(0.8), "fraction": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"sparsity": schedules.Alternating(0.8), "fraction": 0.0}], ids=in_words
+)
 def test_the_history_says_what_each_update_dropped_and_grew_and_how_much_was_explored(options, tmp_path):
     pruner, watch = dst(until_step=18, **options), Watch()
     saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)

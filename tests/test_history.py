@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import lightning_prune as lp
+from tests.naming import in_words
 from tests.networks import Net, fitter, loader, same, state
 
 BEST = {"filename": "{round:.0f}-{sparsity:.3f}", "monitor": "score", "mode": "max"}
@@ -65,7 +66,7 @@ def test_history_names_the_best_checkpoint_of_each_round(tmp_path):
         ({"round": True}, "round=True: allowed are whole numbers"),
         ({"round": 1, "sparsity": 0.5}, "allowed is one of them"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_round_that_was_not_has_no_best(asked, said, tmp_path):
     pruner = pruning()
@@ -172,7 +173,7 @@ def stopping(**options):
     return EarlyStopping("score", mode="max", patience=2, check_on_train_epoch_end=True, **options)
 
 
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 5}, {"every_n_train_steps": 15}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 5}, {"every_n_train_steps": 15}], ids=in_words)
 @pytest.mark.parametrize("rewind", [False, True])
 def test_patience_ends_a_round_and_in_the_last_round_the_fit(clock, rewind, tmp_path):
     pruner, stopper = pruning(**clock, end_round_on_early_stop=True), stopping()
@@ -223,7 +224,7 @@ def test_patience_that_ends_the_fit_is_said_in_the_table_too(tmp_path, caplog):
         ({"monitor": "score", "save_top_k": -1}, False),
         ({}, False),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_checkpoint_that_compares_networks_of_several_sparsities_is_spoken_of_once(
     how, mixes, tmp_path, caplog

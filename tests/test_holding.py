@@ -10,6 +10,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import lightning_prune as lp
 from lightning_prune.holding import ELEMENTWISE, Handle, check_fit, hold, mixes_weights
+from tests.naming import in_words
 from tests.networks import bits_of, dead_are_zero, same, samples
 
 OPTIMIZERS = {
@@ -202,7 +203,7 @@ def test_an_optimizer_forgets_what_it_knew_of_weights_as_they_die(name):
 
 
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf, -0.0, -1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=in_words)
 def test_dead_weights_are_plus_zero_after_a_step_whatever_they_were(odd, dtype):
     model = nn.Linear(4, 4, bias=False).to(dtype)
     masks = lp.prune(model, 0.5)
@@ -329,7 +330,7 @@ def test_a_hold_that_python_collects_while_another_optimizer_steps_does_not_dist
     later.remove()
 
 
-@pytest.mark.parametrize("given", [None, "SGD", [None], 3], ids=str)
+@pytest.mark.parametrize("given", [None, "SGD", [None], 3], ids=in_words)
 def test_what_is_no_optimizer_and_what_are_no_masks_is_refused_by_hold(given):
     model = nn.Linear(4, 4)
     masks = {"weight": torch.ones(4, 4, dtype=torch.bool)}

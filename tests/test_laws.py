@@ -15,6 +15,7 @@ import lightning_prune as lp
 from lightning_prune.allocation import global_rank, uniform
 from lightning_prune.masks import alive, unpack
 from lightning_prune.schedules import Geometric, OneShot
+from tests.naming import in_words
 from tests.networks import Gan, Manual, Net, Watch, dead_are_zero, fitter, loader, same, samples, sgd, state
 from tests.reference import global_selection, lottery_ticket, uniform_selection
 from tests.test_holding import OPTIMIZERS, OPTIONS, REFUSED, RUNNING
@@ -123,7 +124,7 @@ def test_dead_weights_stay_dead_under_every_optimizer(name):
         {"precision": "bf16-mixed", "gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
         {"val_check_interval": 1},
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_dead_weights_stay_dead_however_one_trains(options):
     class Typed(Net):  # data in the precision of the weights
@@ -404,7 +405,7 @@ def expected_after(early, masks, model):
     return early
 
 
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 5}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 5}], ids=in_words)
 @pytest.mark.parametrize("to_step", [0, 1, 4])
 @pytest.mark.parametrize("kind", ["sgd", "adam", "one cycle", "plateau", "manual", "accumulating"])
 def test_a_rewind_is_bit_exact_every_round(kind, to_step, clock):
@@ -476,7 +477,7 @@ def score(model):
 
 @pytest.mark.parametrize("at_epoch_end", [True, False])
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 6}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 6}], ids=in_words)
 def test_checkpoints_are_truthful(clock, first, at_epoch_end, tmp_path):
     """A file of each epoch, evaluated again, has the score it was saved with, and the masks of its round."""
     logged = {}
@@ -558,14 +559,14 @@ def results_in_order(clock, order, folder):
 ORDERS = list(itertools.permutations(range(4)))
 
 
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 5}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 5}], ids=in_words)
 def test_order_does_not_matter(clock, tmp_path):
     first, *others = [results_in_order(clock, order, tmp_path / str(order)) for order in ORDERS[::5]]
     assert all(same(other, first) for other in others)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 5}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 5}], ids=in_words)
 def test_no_order_matters(clock, tmp_path):
     first, *others = [results_in_order(clock, order, tmp_path / str(order)) for order in ORDERS]
     assert all(same(other, first) for other in others)

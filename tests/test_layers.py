@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations, parametrize
 import lightning_prune as lp
 from lightning_prune.layers import Layout, layouts, prunable
 from tests import reference_methods as oracle
+from tests.naming import in_words
 
 
 def reasons(model, **options):
@@ -349,7 +350,9 @@ def test_a_layer_that_multiplies_its_weight_from_factors_is_refused():
         prunable(nn.Sequential(Factors(), nn.Linear(4, 2)))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.complex64, torch.float8_e4m3fn], ids=in_words
+)
 def test_a_weight_that_cannot_be_trained_is_refused_by_name(dtype):
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[0].weight = nn.Parameter(torch.zeros(4, 4).to(dtype), requires_grad=False)
@@ -362,7 +365,7 @@ def test_a_weight_that_cannot_be_trained_is_refused_by_name(dtype):
     assert list(prunable(net, include=["1.*"])) == ["1.weight"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=in_words)
 def test_a_weight_of_a_floating_point_type_is_prunable(dtype):
     net = nn.Linear(4, 4).to(dtype)
     assert int(lp.prune(net, 0.5)["weight"].sum()) == 8

@@ -16,6 +16,7 @@ from lightning_prune.masks import alive
 from lightning_prune.selection import keep_top
 from lightning_prune.updates import LeastSquares
 from tests import reference_methods as oracle
+from tests.naming import in_words
 from tests.networks import same
 from tests.reference import per_output_selection, uniform_selection
 from tests.test_reaching import Residual, Stack
@@ -103,9 +104,9 @@ def test_sparsegpt_prunes_each_layer_on_what_the_pruned_ones_before_it_give():
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.77])
-@pytest.mark.parametrize("criterion", [criteria.wanda, criteria.ria, SparseGPT(block=4)], ids=str)
+@pytest.mark.parametrize("criterion", [criteria.wanda, criteria.ria, SparseGPT(block=4)], ids=in_words)
 @pytest.mark.parametrize(
-    "allocate", [None, allocation.uniform, allocation.erk, allocation.per_output, OWL(2, 0.1)], ids=str
+    "allocate", [None, allocation.uniform, allocation.erk, allocation.per_output, OWL(2, 0.1)], ids=in_words
 )
 def test_the_budget_is_met_exactly(criterion, allocate, sparsity):
     if isinstance(criterion, SparseGPT) and allocate is allocation.per_output:
@@ -120,7 +121,7 @@ def test_the_budget_is_met_exactly(criterion, allocate, sparsity):
         assert all(abs(int(m.sum()) - (1 - sparsity) * m.numel()) < 1 for m in masks.values())
 
 
-@pytest.mark.parametrize("criterion", [criteria.wanda, SparseGPT()], ids=str)
+@pytest.mark.parametrize("criterion", [criteria.wanda, SparseGPT()], ids=in_words)
 def test_n_of_m_holds_in_every_group(criterion):
     model, data = case()
     masks = lp.prune(model, 0.5, criterion, granularity=NM(2, 4), data=data, layer_by_layer=True)
@@ -134,7 +135,7 @@ def test_n_of_m_holds_in_every_group(criterion):
 @pytest.mark.parametrize(
     ("criterion", "pattern"),
     [(criteria.wanda, granularity.single), (SparseGPT(4), granularity.single), (SparseGPT(), NM(1, 2))],
-    ids=str,
+    ids=in_words,
 )
 def test_convolutions_groups_and_half_precision(criterion, pattern, update):
     torch.manual_seed(0)
@@ -210,8 +211,8 @@ def test_a_criterion_of_ones_own_and_mappings_as_batches():
     assert seen == [([f"{n}.weight"], [f"{n}.weight"], 3, 0.5) for n in ("one", "two")]
 
 
-@pytest.mark.parametrize("criterion", [criteria.wanda, SparseGPT(4)], ids=str)
-@pytest.mark.parametrize("pattern", [granularity.single, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("criterion", [criteria.wanda, SparseGPT(4)], ids=in_words)
+@pytest.mark.parametrize("pattern", [granularity.single, NM(2, 4)], ids=in_words)
 def test_the_dead_of_a_pruning_before_stay_dead_and_count(criterion, pattern):
     model, data = case(dtype=torch.float32)
     first = lp.prune(model, 0.3, criteria.Random(), granularity=granularity.single)

@@ -24,6 +24,7 @@ from lightning_prune.callbacks.strategies import check_optimizers
 from lightning_prune.masks import alive
 from lightning_prune.rewind import EarlyBird, Snapshot
 from lightning_prune.schedules import Bucket, Explicit, Geometric, Linear, Threshold, TopK
+from tests.naming import in_words
 from tests.networks import Net, dead_are_zero, fitter, same, sgd, state
 
 
@@ -294,7 +295,7 @@ def test_a_refused_checkpoint_leaves_the_callbacks_as_they_were(tmp_path):
     assert pruner.round == 2
 
 
-@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 7}], ids=str)
+@pytest.mark.parametrize("clock", [{"every_n_epochs": 2}, {"every_n_train_steps": 7}], ids=in_words)
 def test_a_round_that_failed_goes_on_for_as_long_as_was_left_of_it(clock):
     pruner, model = pruning(rounds=9, **clock), Net()
     diary = Diary(pruner)
@@ -411,7 +412,7 @@ def unknown(n):
             "room for 2 of",
         ),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_fit_without_room_for_all_prunings_says_so_at_the_start_and_once(options, trainer, message):
     class At(Callback):
@@ -437,7 +438,7 @@ def test_a_fit_without_room_for_all_prunings_says_so_at_the_start_and_once(optio
         ({"rounds": 4}, {"fast_dev_run": True}, Net),
         ({"rounds": 2}, {"epochs": 3}, lambda: unknown(3)),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_nothing_is_said_where_all_prunings_come_or_the_callback_ends_the_fit_itself(options, trainer, model):
     assert warned(lambda: fitter(pruning(**options), **trainer).fit(model())) == []
@@ -531,7 +532,7 @@ REWIND = {"to_step": 1}
         ({}, {"to_step": 0, "to_epoch": 1, "shorten": True}, "shorten=None there, shorten=True here"),
         ({}, {"same_batches": True, "to_step": 0}, "same_batches=False there, same_batches=True here"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_resumed_run_with_other_settings_is_refused_naming_both(pruner, rewind, message, tmp_path):
     path = checkpoint_of(tmp_path, pruning(**BASE), lp.LotteryTicketRewind(**REWIND))
@@ -558,7 +559,7 @@ def test_a_resumed_run_with_other_settings_is_refused_naming_both(pruner, rewind
             "schedule={1: .*: allowed are dicts",
         ),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_arguments_of_another_kind_are_refused_as_they_are_given(make, options, said):
     with pytest.raises(ValueError, match=said):
@@ -572,7 +573,7 @@ def test_a_policy_that_returns_no_snapshot_is_named(returned):
         fitter(pruning(rounds=1), rewind, epochs=2).fit(Net())
 
 
-@pytest.mark.parametrize("options", [{"sparsity": 0.0}, {"masks": "zeros"}], ids=str)
+@pytest.mark.parametrize("options", [{"sparsity": 0.0}, {"masks": "zeros"}], ids=in_words)
 def test_growth_of_a_dense_network_is_said_to_exchange_nothing(options):
     pruner = lp.DynamicSparseTraining(every_n_train_steps=2, **options)
     with pytest.warns(UserWarning, match="no weight is dead as training begins"):
@@ -594,7 +595,7 @@ def grows(**options):
         (grows, {}, {"allocate": lp.allocation.uniform}, "allocate=uniform.* begun with allocate=erk"),
         (grows, {"until": 0.5}, {"until": 0.9}, "until=0.9.* begun with until=0.5"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_what_only_the_beginning_of_a_fit_reads_is_said_to_have_no_effect_on_resume(
     make, before, here, said, tmp_path
@@ -651,7 +652,7 @@ def test_more_rounds_are_welcome_on_resume(tmp_path):
 # --- prunings that are not due, and rounds that change nothing ---
 
 
-@pytest.mark.parametrize("schedule", [TopK(20), Threshold(0.05), Bucket(0.5), Geometric(0.2)], ids=str)
+@pytest.mark.parametrize("schedule", [TopK(20), Threshold(0.05), Bucket(0.5), Geometric(0.2)], ids=in_words)
 @pytest.mark.parametrize("rewind", [False, True])
 def test_no_pruning_happens_that_is_not_due_and_history_has_one_row_a_round(schedule, rewind):
     pruner = pruning(schedule, rounds=2)
@@ -681,7 +682,7 @@ def test_a_schedule_above_zero_prunes_in_round_0_and_has_one_row_for_it():
         (Threshold(1e-9), 3, 0),
         (Threshold(0.02), 2, None),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_there_is_no_rewind_where_no_mask_changed(schedule, rounds, rewinds):
     class Restores(Callback):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.callbacks import _lightning, beside
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
+from tests.naming import in_words
 from tests.networks import Net, fitter, loader, same, samples
 
 
@@ -374,7 +375,7 @@ def test_what_writes_checkpoints_can_be_replaced():
         ({"epochs": 2, "accumulate_grad_batches": 2}, 2, 4),
         ({"epochs": 3, "limit_train_batches": 1}, 3, 3),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_the_end_of_a_fit_is_known_by_both_clocks(options, epochs, steps):
     ends = lambda t, m: (end_of_fit(t, Clock.EPOCHS), end_of_fit(t, Clock.STEPS))  # noqa: E731

@@ -6,6 +6,7 @@ import torch
 from lightning_prune import allocation
 from lightning_prune.masks import alive, bits, pack, unpack, zero_dead_
 from lightning_prune.selection import count_above, keep_top, threshold
+from tests.naming import in_words
 from tests.networks import bits_of, same
 from tests.reference import global_selection
 
@@ -41,7 +42,7 @@ def kinds(shape, generator):
 KINDS = list(kinds((1,), torch.Generator()))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=in_words)
 @pytest.mark.parametrize("kind", KINDS)
 def test_global_selection_equals_sorting(kind, dtype):
     generator = torch.Generator().manual_seed(KINDS.index(kind))
@@ -54,7 +55,7 @@ def test_global_selection_equals_sorting(kind, dtype):
         assert same(selected(scores, keep), global_selection(scores, keep)), keep
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=in_words)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_highest_are_kept_of_equals_the_first(kind, dtype):
     scores = (
@@ -117,7 +118,7 @@ def test_selection_over_several_chunks_equals_sorting():
         assert torch.equal(torch.cat(list(selected(scores, keep).values())), expected)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=in_words)
 @pytest.mark.parametrize(
     "kind", ["in the sample", "not in the sample", "tied", "two values", "sorted", "signed"]
 )
@@ -158,7 +159,7 @@ def test_more_or_fewer_than_there_are_cannot_be_kept(keep):
         threshold([torch.rand(4)], 0)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=in_words)
 def test_a_dead_weight_becomes_plus_zero_whatever_it_was(dtype):
     odd = torch.tensor([-1.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.0], dtype=dtype)
     x = torch.stack([odd, odd])

@@ -27,6 +27,7 @@ from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks, sparsities_of
 from tests import reference_methods as oracle
 from tests.modes import Noisy, Trace
+from tests.naming import in_words
 from tests.networks import Manual, fitter, same, samples, sgd
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -400,7 +401,7 @@ def test_a_criterion_that_reads_data_leaves_the_training_as_it_was():
     assert "log" not in vars(model)
 
 
-@pytest.mark.parametrize("criterion", [GraSP(), criteria.taylor, criteria.movement, SynFlow(5)], ids=str)
+@pytest.mark.parametrize("criterion", [GraSP(), criteria.taylor, criteria.movement, SynFlow(5)], ids=in_words)
 @pytest.mark.parametrize("until", [1, 2])
 def test_resume_equals_straight_run(criterion, until, tmp_path):
     def parts(epochs):
@@ -461,7 +462,7 @@ def test_gradual_pruning_follows_the_cubic_schedule():
 
 
 @pytest.mark.parametrize(
-    "schedule", [schedules.TopK(200), schedules.Bucket(1e6), schedules.Threshold(1e6)], ids=str
+    "schedule", [schedules.TopK(200), schedules.Bucket(1e6), schedules.Threshold(1e6)], ids=in_words
 )
 def test_the_fit_ends_before_a_schedule_would_leave_nothing(schedule, caplog):
     caplog.set_level(logging.INFO, "lightning_prune")

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler as sched
 import lightning_prune as lp
 from lightning_prune import rewind
 from lightning_prune.schedules import Geometric
+from tests.naming import in_words
 from tests.networks import Gan, Net, fitter, same
 from tests.test_lightning import At
 
@@ -87,7 +88,7 @@ ROUND = [
 
 
 @pytest.mark.filterwarnings("ignore:the fit has room for")
-@pytest.mark.parametrize(("rewinds", "options", "expected"), ROUND, ids=str)
+@pytest.mark.parametrize(("rewinds", "options", "expected"), ROUND, ids=in_words)
 def test_the_trainer_says_how_long_a_round_is_while_schedules_are_made_and_then_the_truth(
     rewinds, options, expected
 ):
@@ -97,7 +98,7 @@ def test_the_trainer_says_how_long_a_round_is_while_schedules_are_made_and_then_
 
 
 @pytest.mark.filterwarnings("ignore:the fit has room for")
-@pytest.mark.parametrize(("rewinds", "options", "expected"), ROUND, ids=str)
+@pytest.mark.parametrize(("rewinds", "options", "expected"), ROUND, ids=in_words)
 def test_setup_of_a_module_hears_of_a_round_too(rewinds, options, expected):
     at_setup, _, _ = asked(rewinds=rewinds, **options)
     mixed = "to_epoch" if "every" in options else "to_step"  # which no limit in epochs, or steps, can say
@@ -105,7 +106,7 @@ def test_setup_of_a_module_hears_of_a_round_too(rewinds, options, expected):
         assert at_setup[2] == expected[2]
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=in_words)
 def test_the_order_of_callbacks_does_not_matter_to_what_the_trainer_says(order):
     assert asked(order=(*order, 3)) == ((2, -1, 6), (2, -1, 6), (6, -1))
 
@@ -209,7 +210,7 @@ def fit_plain(make, interval, rewinds=None, length=None, **clock):
     return model.rates
 
 
-@pytest.mark.parametrize("rewinds", [{}, {"to_epoch": 1}], ids=str)
+@pytest.mark.parametrize("rewinds", [{}, {"to_epoch": 1}], ids=in_words)
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("name", TORCH)
 def test_a_module_made_for_plain_training_gets_a_schedule_of_one_round(name, interval, rewinds):
@@ -242,7 +243,7 @@ def test_a_schedule_made_for_the_whole_fit_gets_one_warning_whatever_the_class(n
     assert len([w for w in caught if "a round ends at" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize("rewinds", [{}, {"to_epoch": 1}, {"to_step": 7}], ids=str)
+@pytest.mark.parametrize("rewinds", [{}, {"to_epoch": 1}, {"to_step": 7}], ids=in_words)
 @pytest.mark.parametrize("name", ["OneCycleLR", "LambdaLR"])
 def test_a_resumed_run_has_the_schedules_of_a_straight_one(name, rewinds, tmp_path):
     def go(epochs, resume=None):

@@ -22,6 +22,7 @@ from lightning_prune import rewind
 from lightning_prune.masks import alive, unpack
 from lightning_prune.rewind import EarlyBird, Snapshot
 from lightning_prune.schedules import Geometric
+from tests.naming import in_words
 from tests.networks import Gan, Manual, Net, Watch, dead_are_zero, fitter, same, samples, sgd, state
 from tests.test_bad_input import Never
 
@@ -248,7 +249,7 @@ def test_ones_own_policy_is_a_function_of_snapshots():
         ({"to_step": 2, "every": 7}, [7, 5, 5]),
         ({"to_step": 2, "shorten": False, "every": 7}, [7, 7, 22]),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_round_after_a_rewind_ends_as_much_sooner_unless_told_otherwise(options, lengths):
     steps, _, _ = trained(**options)
@@ -572,7 +573,7 @@ def test_the_learning_rate_monitor_shows_the_rewound_rate(tmp_path):
         ({"same_batches": True, "to_step": 2}, r"same_batches=True: .* begin with an epoch \(of 3 steps\)"),
         ({"same_batches": True, "every": 7}, r"same_batches=True: .* begin with an epoch \(of 3 steps\)"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_bad_rewinds(options, message):
     with pytest.raises(ValueError, match=message):

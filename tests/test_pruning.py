@@ -15,6 +15,7 @@ from lightning_prune.masks import alive
 from lightning_prune.pruning import budget, next_masks, scheduled
 from lightning_prune.schedules import Geometric
 from tests.limited import in_a_process
+from tests.naming import in_words
 from tests.networks import Net, dead_are_zero, same
 from tests.reference import global_selection, per_output_selection, uniform_selection
 
@@ -138,7 +139,7 @@ def test_the_budget_is_met_exactly_whatever_the_ties(sparsity, allocate):
     [(global_rank, global_selection), (uniform, uniform_selection), (per_output, per_output_selection)],
 )
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, "mixed"], ids=str
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, "mixed"], ids=in_words
 )
 def test_masks_equal_the_oracle_round_after_round(allocate, oracle, dtype):
     generator = torch.Generator().manual_seed(5)
@@ -338,7 +339,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         ({"allocate": 3}, "allocate=3: allowed are functions, such as those of lightning_prune.allocation"),
         ({"granularity": lp.granularity.Block}, "granularity=Block: a class is given"),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_functions_are_checked_before_anything_is_pruned(options, said):
     layer = nn.Linear(4, 3)

@@ -21,6 +21,7 @@ import lightning_prune as lp
 from lightning_prune.study import figures, records, report, round_masks
 from lightning_prune.study.costs import measure
 from lightning_prune.study.run_folders import load
+from tests.naming import in_words
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"net.fc1.weight": (64, 49), "net.out.weight": (10, 64)}
@@ -763,7 +764,9 @@ def test_what_a_run_of_the_first_version_left_is_read(tmp_path):
     assert "## Claims" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*/config.yaml")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments" / "results").glob("*/config.yaml")), ids=in_words
+)
 def test_every_committed_result_is_read(path):
     runs = report.load(path.parent)
     assert runs.records

@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler as sched
 
 from lightning_prune.copies import copied
 from lightning_prune.rewind import Snapshot
+from tests.naming import in_words
 from tests.networks import Net, same, samples
 from tests.test_holding import OPTIMIZERS, OPTIONS, RUNNING
 
@@ -112,7 +113,7 @@ def test_the_state_of_every_optimizer_comes_back_and_training_repeats_itself(nam
         assert same(all_of(model, [optimizer]), first)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=in_words)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "RAdam", "ASGD", "Adamax", "Rprop", "RMSprop"])
 def test_optimizer_state_comes_back_in_its_own_precision(name, dtype):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)

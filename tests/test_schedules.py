@@ -11,6 +11,7 @@ import pytest
 import lightning_prune as lp
 from lightning_prune.masks import alive
 from lightning_prune.schedules import Cubic, Explicit, Geometric, Linear, OneCycle, OneShot
+from tests.naming import in_words
 from tests.networks import Net, fitter
 
 # weights left in percent: Frankle & Carbin (2019), Figure 4
@@ -86,7 +87,7 @@ CUT = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "rounds", "needed"), CUT, ids=str)
+@pytest.mark.parametrize(("schedule", "rounds", "needed"), CUT, ids=in_words)
 def test_a_schedule_that_goes_on_after_the_last_round_is_said_where_the_callback_is_made(
     schedule, rounds, needed
 ):
@@ -113,7 +114,7 @@ GIVEN = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "rounds", "said"), GIVEN, ids=str)
+@pytest.mark.parametrize(("schedule", "rounds", "said"), GIVEN, ids=in_words)
 def test_masks_that_are_sparser_than_the_first_rounds_say_which_prunings_take_nothing(schedule, rounds, said):
     masks = lp.prune(Net(), 0.8)
     pruner = lp.IterativeMagnitudePruning(schedule, rounds=rounds, masks=masks)
@@ -135,7 +136,7 @@ def test_masks_that_are_sparser_than_the_first_rounds_say_which_prunings_take_no
         lp.schedules.OneCycle(0.9, rounds=6, start=1),
         lp.schedules.Explicit([0.0, 0.5, 0.7]),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_a_schedule_changes_up_to_its_last_round_and_no_further(schedule):
     values = [schedule(round) for round in range(20)]

@@ -10,6 +10,7 @@ from lightning_prune import allocation
 from lightning_prune.layers import Layout
 from lightning_prune.selection import DEAD, keep_top_of_rows, select, threshold
 from lightning_prune.shards import Part
+from tests.naming import in_words
 from tests.networks import same
 from tests.reference import global_selection, uniform_selection
 
@@ -54,7 +55,7 @@ def test_counts_that_cannot_be_met_are_refused(counts):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("layout", [Layout(), Layout(1, 0), Layout(2, 1, experts=True)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(1, 0), Layout(2, 1, experts=True)], ids=in_words)
 def test_counts_per_output_equal_sorting_each_output(layout, seed):
     generator = torch.Generator().manual_seed(seed)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -174,7 +175,9 @@ def selected_by_ranks(scores, candidates, budget, allocate, parts):
     return {name: mask.view(scores[name].shape) for name, mask in masks.items()}, ranks.sent
 
 
-@pytest.mark.parametrize("allocate", [*ORACLES, allocation.AtLeast(2, of=allocation.global_rank)], ids=str)
+@pytest.mark.parametrize(
+    "allocate", [*ORACLES, allocation.AtLeast(2, of=allocation.global_rank)], ids=in_words
+)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(4))
 def test_ranks_that_hold_parts_select_what_one_process_does(allocate, ranks, seed):

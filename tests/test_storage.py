@@ -18,6 +18,7 @@ import lightning_prune as lp
 from experiments.benchmarks.size import limit
 from lightning_prune.deploy import pieces, storage
 from tests.limited import in_a_process
+from tests.naming import in_words
 from tests.networks import Net, fitter, loader
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -75,12 +76,12 @@ def pruned(sizes=(784, 300, 100, 10), sparsity=0.9):
 
 
 @pytest.mark.parametrize("density", [0, 0.01, 0.1, 0.2, 0.6, 0.95, 1])
-@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=in_words)
 def test_every_dtype_comes_back_bit_for_bit(dtype, density):
     round_trip({"x": of_bits(dtype, (37, 53), density)})
 
 
-@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=in_words)
 def test_scalars_and_empty_tensors_come_back(dtype):
     one = of_bits(dtype, (), 1)
     shapes = {"zero": torch.zeros((), dtype=dtype), "one": one, "empty": torch.empty(0, dtype=dtype)}
@@ -91,7 +92,7 @@ def test_an_empty_state_dict_comes_back():
     assert round_trip({}) == {}
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=in_words)
 def test_special_values_come_back(dtype):
     special = [
         0.0,
@@ -197,7 +198,7 @@ def test_gaps_equal_the_obvious_loop(density):
 
 
 @pytest.mark.parametrize("sparsity", [0.4, 0.8, 0.9, 0.98])
-@pytest.mark.parametrize("sizes", [(784, 300, 100, 10), (1024, 1024)], ids=str)
+@pytest.mark.parametrize("sizes", [(784, 300, 100, 10), (1024, 1024)], ids=in_words)
 def test_a_file_is_about_as_small_as_the_entropy_of_its_zeros_and_exponents(sparsity, sizes):
     given = pruned(sizes, sparsity)
     lp.save_sparse(given, "x")
@@ -205,7 +206,7 @@ def test_a_file_is_about_as_small_as_the_entropy_of_its_zeros_and_exponents(spar
         assert len(file.read()) <= 1.03 * limit(given)
 
 
-@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS + WHOLE + OTHERS, ids=in_words)
 def test_what_cannot_be_compressed_grows_by_next_to_nothing(dtype):
     x = of_bits(dtype, (100_000,), 1)
     lp.save_sparse({"x": x}, "x")

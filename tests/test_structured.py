@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 import lightning_prune as lp
 from lightning_prune.structured import discover, speed
+from tests.naming import in_words
 from tests.networks import Manual, Net, Watch, fitter, same, state
 from tests.test_surgery import OPTIMIZERS
 
@@ -180,7 +181,7 @@ def test_with_manual_optimization_and_rounds_of_steps(remove):
         ({"precision": "bf16-mixed"}, 1e-2),
         ({"gradient_clip_val": 0.1, "accumulate_grad_batches": 3, "precision": "bf16-mixed"}, 1e-2),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_masked_channels_train_as_if_they_were_cut(options, tolerance):
     """What is dead counts nothing, in a norm either: both ways train the same network."""

@@ -1,5 +1,7 @@
 """The callbacks are built from YAML alone: by their type hints (LightningCLI) and by `_target_` (Hydra)."""
 
+import inspect
+
 import pytest
 from hydra.utils import instantiate
 from jsonargparse import ArgumentParser
@@ -53,10 +55,36 @@ def check(pruner):
     assert pruner.every_n_train_steps == 5
 
 
+def given(callback):
+    """The arguments that a callback keeps, by name: those of its own and of what it inherits."""
+    names = {n for c in type(callback).__mro__ for n in inspect.signature(c.__init__).parameters}
+    return {name: value for name, value in vars(callback).items() if name in names}
+
+
+OTHERS = """
+callbacks:
+- class_path: lightning_prune.DynamicSparseTraining
+  init_args:
+    sparsity: {class_path: lightning_prune.schedules.Cubic, init_args: {sparsity: 0.9, rounds: 3}}
+    criterion: {class_path: lightning_prune.criteria.Random}
+    allocate: {class_path: lightning_prune.allocation.AtLeast, init_args: {n: 2}}
+    every_n_train_steps: 3
+- class_path: lightning_prune.StructuredChannelPruning
+  init_args:
+    schedule: {"*": {class_path: lightning_prune.schedules.OneShot, init_args: {sparsity: 0.4}}}
+    criterion: lightning_prune.filters.geometric_median
+"""
+
+
+def parser():
+    made = ArgumentParser(exit_on_error=False)
+    made.add_argument("--callbacks", type=list[Callback])
+    return made
+
+
 def by_hints(text):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--callbacks", type=list[Callback])
-    return parser.instantiate(parser.parse_string(text)).callbacks
+    made = parser()
+    return made.instantiate(made.parse_string(text)).callbacks
 
 
 def test_from_type_hints():
@@ -70,6 +98,14 @@ def test_from_type_hints():
 def test_from_type_hints_with_no_arguments():
     (pruner,) = by_hints("callbacks: [{class_path: lightning_prune.IterativeMagnitudePruning}]")
     assert pruner.schedule == lp.schedules.Geometric(0.2)
+
+
+@pytest.mark.parametrize("text", [BY_HINTS, OTHERS], ids=["pruning", "others"])
+def test_what_a_command_line_writes_down_reads_back_as_the_same(text):
+    written = parser().dump(parser().parse_string(text))
+    assert parser().dump(parser().parse_string(written)) == written
+    for first, again in zip(by_hints(text), by_hints(written), strict=True):
+        assert given(first) == given(again)
 
 
 def test_from_hydras_target():

@@ -115,7 +115,7 @@ class StructuredChannelPruning(MaskedTraining):
 
     def __init__(
         self,
-        schedule: Schedule | dict[str, Schedule] | None = None,
+        schedule: dict[str, Schedule] | Schedule | None = None,
         rounds: int = 1,
         every_n_epochs: int = 1,
         criterion: Criterion = criteria.magnitude,
