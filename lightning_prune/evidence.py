@@ -37,6 +37,7 @@ EVIDENCE = {
     "channels": "It scores coupled channels: StructuredChannelPruning has them.",
     "final": "The state in which a round ended: only policies of LotteryTicketRewind get it.",
     "faster": "Only StructuredChannelPruning and prune_channels measure how fast a network is.",
+    "stored": "Only StructuredChannelPruning and prune_channels know how many bytes a network takes.",
     "removed": "Only StructuredChannelPruning knows what a sparsity removes.",
     "together": "Ranks that hold parts of the tensors give it to allocations.",
 }

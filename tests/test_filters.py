@@ -115,6 +115,31 @@ def test_a_target_on_the_size_is_met_without_a_trainer(of):
         filters.Removed(0.4, "bytes")
 
 
+def stored(model):
+    """What `torch.save` writes of the tensors, without their names and places."""
+    return sum(t.nbytes for t in model.state_dict().values())
+
+
+def test_a_target_on_the_bytes_of_the_weights_is_met_without_a_trainer(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = randomized(Residual()).to(dtype), torch.randn(IMAGE, dtype=dtype)
+        full = stored(model)
+        prune_channels(model, filters.Smaller(0.6 * full), x)
+        assert 0.53 * full < stored(model) <= 0.6 * full
+        torch.save(model.state_dict(), tmp_path / "file")
+        assert 0 < (tmp_path / "file").stat().st_size - stored(model) < 400 * len(model.state_dict())
+        with pytest.raises(
+            ValueError, match=r"bytes: 1 are wanted in round 1, and without all .* are \d+; allowed"
+        ):
+            prune_channels(model, filters.Smaller(1), x)
+    before = deepcopy(model)
+    with pytest.warns(UserWarning, match="nothing goes of"):
+        prune_channels(model, filters.Smaller(full), x)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    with pytest.raises(ValueError, match="bytes=0: allowed are sizes in bytes"):
+        filters.Smaller(0)
+
+
 def structure_size(model, x, of):
     """The slow way: count while the network runs."""
     if of == "parameters":

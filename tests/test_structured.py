@@ -271,6 +271,20 @@ def test_a_target_on_parameters_or_multiply_adds_is_met_by_the_fewest_channels(r
         fitter(gradual(schedule=hard), epochs=2).fit(Net())
 
 
+@pytest.mark.parametrize("remove", WAYS)
+def test_a_target_on_the_bytes_of_the_weights_is_met_in_each_round(remove):
+    stored = lambda model: sum(t.nbytes for t in model.state_dict().values())  # noqa: E731
+    model = Net()
+    full = stored(model)
+    table = {0: full, 1: 0.8 * full, 2: 0.5 * full}
+    pruner = gradual(schedule=lp.filters.Smaller(table.__getitem__), remove=remove)
+    fitter(pruner, epochs=3).fit(model)
+    assert 0.4 * full < stored(model) <= 0.5 * full  # a channel more or less is 0.06
+    assert len(pruner.history) == 3
+    with pytest.raises(ValueError, match=r"bytes: 10 are wanted in round 1"):
+        fitter(gradual(schedule=lp.filters.Smaller(10)), epochs=2).fit(Net())
+
+
 def test_an_example_may_be_given():
     for example in ([2, 6], torch.ones(2, 6)):
         model = Net()

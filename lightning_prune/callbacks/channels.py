@@ -37,7 +37,15 @@ from lightning_prune.structured.filters import unit_scores
 from lightning_prune.structured.loading import reshape
 from lightning_prune.structured.speed import speed
 from lightning_prune.structured.surgery import Site, check_optimizers, in_a_graph
-from lightning_prune.structured.targets import check_widths, cost, next_units, uses, with_shapes
+from lightning_prune.structured.targets import (
+    Quantity,
+    check_widths,
+    cost,
+    held,
+    next_units,
+    uses,
+    with_shapes,
+)
 from lightning_prune.structured.trial import Through, as_input, kept_graphs, run
 from lightning_prune.structured.units import (
     after,
@@ -67,7 +75,8 @@ class StructuredChannelPruning(MaskedTraining):
     Args:
         schedule: round (and scores of units) -> fraction of channels removed, by default `OneShot(0.3)`; or a
             dict {pattern over weight names: schedule}. `filters.Removed(schedule)` is a target on parameters
-            or multiply-adds instead, `filters.Faster(2.0)` one on the measured speed on the example input.
+            or multiply-adds instead, `filters.Smaller(5_000_000)` one on the bytes of the weights, and
+            `filters.Faster(2.0)` one on the measured speed on the example input.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which channels: the mean of these scores over the weights that make a channel (`magnitude`:
@@ -379,15 +388,17 @@ class StructuredChannelPruning(MaskedTraining):
             self.channels = units
             super()._take_back(masks, units, at, removed)
 
-    def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, multiply_adds: bool) -> float:
-        """Parameters or multiply-adds of the network with these units."""
-        shapes: dict[str | Site, list[int]] = {n: list(p.shape) for n, p in pl_module.named_parameters()}
-        if multiply_adds and not self._uses:
+    def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, of: Quantity) -> float:
+        """Parameters, multiply-adds or bytes of the network with these units."""
+        own = held(pl_module, of)
+        shapes: dict[str | Site, list[int]] = {name: list(t.shape) for name, (t, _) in own.items()}
+        if of == "multiply_adds" and not self._uses:
             self._uses = uses(pl_module, self._example(trainer, pl_module), self._here())
         for site, gone in cut_of(self._couplings, self._left).items():
             if (name := parameter(site)) in shapes:
                 shapes[name][site[2]] += len(gone)  # as it was in the full-size network
-        often = self._uses if multiply_adds else dict.fromkeys(shapes, 1.0)
+        counts: dict[str | Site, float] = {name: count for name, (_, count) in own.items()}
+        often = self._uses if of == "multiply_adds" else counts
         return cost(self._couplings, units, with_shapes(often, shapes, self._couplings))
 
     def _speed(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> float:

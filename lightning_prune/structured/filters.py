@@ -29,6 +29,7 @@ from lightning_prune.structured.speed import Faster as Faster
 from lightning_prune.structured.speed import speed
 from lightning_prune.structured.surgery import Site, check_optimizers, cut
 from lightning_prune.structured.targets import Removed as Removed
+from lightning_prune.structured.targets import Smaller as Smaller
 from lightning_prune.structured.targets import check_widths, cost, elements, next_units
 from lightning_prune.structured.targets import uses as uses
 from lightning_prune.structured.units import Coupling, Couplings, all_units, cut_of, parameter, parameters
@@ -174,8 +175,8 @@ def prune_channels(
     Args:
         model: any module; parameters keep their identity and their names.
         sparsity: fraction of the channels to remove, in [0, 1); or a target on parameters or multiply-adds,
-            `filters.Removed(0.5)`, or on the speed, `filters.Faster(2.0)`; or any schedule, of which this is
-            round 1.
+            `filters.Removed(0.5)`, on the bytes of the weights, `filters.Smaller(5_000_000)`, or on the
+            speed, `filters.Faster(2.0)`; or any schedule, of which this is round 1.
         example_input: an input: a tensor, its shape, a tuple of arguments or a dict of keyword arguments.
         criterion: which channels; see `StructuredChannelPruning`. One that needs data runs the model in the
             mode it is in, and leaves it and the random number generators as they were.
@@ -219,7 +220,7 @@ def prune_channels(
     if callable(sparsity):
         sparsity = partial(sparsity, 1) if asked(sparsity) else sparsity(1)
     dense = all_units(couplings)
-    sizes = cache(partial(elements, model, example_input, couplings))  # of parameters, or of multiply-adds
+    sizes = cache(partial(elements, model, example_input, couplings))  # of each quantity
     units = next_units(
         couplings,
         {name: values.cpu() for name, values in scores.items()},
@@ -228,7 +229,7 @@ def prune_channels(
         allocate,
         round_to,
         at_least,
-        lambda units, multiply_adds: cost(couplings, units, sizes(multiply_adds)),
+        lambda units, of: cost(couplings, units, sizes(of)),
         lambda units: speed(model, example_input, couplings, dense)(units),
     )
     if sparsity and alive(units) == alive(dense):

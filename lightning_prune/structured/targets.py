@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lightning_prune.structured.units import (
 
 # of weights by name, and of a site whose indices count besides: the shape, and how often each element counts
 Elements = Mapping[str | Site, tuple[Sequence[int], float]]
+Quantity = Literal["parameters", "multiply_adds", "bytes"]
 REST = ""  # what is counted of no weight and no site
 
 
@@ -57,7 +58,7 @@ class Removed:
     """
 
     schedule: Callable[[int], float] | float
-    of: str = "parameters"
+    of: Literal["parameters", "multiply_adds"] = "parameters"
 
     def __post_init__(self) -> None:
         if self.of not in ("parameters", "multiply_adds"):
@@ -67,22 +68,62 @@ class Removed:
                 "schedule", self.schedule, "are schedules and fractions, such as 0.5", lambda v: 0 <= v < 1
             )
 
-    def __call__(self, round: int, removed: Callable[[float, bool], float]) -> float:
+    def __call__(self, round: int, removed: Callable[[float, Quantity], float]) -> float:
         target = self.schedule(round) if callable(self.schedule) else self.schedule * bool(round)
         if not target:
             return 0.0
-        multiply_adds = self.of == "multiply_adds"
-        if (most := removed(1.0, multiply_adds)) < target:
+        if (most := removed(1.0, self.of)) < target:
             raise ValueError(
                 f"schedule: {target} of the {self.of.replace('_', '-')} is to be removed in round {round}, "
                 "and without all removable channels but the few that each layer has to keep, "
                 f"{most:.4f} would be; allowed is less than that. Lower the schedule."
             )
-        low, high = 0.0, 1.0
-        for _ in range(30):  # halves of halves: exact to far less than a channel
-            middle = (low + high) / 2
-            low, high = (middle, high) if removed(middle, multiply_adds) < target else (low, middle)
-        return high
+        return _least(lambda sparsity: removed(sparsity, self.of) >= target)
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A schedule of the size that the weights have in a file: the least sparsity that comes down to it.
+
+    The size is that of all parameters and persistent buffers, in bytes, as `torch.save(model.state_dict())`
+    stores them; names and places take some hundred bytes a tensor more.
+
+    >>> Smaller(1_000_000)(1, stored=lambda sparsity: 4_000_000 * (1 - sparsity) ** 2)
+    0.5
+
+    Args:
+        bytes: at most so many, above 0, from round 1 on; or round -> bytes.
+
+    Raises:
+        ValueError: when the network without all removable channels is larger.
+    """
+
+    bytes: Callable[[int], float] | float
+
+    def __post_init__(self) -> None:
+        if not callable(self.bytes):
+            number("bytes", self.bytes, "are sizes in bytes, such as 5_000_000", lambda v: v > 0)
+
+    def __call__(self, round: int, stored: Callable[[float], float]) -> float:
+        target = self.bytes(round) if callable(self.bytes) else self.bytes if round else math.inf
+        if stored(0.0) <= target:
+            return 0.0
+        if (least := stored(1.0)) > target:
+            raise ValueError(
+                f"bytes: {target:g} are wanted in round {round}, and without all removable channels but the "
+                f"few that each layer has to keep the weights are {least:g}; allowed are at least as many. "
+                "Raise it."
+            )
+        return _least(lambda sparsity: stored(sparsity) <= target)
+
+
+def _least(reached: Callable[[float], bool]) -> float:
+    """The least sparsity that reaches a target, which 1 reaches."""
+    low, high = 0.0, 1.0
+    for _ in range(30):  # halves of halves: exact to far less than a channel
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
 
 
 def cost(couplings: Couplings, alive: Masks, weights: Elements) -> float:
@@ -96,12 +137,25 @@ def cost(couplings: Couplings, alive: Masks, weights: Elements) -> float:
     return sum(math.prod(size) * weights[name][1] for name, size in sizes.items())
 
 
-def elements(model: nn.Module, example: Any, couplings: Couplings, multiply_adds: bool) -> Elements:
-    """The elements of a model's weights: once each, or as many multiply-adds as they do on the example."""
-    shapes: dict[str | Site, Sequence[int]] = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if not multiply_adds:
-        return {name: (shape, 1.0) for name, shape in shapes.items()}
-    return with_shapes(uses(model, example, couplings), shapes, couplings)
+def elements(model: nn.Module, example: Any, couplings: Couplings, of: Quantity) -> Elements:
+    """The elements of a model's weights, each as often as it counts: for multiply-adds, on the example."""
+    if of == "multiply_adds":
+        shapes: dict[str | Site, Sequence[int]] = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        return with_shapes(uses(model, example, couplings), shapes, couplings)
+    return {name: (tuple(t.shape), count) for name, (t, count) in held(model, of).items()}
+
+
+def held(model: nn.Module, of: Quantity) -> dict[str, tuple[Tensor, float]]:
+    """What a model has by name, each tensor once: its parameters, or what its state dict takes in bytes.
+
+    >>> {name: count for name, (_, count) in held(nn.BatchNorm1d(3), "bytes").items()}
+    {'weight': 4.0, 'bias': 4.0, 'running_mean': 4.0, 'running_var': 4.0, 'num_batches_tracked': 8.0}
+    """
+    if of != "bytes":
+        return {name: (p, 1.0) for name, p in model.named_parameters()}
+    state = model.state_dict(keep_vars=True)
+    once = {id(t): (name, t) for name, t in reversed(state.items()) if isinstance(t, Tensor)}
+    return {name: (t, float(t.element_size())) for name, t in reversed(once.values())}
 
 
 def with_shapes(
@@ -184,7 +238,7 @@ def next_units(
     allocate: Allocation = global_rank,
     round_to: int = 1,
     at_least: int = 1,
-    cost: Callable[[Masks, bool], float] | None = None,
+    cost: Callable[[Masks, Quantity], float] | None = None,
     speed: Callable[[Masks], float] | None = None,
 ) -> Masks:
     """One pruning of units: which are alive after it. Masks only shrink, and no coupling is left empty.
@@ -194,14 +248,14 @@ def next_units(
         scores: of the units, from `unit_scores`.
         masks: which of them are alive now.
         sparsities: pairs of names of couplings and the fraction of their units that is to be gone, or a
-            function that says it of what its signature names: `scores`; `removed`, (sparsity,
-            multiply-adds?) -> the part of the whole network that is gone with these couplings alone; or
-            `faster`, sparsity -> how many times as fast the network is then.
+            function that says it of what its signature names: `scores`; `removed`, (sparsity, quantity)
+            -> the part of the whole network that is gone with these couplings alone; `stored`, sparsity ->
+            the bytes of the network then; or `faster`, sparsity -> how many times as fast it is then.
         allocate: how many where.
         round_to: the channels left of each coupling are rounded up to a multiple of this; then fewer go than
             `sparsities` say, as they do where else nothing would be left of a tensor.
         at_least: units left of each.
-        cost: (units alive, multiply-adds?) -> parameters or multiply-adds, for `Removed`.
+        cost: (units alive, quantity) -> how much of it the network has, for `Removed` and `Smaller`.
         speed: units alive -> how many times as fast the network is with these, for `Faster`.
 
     Returns:
@@ -224,9 +278,13 @@ def next_units(
             at_least=at_least,
         )
 
-        def removed(sparsity: float, multiply_adds: bool, stay: Callable[[float], Masks] = stay) -> float:
+        def removed(sparsity: float, of: Quantity, stay: Callable[[float], Masks] = stay) -> float:
             assert cost is not None
-            return 1 - cost({**dense, **stay(sparsity)}, multiply_adds) / cost(dense, multiply_adds)
+            return 1 - cost({**dense, **stay(sparsity)}, of) / cost(dense, of)
+
+        def stored(sparsity: float, stay: Callable[[float], Masks] = stay) -> float:
+            assert cost is not None
+            return cost({**dense, **stay(sparsity)}, "bytes")
 
         def faster(sparsity: float, stay: Callable[[float], Masks] = stay) -> float:
             assert speed is not None
@@ -234,9 +292,8 @@ def next_units(
 
         if callable(sparsity):
             living = only({name: scores[name] for name in names}, masks)
-            sparsity = call(
-                sparsity, scores=living, removed=removed if cost else None, faster=faster if speed else None
-            )
+            by_cost = {"removed": removed, "stored": stored} if cost else {}
+            sparsity = call(sparsity, scores=living, faster=faster if speed else None, **by_cost)
         new.update(stay(sparsity))
     return {name: new[name] for name in masks if name in new}
 
