@@ -40,6 +40,7 @@ from lightning_prune.selection import (
     check_together,
     count_above,
     counted,
+    counts_by,
     survivors,
     threshold,
 )
@@ -432,7 +433,7 @@ class AtLeast:
         check_together(self.of, together)
         given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
         run = {"model": model, "batches": batches, "forward": forward}
-        split = partial(evidence.call, self.of, **given, **run)
+        split = partial(counts_by, self.of, **given, **run)
         keep = split(scores, total)
         if not scores or min(map(survivors, keep.values())) >= self.n:
             return keep

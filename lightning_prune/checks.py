@@ -1,10 +1,15 @@
 """Arguments of a kind, such as numbers: an error says what was given, what is allowed, and what to do."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 
-_ROOMS = {"allocate": "allocation", "granularity": "granularity"}  # of what an argument may be given
+_ROOMS = {
+    "allocate": "allocation",
+    "granularity": "granularity",
+    "policy": "rewind",
+}  # of what an argument may be given
 
 
 def whole(name: str, value: object, lowest: int, such_as: int | None = None) -> None:
@@ -72,11 +77,20 @@ def by_name(name: str, value: object, example: str) -> None:
         )
 
 
-def check_callable(name: str, given: object) -> None:
+def check_callable(name: str, given: object, takes: int) -> None:
     """Refuse an argument that is no function, or a class where one of its instances is meant.
 
+    >>> check_callable("criterion", lambda: 0, 1)
+    Traceback (most recent call last):
+    ValueError: criterion: its signature is (), and it is called with 1 positional argument; allowed are ...
+
+    Args:
+        name: of the argument.
+        given: to be a function.
+        takes: how many positional arguments it is called with.
+
     Raises:
-        ValueError: then.
+        ValueError: then, and when its signature does not take as many positional arguments.
     """
     if isinstance(given, type):
         raise ValueError(
@@ -88,6 +102,26 @@ def check_callable(name: str, given: object) -> None:
             f"lightning_prune.{_ROOMS.get(name, 'criteria')}. Give one; "
             "from a Hydra config with `_target_: hydra.utils.get_method`."
         )
+    check_takes(name, given, takes)
+
+
+def check_takes(name: str, function: Callable[..., object], takes: int) -> None:
+    """Refuse a function whose signature does not take so many positional arguments.
+
+    Raises:
+        ValueError: then.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # as of some builtins
+        return
+    try:
+        signature.bind_partial(*range(takes))
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: its signature is {signature}, and it is called with {takes} positional "
+            f"argument{'s' * (takes > 1)}; allowed are functions that take as many. Change it."
+        ) from error
 
 
 def check_path(name: str, value: object) -> None:

@@ -71,21 +71,29 @@ def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Paramete
         return {}
 
 
+def check_asked(name: str, function: Callable[..., Any], given: int) -> None:
+    """Refuse a function that must have something besides the `given` first arguments which nobody has.
+
+    Raises:
+        ValueError: then.
+    """
+    parameters = list(parameters_of(function).values())
+    rest = [p for p in parameters[given:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if unknown := [p.name for p in rest if p.default is p.empty and p.name not in EVIDENCE]:
+        raise ValueError(
+            f"{name} asks for `{'`, `'.join(unknown)}`, which nobody has; allowed are {', '.join(EVIDENCE)}. "
+            "Name those, or give the others a default."
+        )
+
+
 def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
     """Call a function with what it asks for.
 
     Raises:
         ValueError: when it must have something that is not there.
     """
+    check_asked(getattr(function, "__name__", repr(function)), function, len(args))
     wanted = asked(function, len(args))
-    parameters = list(parameters_of(function).values())
-    rest = [p for p in parameters[len(args) :] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if unknown := [p.name for p in rest if p.default is p.empty and p.name not in EVIDENCE]:
-        its = getattr(function, "__name__", repr(function))
-        raise ValueError(
-            f"{its} asks for `{'`, `'.join(unknown)}`, which nobody has; allowed are {', '.join(EVIDENCE)}. "
-            "Name those, or give the others a default."
-        )
     for name, needed in wanted.items():
         if needed and evidence.get(name) is None:
             its = getattr(function, "__name__", repr(function))

@@ -181,6 +181,8 @@ def matching(names: Sequence[str], argument: str, patterns: Sequence[str]) -> li
     if isinstance(patterns, str):
         raise ValueError(f"{argument}={patterns!r}: a list of patterns is needed; write [{patterns!r}].")
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"{argument}: {pattern!r} is given; allowed are patterns, such as 'net.*'.")
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"{argument}: the pattern {pattern!r} matches no prunable weight. "
@@ -278,14 +280,26 @@ _RENAMED = {
 }
 
 
-def _check_layers(model: nn.Module, layers: Sequence[str]) -> None:
-    """Refuse entries that name no module of the model, and say which of the others have no effect."""
+def check_layers(layers: Sequence[str]) -> None:
+    """Refuse what is no list of class names.
+
+    Raises:
+        ValueError: then.
+    """
     if isinstance(layers, str):
         raise ValueError(f"layers={layers!r}: a list of class names is needed; write [{layers!r}].")
-    modules = list(model.modules())
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"layers={layers!r}: allowed are class names in a list, such as ['Linear'].")
     for entry in layers:
         if not isinstance(entry, str):
             raise ValueError(f"layers: {entry!r} is given; allowed are class names, such as 'Linear'.")
+
+
+def _check_layers(model: nn.Module, layers: Sequence[str]) -> None:
+    """Refuse entries that name no module of the model, and say which of the others have no effect."""
+    check_layers(layers)
+    modules = list(model.modules())
+    for entry in layers:
         if entry in LAYERS:
             continue
         mine = [module for module in modules if _is_one_of(module, [entry])]

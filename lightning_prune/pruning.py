@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
-from lightning_prune.checks import check_callable, number
+from lightning_prune.checks import check_callable, check_takes, number
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked, call, mean_gradients, parameters_of, run, undisturbed
 from lightning_prune.granularity import Granularity, single, within_outputs
@@ -46,6 +46,7 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
             "Give one of lightning_prune.schedules; from a Hydra config set `_convert_: all` beside "
             "the callback's `_target_`."
         )
+    check_takes("schedule", schedule, 1)
     if asked(schedule):
         return  # it reads the scores, and there are none yet
     schedule = told(schedule, rounds)
@@ -529,9 +530,10 @@ def prune(
             "layer_by_layer=True",
             "Allowed is to prune before the model is sharded. Prune there, or leave it out.",
         )
-    for name, function in (("criterion", criterion), ("allocate", allocate), ("granularity", granularity)):
-        if function is not None:  # allocate=None: one that goes with the criterion
-            check_callable(name, function)
+    check_callable("criterion", criterion, 1)
+    if allocate is not None:  # else one that goes with the criterion
+        check_callable("allocate", allocate, 2)
+    check_callable("granularity", granularity, 1)
     there = _dense(params) if masks is None else {**_dense(params), **masks_of(params, masks, "prunable")}
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):

@@ -1,7 +1,9 @@
 """The state of the random number generators that training draws from, in plain containers."""
 
+import collections.abc
 import random
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,6 +47,21 @@ def restore(state: dict[str, Any], generators: Mapping[str, Generator] = {}) -> 
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
     for name in generators.keys() & state["others"].keys():
         set_state(generators[name], state["others"][name])
+
+
+@contextmanager
+def kept() -> collections.abc.Generator[None, None, None]:
+    """Whatever is drawn inside, the generators are afterwards as they were before.
+
+    >>> with kept(): first = torch.rand(1)
+    >>> bool(torch.rand(1) == first)
+    True
+    """
+    state = capture()
+    try:
+        yield
+    finally:
+        restore(state)
 
 
 def state_of(generator: Generator) -> Any:

@@ -113,7 +113,7 @@ def select(
     """
     check_together(allocate, together)
     ranked = only(scores, candidates)
-    keep = call(allocate, ranked, budget, together=together, layouts=layouts, **evidence)
+    keep = counts_by(allocate, ranked, budget, together=together, layouts=layouts, **evidence)
     if (given := sum(map(survivors, keep.values()))) != budget:
         raise ValueError(
             f"allocate: {allocate} gave {given} survivors; allowed are the {budget} that were asked for. "
@@ -134,6 +134,21 @@ def select(
         _check_count(allocate, name, its, there[name])
         chosen[name] = keep_top(scores_here, its, near=near)
     return chosen
+
+
+def counts_by(allocate: Allocation, scores: Scores, budget: int, **evidence: Any) -> Counts:
+    """What an allocation says: how many each tensor keeps.
+
+    Raises:
+        ValueError: when it does not say it of each tensor.
+    """
+    keep = call(allocate, scores, budget, **evidence)
+    if not isinstance(keep, Mapping) or keep.keys() != scores.keys():
+        raise ValueError(
+            f"allocate: {allocate} gave {keep!r}; allowed are dicts of how many each of {', '.join(scores)} "
+            "keeps. Return one."
+        )
+    return keep
 
 
 def _check_count(allocate: Allocation, name: str, keep: int, there: int) -> None:

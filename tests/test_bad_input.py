@@ -63,6 +63,8 @@ def test_rates_outside_0_and_1(rate):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"layers": "Linear"}, r"layers='Linear': a list of class names is needed; write \['Linear'\]"),
+        ({"layers": None}, "layers=None: allowed are class names in a list"),
         ({"rounds": -1}, "rounds=-1: allowed are whole numbers from 0"),
         ({"rounds": 2.5}, "rounds=2.5: allowed are whole numbers from 0"),
         ({"rounds": "3"}, "rounds='3': allowed are whole numbers from 0"),
@@ -115,7 +117,6 @@ def test_a_to_step_that_is_no_step(to_step):
         ({"include": []}, r"include=\[\].* leave nothing to prune"),
         ({"include": "stem*"}, r"include='stem\*': a list of patterns is needed"),
         ({"exclude": "stem*"}, r"exclude='stem\*': a list of patterns is needed"),
-        ({"layers": "Linear"}, r"layers='Linear': a list"),
         (
             {"schedule": {"conv*": Geometric(0.2), "*": Geometric(0.1)}},
             r"schedule: the pattern 'conv\*' matches no",

@@ -1,6 +1,7 @@
 """What only a pruning would find after hours is found before the first step, and named."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 import lightning_prune as lp
+from lightning_prune import allocation
 from lightning_prune.allocation import AtLeast, PerLayer, uniform
 from lightning_prune.criteria import GraSP
 from lightning_prune.granularity import NM, Block, Filter
@@ -427,3 +429,85 @@ def test_a_relative_path_is_looked_at_where_the_file_will_lie_before_training(tm
     with pytest.raises(ValueError, match=r"save_sparse=.*that is a folder"):
         fitter(pruner, epochs=2, default_root_dir=tmp_path).fit(model)
     assert pruner.masks == {}
+
+
+# ---------------------------------------------------------------------------------- channels, growth, rewinds
+
+
+def never_trained(message, *make):
+    """What these make is refused, when it is made or before the first step."""
+    steps = Steps()
+    with pytest.raises(ValueError, match=message):
+        fitter(*(one() for one in make), steps, epochs=2).fit(Net())
+    assert steps.steps == 0
+
+
+@pytest.mark.parametrize("remove", ["end", "each_round"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "magnitude"}, "criterion='magnitude': allowed are functions"),
+        ({"allocate": "uniform"}, "allocate='uniform': allowed are functions"),
+        ({"criterion": lp.filters.RandomChannels}, r"Give RandomChannels\(\)"),
+        ({"allocate": allocation.per_output}, "per_output and EvenOutputs share out"),
+        ({"criterion": lp.criteria.SparseGPT()}, "criterion: SparseGPT"),
+        ({"allocate": lambda scores, total: {}}, r"allocate: .* gave \{\}; allowed are dicts of how many"),
+        (
+            {"schedule": lp.filters.Removed(0.99)},
+            "schedule: 0.99 of the parameters is to be removed in round 1",
+        ),
+        ({"schedule": lp.filters.Smaller(10)}, "bytes: 10 are wanted in round 1"),
+        ({"schedule": lambda: 0.5}, r"schedule: its signature is \(\), and it is called with 1"),
+    ],
+    ids=in_words,
+)
+def test_wrong_arguments_of_channels_are_named_before_the_first_step(options, message, remove):
+    never_trained(message, lambda: lp.StructuredChannelPruning(remove=remove, **options))
+
+
+@pytest.mark.parametrize("remove", ["end", "each_round"])
+def test_a_criterion_of_channels_that_runs_the_model_is_tried_before_the_first_step(remove):
+    def broken(params, model, batches):
+        raise ValueError("criterion: broken")
+
+    never_trained("criterion: broken", partial(lp.StructuredChannelPruning, criterion=broken, remove=remove))
+
+
+@pytest.mark.parametrize("sparsity", [0.9999, lp.schedules.Cubic(0.9999, rounds=1)], ids=in_words)
+@pytest.mark.parametrize("allocate", [allocation.erk, allocation.global_rank], ids=in_words)
+def test_growth_that_leaves_a_layer_without_a_weight_is_refused(sparsity, allocate):
+    grows = partial(lp.DynamicSparseTraining, sparsity, allocate=allocate, every_n_train_steps=2)
+    never_trained(r"sparsity=.*: it leaves \d+ of \d+ weights alive in \d+ layers", grows)
+    if not callable(sparsity):
+        fitter(grows(allocate=allocation.AtLeast(0, of=allocate)), epochs=2).fit(Net())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": lp.schedules.TopK(5)}, "sparsity: TopK.* reads the scores; allowed are numbers"),
+        ({"sparsity": lambda: 0.5}, r"sparsity: its signature is \(\)"),
+        ({"fraction": lambda progress: None}, r"fraction\(0\.000\)=None: allowed are fractions"),
+        ({"fraction": lambda: 0.3}, r"fraction: its signature is \(\)"),
+        ({"every_n_train_steps": 1, "until_step": 1}, "Allowed are none in a time as short"),
+        ({"layers": None}, "layers=None: allowed are class names in a list"),
+        ({"include": [1]}, "include: 1 is given; allowed are patterns"),
+    ],
+    ids=in_words,
+)
+def test_wrong_arguments_of_growth_are_named_before_the_first_step(options, message):
+    never_trained(message, lambda: lp.DynamicSparseTraining(**{"every_n_train_steps": 2, **options}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (lambda: 0, r"policy: its signature is \(\), and it is called with 1 positional argument"),
+        (lambda early, start: early, "policy asks for `start`, which nobody has"),
+        (lp.rewind.EarlyBird, "policy=EarlyBird: a class is given"),
+        (None, "policy=None: allowed are functions, such as those of lightning_prune.rewind"),
+    ],
+    ids=in_words,
+)
+def test_a_policy_that_cannot_be_called_is_named_before_the_first_step(policy, message):
+    never_trained(message, lp.IterativeMagnitudePruning, partial(lp.LotteryTicketRewind, policy=policy))

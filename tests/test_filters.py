@@ -160,7 +160,7 @@ def test_a_target_for_each_of_several_patterns_is_met_by_each_alone():
     model, x = randomized(Residual()), torch.randn(IMAGE)
     couplings = discover(model, x)
     scores = filters.unit_scores(couplings, criteria.magnitude, structure.parameters(couplings, model))
-    weights = targets.elements(model, x, couplings, False)
+    weights = targets.elements(model, x, couplings, "parameters")
     cost = lambda units, multiply_adds: targets.cost(couplings, units, weights)  # noqa: E731
     dense = structure.all_units(couplings)
     first = ["plain.0.0.weight"]
@@ -215,8 +215,8 @@ def of_wrong_shape(params, channels):
         ({"at_least": 24}, r"at_least=24: no channel could go"),
         ({"criterion": of_wrong_shape}, r"must give 16 scores of stem.0.weight, one for each unit"),
         ({"criterion": lambda params, channels: {}}, r"must give 16 scores of stem.0.weight"),
-        ({"criterion": "magnitude"}, r"criterion='magnitude': a function is needed"),
-        ({"allocate": "uniform"}, r"allocate='uniform': a function is needed"),
+        ({"criterion": "magnitude"}, r"criterion='magnitude': allowed are functions"),
+        ({"allocate": "uniform"}, r"allocate='uniform': allowed are functions"),
         ({"allocate": lambda scores, total: dict.fromkeys(scores, 1)}, r"were asked for"),
         ({"example_input": None}, r"its channels cannot be traced"),
     ],
@@ -275,7 +275,7 @@ def test_products_of_attentions_count_as_summarize_counts_them():
         prune_channels(model, filters.Removed(0.0, "multiply_adds"), x)
         full = lp.summarize(model, x).total.multiply_adds
         couplings = discover(model, x)
-        weights = targets.elements(model, x, couplings, True)
+        weights = targets.elements(model, x, couplings, "multiply_adds")
         dense = structure.all_units(couplings)
         assert targets.cost(couplings, dense, weights) == full
         some = {name: torch.arange(len(mask)) != 1 for name, mask in dense.items()}

@@ -861,6 +861,32 @@ def deepcopy_of(model):
     return copy
 
 
+@pytest.mark.parametrize("which", ["pruner", "rewind"])
+def test_a_callback_that_is_in_a_fit_is_refused_in_another_one_within_it(which):
+    pruner, rewind, said, another = pruning(rounds=2), lp.LotteryTicketRewind(), [], Net()
+
+    class Nested(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            others = (pruner,) if which == "pruner" else (pruning(rounds=1), rewind)
+            with pytest.raises(
+                ValueError, match="is in a fit of another Trainer that is still under way"
+            ) as e:
+                fitter(*others, epochs=2).fit(another)
+            said.append(e)
+
+    plain, model = Net(), Net()
+    plain.load_state_dict(model.state_dict())
+    for callbacks, net in (
+        ((pruner, rewind, Nested()), model),
+        ((pruning(rounds=2), lp.LotteryTicketRewind()), plain),
+    ):
+        torch.manual_seed(1)
+        fitter(*callbacks, epochs=3).fit(net)
+    assert len(said) == 3
+    assert same(model.state_dict(), plain.state_dict())
+    assert pruner.round == 2
+
+
 def test_a_second_trainer_may_fit_another_network_in_mid_fit():
     class Aside(Callback):
         def on_train_batch_end(self, trainer, model, *_):

@@ -1,5 +1,6 @@
 """What we use of Lightning that is private to it, or not declared, is there and means what we take it for."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +57,26 @@ def test_every_touch_has_a_test_here():
     own = {name for name in own - OF_A_RESUMPTION if not name.startswith("_")}
     assert len(own) >= 20
     assert not [name for name in own if f"_lightning.{name}" not in source]
+
+
+def test_a_trainer_is_running_until_its_fit_has_ended_or_failed():
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append(_lightning.is_running(trainer))
+
+    class Fails(Look):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("mine")
+
+    for look in (Look(), Fails()):
+        trainer = fitter(look, epochs=1)
+        assert not _lightning.is_running(trainer)
+        with nullcontext() if type(look) is Look else pytest.raises(RuntimeError, match="mine"):
+            trainer.fit(Net())
+        assert all(seen)
+        assert not _lightning.is_running(trainer)
 
 
 def test_callbacks_are_those_of_trainer_and_module():

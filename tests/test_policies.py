@@ -270,7 +270,7 @@ def test_a_schedule_that_would_be_overrun_gets_a_warning_that_names_the_way_out(
         trained(one_cycle(6), to_epoch=1, shorten=False)
 
 
-@pytest.mark.parametrize("clock", [{}, {"every": 6}], ids=str)
+@pytest.mark.parametrize("clock", [{}, {"every": 6}], ids=in_words)
 def test_a_fit_that_goes_on_beyond_a_schedule_is_told_beforehand_where_to_end(clock):
     ends = "max_steps=18" if clock else "max_epochs=6"
     message = rf"beyond its end, where it raises an error\. Let the fit end with the last round \({ends}\)"

@@ -303,6 +303,25 @@ def test_the_training_is_not_disturbed_before_the_first_pruning():
     assert same(*runs)
 
 
+@pytest.mark.parametrize("remove", WAYS)
+def test_calibration_leaves_the_order_of_the_batches_as_it_was(remove):
+    def seen(calibrate):
+        batches, states = [], []
+
+        class Look(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                batches.append(batch[0].clone())
+                states.append(torch.get_rng_state())
+
+        torch.manual_seed(0)
+        model = Net()
+        fitter(gradual(remove=remove, calibrate=calibrate), Look(), epochs=3).fit(model)
+        return batches, states
+
+    for with_it, without in zip(seen(2), seen(0), strict=True):
+        assert same(with_it, without)
+
+
 def test_bad_input_is_refused():
     for options, message in (
         ({"remove": "now"}, r"remove='now': allowed are 'end' and 'each_round'"),

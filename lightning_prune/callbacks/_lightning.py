@@ -15,6 +15,7 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _Prefet
 from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -95,6 +96,11 @@ def draw_anew(trainer: Trainer) -> None:
     """Make the data iterator of this epoch again, which draws its order."""
     assert trainer.fit_loop._data_fetcher is not None
     iter(trainer.fit_loop._data_fetcher)
+
+
+def is_running(trainer: Trainer) -> bool:
+    """Whether a call of the trainer is under way: it has neither come to its end nor failed."""
+    return trainer.state.status == TrainerStatus.RUNNING
 
 
 def has_drawn(trainer: Trainer) -> bool:

@@ -1,7 +1,7 @@
 """StructuredChannelPruning: when channels are chosen, and when they go."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import final, override
 
-from lightning_prune import allocation, criteria
+from lightning_prune import allocation, criteria, rng
 from lightning_prune.allocation import Allocation
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.evidence import check_run, evidence_of, first_batches, traced_step
@@ -22,15 +22,17 @@ from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.pruning import trained_by
+from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.rounds import Rounds
 from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import by_name, number, whole
+from lightning_prune.checks import by_name, check_callable, number, whole
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import inputs, undisturbed
+from lightning_prune.evidence import OF_A_RUN, asked, inputs, undisturbed
 from lightning_prune.masks import Masks
 from lightning_prune.pruning import check_schedule, scheduled, sparsities_of
 from lightning_prune.schedules import OneShot, Schedule
+from lightning_prune.selection import Scores
 from lightning_prune.structured import Couplings, cut, cut_of, discover
 from lightning_prune.structured.calibration import calibrate
 from lightning_prune.structured.filters import unit_scores
@@ -168,6 +170,8 @@ class StructuredChannelPruning(MaskedTraining):
             check_schedule(one, rounds)
             if said := cut_off(one, rounds):
                 warn(said)
+        check_callable("criterion", criterion, 1)
+        check_callable("allocate", allocate, 2)
         self.criterion = criterion
         self.allocate = allocate
         self.score_batches = score_batches
@@ -236,9 +240,44 @@ class StructuredChannelPruning(MaskedTraining):
             self.channels, self._left = all_units(self._couplings), all_units(self._couplings)
         check_widths(self._couplings, self.round_to, self.at_least)
         scheduled(list(self._couplings), self.schedule, self.rounds)
+        self._dry_run(trainer, pl_module)
         params = self.prunable(pl_module) if self.remove == "end" else {}
         self.masks = weight_masks(self._here(), self._alive_here(), params)
         return params
+
+    def _dry_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the units of the next and of the last round from the weights as they are.
+
+        A criterion that runs the model is stood in for by the magnitude; it is tried on a batch as training
+        starts. A speed is not measured here.
+
+        Raises:
+            ValueError: what a pruning would raise.
+        """
+        here, generator = self._here(), torch.Generator().manual_seed(0)
+        criterion = criteria.magnitude if self._runs() else self.criterion
+        params = parameters(here, pl_module)
+        found = unit_scores(here, criterion, params, masks=self.masks, generator=generator)
+        for round in dict.fromkeys((self.round + 1, self.rounds)):
+            sparsities = [
+                (names, s)
+                for names, s in self._sparsities(round)
+                if not (callable(s) and "faster" in asked(s, 0))
+            ]
+            if round <= self.rounds:
+                self._drawn_of(trainer, pl_module, found, sparsities)
+
+    def _runs(self) -> bool:
+        """Whether the criterion runs the model."""
+        return not OF_A_RUN.isdisjoint(asked(self.criterion))
+
+    @override
+    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._begins_pruned():
+            super()._open(trainer, pl_module)
+        elif self._runs() and not self.is_last() and not _lightning.is_a_trial(trainer):
+            # Try the criterion on one batch now, so that what is wrong with it is found before training.
+            together(trainer, lambda: self._scores(trainer, pl_module, self.round + 1, batches=1))
 
     @override
     def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
@@ -339,15 +378,26 @@ class StructuredChannelPruning(MaskedTraining):
 
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
+        found = self._scores(trainer, pl_module, round, self.score_batches)
+        self._measure = None
+        return self._drawn_of(trainer, pl_module, found, self._sparsities(round))
+
+    def _scores(self, trainer: Trainer, pl_module: LightningModule, round: int, batches: int) -> Scores:
+        """Those of the units left. A criterion that reads data gets so many batches from each rank."""
         assert self._seed is not None
         here = self._here()
-        with evidence_of(
-            trainer, pl_module, self.criterion, self.score_batches, self._seed + round
-        ) as evidence:
-            found = unit_scores(
-                here, self.criterion, parameters(here, pl_module), masks=self.masks, **evidence
-            )
-        self._measure = None
+        with evidence_of(trainer, pl_module, self.criterion, batches, self._seed + round) as evidence:
+            params = parameters(here, pl_module)
+            return unit_scores(here, self.criterion, params, masks=self.masks, **evidence)
+
+    def _drawn_of(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        found: Scores,
+        sparsities: Sequence[tuple[list[str], Any]],
+    ) -> Masks:
+        """The units of a round, by the scores of those that are left."""
         scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
@@ -355,7 +405,7 @@ class StructuredChannelPruning(MaskedTraining):
             self._couplings,
             scores,
             self.channels,
-            self._sparsities(round),
+            sparsities,
             self.allocate,
             self.round_to,
             self.at_least,
@@ -376,7 +426,8 @@ class StructuredChannelPruning(MaskedTraining):
     def _begun(self, trainer: Trainer) -> None:
         if self.calibrate:
             model = trainer.lightning_module
-            batches = first_batches(trainer, model, self.calibrate)
+            with rng.kept():  # the order of the epoch that begins is drawn after this
+                batches = first_batches(trainer, model, self.calibrate)
             automatic = model.automatic_optimization
             forward = traced_step(trainer, model) if automatic else lambda model, batch: model(inputs(batch))
             calibrate(model, batches, forward)

@@ -18,6 +18,19 @@ from lightning_prune.masks import Masks
 from lightning_prune.shards import is_sharded
 
 
+def check_free(name: str, last: Trainer | None, trainer: Trainer) -> None:
+    """Refuse a fit within a fit of another trainer that has the same callback.
+
+    Raises:
+        ValueError: then.
+    """
+    if last is not None and last is not trainer and _lightning.is_running(last):
+        raise ValueError(
+            f"{name}: it is in a fit of another Trainer that is still under way; allowed is one fit at a "
+            "time. Give the second Trainer a callback of its own."
+        )
+
+
 @final
 class Fit:
     """A fit under way: its trainer, the weights that are held, and everything that must be taken away again.

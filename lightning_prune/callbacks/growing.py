@@ -1,7 +1,7 @@
 """DynamicSparseTraining: when connections are exchanged, and how many."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lightning_prune.callbacks.rewinding import LotteryTicketRewind
 from lightning_prune.callbacks.rounds import Rounds
 from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import check_callable, number, whole
+from lightning_prune.checks import check_callable, check_takes, number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import asked, mean_gradients
 from lightning_prune.granularity import NM, Granularity, single
@@ -38,9 +38,9 @@ from lightning_prune.growth import (
     updates_before,
 )
 from lightning_prune.holding import check_fit
-from lightning_prune.layers import LAYERS, Layout, layouts, prunable
+from lightning_prune.layers import LAYERS, Layout, check_layers, layouts, prunable
 from lightning_prune.masks import Masks, alive, pack, unpack
-from lightning_prune.pruning import budget, check_finite, next_masks, score
+from lightning_prune.pruning import budget, check_finite, next_masks, score, sparsity_in
 from lightning_prune.schedules import CosineDecay, Schedule
 from lightning_prune.selection import select
 
@@ -130,6 +130,7 @@ class DynamicSparseTraining(MaskedTraining):
         save_sparse: str | Path | None = None,
         verify: bool = True,
     ) -> None:
+        check_layers(layers)
         super().__init__(
             rounds=0,
             every_n_epochs=1,
@@ -157,13 +158,17 @@ class DynamicSparseTraining(MaskedTraining):
             whole("until_step", until_step, 1, such_as=1000)
             if until != 0.75:
                 raise ValueError(f"until={until}, until_step={until_step}: allowed is one. Leave one out.")
-        for name, function in (
-            ("allocate", allocate),
-            ("criterion", criterion),
-            ("drop", drop),
-            ("grow", grow),
-        ):
-            check_callable(name, function)
+        for name, function in (("sparsity", sparsity), ("fraction", fraction)):
+            if callable(function):
+                check_takes(name, function, 1)
+        if callable(sparsity) and asked(sparsity):
+            raise ValueError(
+                f"sparsity: {sparsity} reads the scores; allowed are numbers, and schedules of the update "
+                "alone, such as schedules.Cubic(0.9). Give one of these."
+            )
+        check_callable("allocate", allocate, 2)
+        for name, function in (("criterion", criterion), ("drop", drop), ("grow", grow)):
+            check_callable(name, function, 1)
         _check_granularity(granularity, sparsity, allocate, masks is not None)
         self.target = sparsity
         self.granularity = granularity
@@ -195,7 +200,7 @@ class DynamicSparseTraining(MaskedTraining):
 
     def sparsity_of(self, update: int) -> float:
         """The sparsity that the weights have after an update; 0: as training begins."""
-        return self.target(update) if callable(self.target) else self.target
+        return sparsity_in(self.target, update) if callable(self.target) else self.target
 
     @override
     def best(self, round: int | None = None, sparsity: float | None = None) -> Path:
@@ -245,6 +250,8 @@ class DynamicSparseTraining(MaskedTraining):
                 "criteria.gradient. Use one."
             )
         self._plan_updates(trainer)
+        if self._start_from is None:
+            self._check_room(params)
         self._layouts = layouts(pl_module, params)
         if not self.masks:
             first = self._first_masks(params)
@@ -259,6 +266,19 @@ class DynamicSparseTraining(MaskedTraining):
         if self._start_from is not None or self.round or self.resumption:
             self._check_pattern()
         return params
+
+    def _check_room(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Refuse a sparsity that leaves a layer without a weight."""
+        if isinstance(self.allocate, AtLeast) and self.allocate.n == 0:
+            return
+        size, layers = sum(p.numel() for p in params.values()), [n for n, p in params.items() if p.numel()]
+        for update in range(self.rounds + 1):
+            if (left := budget(self.sparsity_of(update), size)) < len(layers):
+                raise ValueError(
+                    f"sparsity={self.target}: it leaves {left} of {size} weights alive in {len(layers)} "
+                    "layers; allowed is what leaves one in each. Lower it, exclude layers, or allow it with "
+                    "allocate=AtLeast(0, of=...)."
+                )
 
     def _check_pattern(self) -> None:
         """Refuse masks that are none of the granularity."""
@@ -287,16 +307,19 @@ class DynamicSparseTraining(MaskedTraining):
         assert self.every_n_train_steps is not None
         self.rounds = updates_before(self._last, self.every_n_train_steps)
         if not self.rounds and (callable(self.fraction) or self.fraction or callable(self.target)):
+            allowed = f"1 to {self._last - 1}" if self._last > 1 else "none in a time as short"
             raise ValueError(
                 f"every_n_train_steps={self.every_n_train_steps}: masks stay from step {self._last} on, so "
-                f"there is no update. Allowed are 1 to {max(1, self._last - 1)}. Lower it, train longer, or "
-                "set fraction=0."
+                f"there is no update. Allowed are {allowed}. Lower it, let masks change for longer, or set "
+                "fraction=0."
             )
         for update in range(self.rounds + 1):
             allowed = "are fractions from 0 to below 1, such as 0.9"
-            number(f"sparsity({update})", float(self.sparsity_of(update)), allowed, lambda v: 0 <= v < 1)
-            fraction = f"fraction({self._progress(update):.3f})"
-            number(fraction, self._fraction_of(update), allowed, lambda v: 0 <= v < 1)
+            number(f"sparsity({update})", self.sparsity_of(update), allowed, lambda v: 0 <= v < 1)
+            progress = self._progress(update)
+            given = self.fraction(progress) if callable(self.fraction) else self.fraction
+            given = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+            number(f"fraction({progress:.3f})", given, allowed, lambda v: 0 <= v < 1)
 
     def _progress(self, update: int) -> float:
         assert self._last is not None

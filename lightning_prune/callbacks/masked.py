@@ -26,7 +26,7 @@ from lightning_prune.callbacks.beside import (
     show,
 )
 from lightning_prune.callbacks.checkpoints import make_plain, read_shards, write_shards
-from lightning_prune.callbacks.fits import Fit, reads_gradients
+from lightning_prune.callbacks.fits import Fit, check_free, reads_gradients
 from lightning_prune.callbacks.history import RoundRecord, best_checkpoint, tell, with_round
 from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.messages import warn
@@ -278,6 +278,7 @@ class MaskedTraining(Callback, ABC):
         _lightning.prepare_for_weights(trainer, pl_module)
         if stage != "fit":
             return
+        check_free(type(self).__name__, self._fit and self._fit.trainer, trainer)
         if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
             self._fit.leave()
         self._interrupted = None

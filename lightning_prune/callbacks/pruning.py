@@ -28,7 +28,7 @@ from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import check_fit
-from lightning_prune.layers import LAYERS, layouts, prunable
+from lightning_prune.layers import LAYERS, check_layers, layouts, prunable
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import (
     Sparsity,
@@ -136,6 +136,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         follow: dict[str, str] | None = None,
         end_round_on_early_stop: bool = False,
     ) -> None:
+        check_layers(layers)
         super().__init__(
             rounds=rounds,
             every_n_epochs=every_n_epochs,
@@ -160,12 +161,12 @@ class IterativeMagnitudePruning(MaskedTraining):
             check_schedule(one, rounds)
             if said := cut_off(one, rounds):
                 warn(said)
-        for name, function in (
-            ("criterion", criterion),
-            ("allocate", allocate),
-            ("granularity", granularity),
+        for name, function, takes in (
+            ("criterion", criterion, 1),
+            ("allocate", allocate, 2),
+            ("granularity", granularity, 1),
         ):
-            check_callable(name, function)
+            check_callable(name, function, takes)
         self.criterion = criterion
         self.allocate = allocate
         self.granularity = granularity

@@ -12,14 +12,15 @@ from lightning_prune import rewind
 from lightning_prune.callbacks import _lightning, generators, home, learning_rates
 from lightning_prune.callbacks.beside import averaging_of
 from lightning_prune.callbacks.checkpoints import read_shards, write_shards
+from lightning_prune.callbacks.fits import check_free
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.one_round import OneRound
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
 from lightning_prune.callbacks.state import VERSION, check_settings, check_version, named
 from lightning_prune.callbacks.strategies import check_optimizers
-from lightning_prune.checks import whole, yes_or_no
-from lightning_prune.evidence import asked, call
+from lightning_prune.checks import check_callable, whole, yes_or_no
+from lightning_prune.evidence import asked, call, check_asked
 from lightning_prune.masks import Masks, pack_whole, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
 from lightning_prune.structured.surgery import Cut, cut_snapshot
@@ -122,13 +123,11 @@ class LotteryTicketRewind(Callback):
         if self._limits is not None:  # Another callback failed as that fit ended, so that we were not told.
             self._limits.leave()
             self._limits = None
+        check_free(type(self).__name__, self._trainer, trainer)
         self._before, self._trainer = dict(vars(self)), trainer
         pruner = _pruner(trainer)
-        if isinstance(self.policy, type) or not callable(self.policy):
-            raise ValueError(
-                f"policy={self.policy!r}: allowed are functions, such as lightning_prune.rewind.everything. "
-                "Give one."
-            )
+        check_callable("policy", self.policy, 1)
+        check_asked("policy", self.policy, 1)
         if pruner.every_n_train_steps is not None:
             self._check_step(pruner.every_n_train_steps)
         elif (self.to_epoch or 0) >= pruner.every_n_epochs:

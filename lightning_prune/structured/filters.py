@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_prune.allocation import Allocation, apportion, candidates_per_tensor, global_rank, uniform
-from lightning_prune.checks import number, whole
+from lightning_prune.checks import check_callable, number, whole
 from lightning_prune.criteria import Criterion, magnitude
 from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, undisturbed
 from lightning_prune.masks import Masks, alive
@@ -199,9 +199,8 @@ def prune_channels(
     whole("at_least", at_least, 1, such_as=1)
     if not callable(sparsity):
         number("sparsity", sparsity, "is 0 (dense) to below 1, such as 0.5", lambda v: 0 <= v < 1)
-    for name, value in (("criterion", criterion), ("allocate", allocate)):
-        if not callable(value):
-            raise ValueError(f"{name}={value!r}: a function is needed, such as those of lightning_prune.")
+    check_callable("criterion", criterion, 1)
+    check_callable("allocate", allocate, 2)
     if calibrate and data is None:
         raise ValueError("calibrate=True: data=None; batches are needed. Give some that stand for all.")
     check_optimizers([optimizer] if optimizer else [])
