@@ -693,7 +693,42 @@ def stored(world, rank, folder):
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def join(rank, world, port, seconds=60):
+def on_gpus(rank, world, port, folder):
+    """Masks and held weights on GPUs that talk by NCCL, and those of one process on the CPU."""
+    torch.cuda.set_device(rank)
+    join(rank, world, port, backend="nccl")
+    mesh, g = init_device_mesh("cuda", (world,)), torch.Generator().manual_seed(0)
+    wrong = []
+    for way, (criterion, _), allocate in itertools.product((fsdp, tensor_parallel), DRIVEN[:3], OF_DATA):
+        model = exact((8, 12, 4, 4), g)
+        parts, mine = part_of_data(way, world, rank)
+        data = [[torch.randint(-1, 2, (2, 8), generator=g).float() for _ in range(parts)] for _ in range(2)]
+        options = {"sparsity": 0.6, "criterion": criterion, "allocate": allocate, "loss": mean}
+        sharded = way(deepcopy(model).cuda(), mesh)
+        expected = lp.prune(model, data=[(torch.cat(each), 0) for each in data], **options)
+        found = lp.prune(sharded, data=[(each[mine].cuda(), 0) for each in data], **options)
+        if not same({n: whole(m).cpu() for n, m in found.items()}, expected):
+            wrong.append(f"{way.__name__} {criterion} {allocate}")
+        optimizer = torch.optim.AdamW(sharded.parameters(), lr=0.01)
+        handle = lp.hold(sharded, optimizer, found)
+        for _ in range(3):
+            sharded(data[0][mine].cuda()).square().mean().backward()
+            optimizer.step()
+            if not dead_are_zero(
+                *({n: local(t) for n, t in its.items()} for its in (pruned(sharded, found), found))
+            ):
+                wrong.append(f"{way.__name__}: dead weights live")
+        handle.remove()
+    torch.save(wrong, folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def pruned(model, masks):
+    return {name: p for name, p in model.named_parameters() if name in masks}
+
+
+def join(rank, world, port, seconds=60, backend="gloo"):
     """Be one of the processes."""
     os.environ |= {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"},
@@ -703,7 +738,7 @@ def join(rank, world, port, seconds=60):
     os.environ.pop("PL_GLOBAL_SEED", None)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+    distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
 
 
 def work(rank, world, port, folder, names):

@@ -18,7 +18,7 @@ from lightning_prune.study.configs import load
 from lightning_prune.study.training import built
 from tests.networks import dead_are_zero, same
 from tests.ranks import processes, started
-from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_die, work
+from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_die, on_gpus, work
 
 FAST = [
     *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
@@ -319,6 +319,15 @@ def test_a_sparse_file_of_shards_is_that_of_one_process(two):
 
 def test_the_documented_examples_run(two):
     assert two["documented"] == [{"blocks": 4, "round": 2, "sparsity": 0.36}] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed, which talk by NCCL")
+def test_masks_on_shards_on_gpus_are_those_of_one_process(tmp_path):
+    for process in (running := started(2, on_gpus, tmp_path)):
+        process.join(300)
+    assert [process.exitcode for process in running] == [0, 0]
+    assert [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)] == [[], []]
 
 
 @pytest.mark.slow
