@@ -7,7 +7,9 @@ the machine meanwhile, so nothing else should talk there. Then, on paper, what i
 """
 
 import argparse
+import ctypes
 import multiprocessing
+import os
 import pickle
 import socket
 import tempfile
@@ -22,13 +24,20 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.data import DataLoader
+from typing_extensions import override
 
+from lightning_prune import IterativeMagnitudePruning, LotteryTicketRewind
 from lightning_prune.deploy.timing import machine
 from lightning_prune.masks import Masks, count
 from lightning_prune.pruning import next_masks
+from lightning_prune.schedules import Geometric
 from lightning_prune.shards import local, placed
 
 SPARSITY, TENSORS, WIDTH = 0.8, 40, 50  # 40 tensors of rows of 50
@@ -232,6 +241,114 @@ def lines(n: int, world: int) -> Iterator[str]:
         yield " | ".join(["", *cells, f"{peak / 1e6:,.1f}", f"{of_one:.2f}", bits, ""]).strip()
 
 
+# --------------------------------------------------------------------------------------------- in a fit
+
+
+class _Net(LightningModule):
+    """Square layers, as many as there are tensors, each a group of its own where they are sharded."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        width = round((n / TENSORS) ** 0.5)
+        self.net = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(TENSORS)])
+
+    @override
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            for part in (*self.net, self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch[:, : self.net[0].in_features]).square().mean()
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Four batches."""
+        return DataLoader(torch.randn(16, 4096), batch_size=4 // self.trainer.world_size)  # type: ignore[arg-type]
+
+
+class _Begins(Callback):
+    """Before the pruner: as an epoch begins, what is free goes back to the system, and the mark is reset."""
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # of the training and the whole network before it was sharded
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class _Ends(Callback):
+    """After pruner and rewind: the highest that the memory was while they worked."""
+
+    def __init__(self) -> None:
+        self.peaks: list[int] = []
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0 and trainer.current_epoch:
+            self.peaks.append(_status("VmHWM"))
+
+
+def _fit(rank: int, world: int, port: int, n: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{rank}",
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "fit",
+    }
+    os.environ |= {"WORLD_SIZE": f"{world}", "LOCAL_WORLD_SIZE": f"{world}"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    if world > 1:
+        distributed.init_process_group("gloo", timeout=timedelta(minutes=2))
+    peak = 0
+    for size in (100_000, n):  # first what is loaded on first use
+        before, ends = _status("VmRSS"), _Ends()
+        ticket = [IterativeMagnitudePruning(Geometric(to=SPARSITY), rounds=2), LotteryTicketRewind()]
+        options: dict[str, Any] = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        }
+        if world > 1:
+            strategy = ModelParallelStrategy(world, 1, process_group_backend="gloo")
+            options |= {"strategy": strategy, "devices": world}
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=3,
+            callbacks=[_Begins(), *ticket, ends],
+            enable_model_summary=False,
+            **options,
+        )
+        trainer.fit(_Net(size))
+        peak = max(ends.peaks) - before
+    torch.save(peak, Path(folder, f"{world}-{rank}.pt"))
+    if world > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def in_a_fit(n: int) -> Iterator[str]:
+    """Rows of a table: the memory of a process while a fit prunes and rewinds."""
+    one = 0
+    for world in (1, *WORLDS):
+        with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            free.close()
+            _run(_fit, [(rank, world, port, n, folder) for rank in range(world)])
+            peak = max(
+                torch.load(Path(folder, f"{world}-{rank}.pt"), weights_only=True) for rank in range(world)
+            )
+        one = one or peak
+        yield f"| {n:,} | {world} | {peak / 1e6:,.1f} | {peak / n * world:.1f} | {peak * world / one:.2f} |"
+
+
 # --------------------------------------------------------------------------------------------- on paper
 
 
@@ -307,7 +424,20 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--largest", type=float, default=1e8, help="weights of the largest pruning")
-    largest = parser.parse_args().largest
+    parser.add_argument("--fit", action="store_true", help="only the memory of a pruning within a fit")
+    given = parser.parse_args()
+    largest = given.largest
+    if given.fit:
+        print(
+            "Memory of the fullest process while a fit prunes and rewinds, from before the network was made:"
+        )
+        print("weights, masks, gradients, optimizer, snapshot and what the pruning needs.\n")
+        print("| weights | processes | MB | bytes a weight of its share | over its share of one process |")
+        print("|---|---|---|---|---|")
+        for n in (size for size in SIZES if size <= largest):
+            for line in in_a_fit(n):
+                print(line, flush=True)
+        return
     print(f"One global pruning to {SPARSITY:.0%} of float32 weights in {TENSORS} tensors. {machine()}")
     print("Sent by a process, seconds of all, what the memory of the fullest process rises by and, with its")
     print(
