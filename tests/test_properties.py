@@ -175,12 +175,14 @@ PROPERTIES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*finds no unit")
 @pytest.mark.parametrize("holds", PROPERTIES, ids=lambda f: f.__name__)
 def test_a_property_holds_for_some_examples(holds):
     given(st.data())(settings(**few, max_examples=60)(holds))()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*finds no unit")
 @pytest.mark.parametrize("holds", PROPERTIES, ids=lambda f: f.__name__)
 def test_a_property_holds_for_many_examples(holds):
     given(st.data())(settings(**MANY)(holds))()

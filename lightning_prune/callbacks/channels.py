@@ -126,7 +126,7 @@ class StructuredChannelPruning(MaskedTraining):
 
     def __init__(
         self,
-        schedule: dict[str, Schedule] | Schedule | None = None,
+        schedule: Schedule | dict[str, Schedule] | None = None,
         rounds: int = 1,
         every_n_epochs: int = 1,
         criterion: Criterion = criteria.magnitude,

@@ -117,7 +117,7 @@ class IterativeMagnitudePruning(MaskedTraining):
 
     def __init__(
         self,
-        schedule: dict[str, Schedule] | Schedule | None = None,
+        schedule: Schedule | dict[str, Schedule] | None = None,
         rounds: int = 10,
         every_n_epochs: int = 1,
         criterion: Criterion = criteria.magnitude,
