@@ -13,6 +13,7 @@ says from where to go on.*
 - `criteria`: which; parameters -> scores
 - `schedules`: how far; round (and scores) -> sparsity
 - `allocation`: how many where; scores and a total -> survivors per tensor
+- `adaptive`: how many where, by the ratios of LAMP, without a sort
 - `granularity`: weights, blocks, kernels or filters; what lives and dies together
 - `layers`: which weights may be pruned, and where outputs and inputs lie in them
 - `evidence`: what these may ask for, and how to gather it without a trace
