@@ -87,8 +87,8 @@ def composes(experiment, axis, option):
         return
     if refusal(lambda: check(cfg)) or cfg.kinds is not None:  # no training in rounds
         return
-    its = DynamicSparseTraining if axis == "kind" and option in GROWN else IterativeMagnitudePruning
-    assert isinstance(instantiate(cfg.pruner), its)
+    kind = DynamicSparseTraining if axis == "kind" and option in GROWN else IterativeMagnitudePruning
+    assert isinstance(instantiate(cfg.pruner), kind)
     instantiate(cfg.optimizer)
     if cfg.rewind:
         instantiate(cfg.rewind)
@@ -97,6 +97,16 @@ def composes(experiment, axis, option):
 @pytest.mark.parametrize(("experiment", "axis", "option"), sampled(GRID, 25))
 def test_an_option_wins_whole_over_what_an_experiment_sets(experiment, axis, option):
     composes(experiment, axis, option)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_whole_grid_composes(experiment):
+    """Options of all axes at once, until each of every axis has had its turn."""
+    for turn in range(max(map(len, OPTIONS.values()))):
+        choice = {axis: options[turn % len(options)] for axis, options in OPTIONS.items()}
+        cfg = composed(f"experiment={experiment}", *(f"{axis}={option}" for axis, option in choice.items()))
+        for axis in AXES:
+            assert OmegaConf.to_container(cfg[axis]) == alone(axis, choice[axis])
 
 
 @pytest.mark.slow
@@ -151,25 +161,25 @@ def images(tmp_path_factory):
 def trains(experiment, axis, option, folder, images):
     """Train the experiment with the option for two prunings, and a control from its ticket."""
     cfg = composed(f"experiment={experiment}", f"{axis}={option}")
-    its = [f"experiment={experiment}", f"rounds={min(cfg.rounds, 2)}", f"runs={folder}", *SHORT]
+    words = [f"experiment={experiment}", f"rounds={min(cfg.rounds, 2)}", f"runs={folder}", *SHORT]
     if not cfg.data._target_.endswith("mnist1d"):
         like = "mnist" if cfg.data._target_.endswith("mnist") else "cifar10"
-        its += ["data=npz", f"data.path={images}/{like}.npz", "data.validation=8"]
+        words += ["data=npz", f"data.path={images}/{like}.npz", "data.validation=8"]
     if cfg.rewind and cfg.rewind.get("to_step"):
-        its += ["rewind.to_step=1"]
-    its += ["every_n_train_steps=2"] if option in GROWN else []
-    its += [] if axis == "kind" else [f"{axis}={option}"]
+        words += ["rewind.to_step=1"]
+    words += ["every_n_train_steps=2"] if option in GROWN else []
+    words += [] if axis == "kind" else [f"{axis}={option}"]
     kind = option if axis == "kind" else "ticket"
 
     def made():
         if cfg.after:
-            check(composed(*its, f"kind={kind}"))
-            run(composed(*its, "kind=ticket"))
-        run(composed(*its, f"kind={kind}"))
+            check(composed(*words, f"kind={kind}"))
+            run(composed(*words, "kind=ticket"))
+        run(composed(*words, f"kind={kind}"))
 
     if refusal(made):
         return False
-    found, ticket = (folder_of(composed(*its, f"kind={kind}")) for kind in (kind, "ticket"))
+    found, ticket = (folder_of(composed(*words, f"kind={kind}")) for kind in (kind, "ticket"))
     rows = read(found / "records.jsonl")[0]
     if option in GROWN:
         asked_for = {k: s for k, s in enumerate(cfg.sparsities or [cfg.sparsity]) if s}
@@ -247,8 +257,8 @@ def test_what_does_not_go_together_or_is_no_number_is_refused_and_named(override
 
 
 def test_growth_goes_on_after_a_kill_to_the_same_weights(tmp_path, monkeypatch):
-    its = [*SHORT, "kind=rigl", "rounds=1", "every_n_train_steps=2", "steps_per_round=100"]
-    straight = run(composed(*its, f"runs={tmp_path}/straight"))
+    words = [*SHORT, "kind=rigl", "rounds=1", "every_n_train_steps=2", "steps_per_round=100"]
+    straight = run(composed(*words, f"runs={tmp_path}/straight"))
     with monkeypatch.context() as broken:
         calls, save = [], Trainer.save_checkpoint
 
@@ -260,8 +270,8 @@ def test_growth_goes_on_after_a_kill_to_the_same_weights(tmp_path, monkeypatch):
 
         broken.setattr(Trainer, "save_checkpoint", interrupted)
         with pytest.raises(BaseException):  # noqa: B017, PT011  Lightning makes a SystemExit of it
-            run(composed(*its, f"runs={tmp_path}/again"))
-    again = run(composed(*its, f"runs={tmp_path}/again"))
+            run(composed(*words, f"runs={tmp_path}/again"))
+    again = run(composed(*words, f"runs={tmp_path}/again"))
     found, expected = (torch.load(f / "final.ckpt", weights_only=True) for f in (again, straight))
     assert same(found["state_dict"], expected["state_dict"])
     without = [
@@ -283,8 +293,14 @@ def test_masks_grow_once_for_each_density_beside_the_rounds_of_a_ticket(experime
 
 
 def test_a_density_that_was_cut_short_goes_on_and_those_before_it_are_left_alone(tmp_path, monkeypatch):
-    its = [*SHORT, "experiment=dst_mnist1d", "kind=rigl", "every_n_train_steps=2", "sparsities=[0.0,0.5,0.8]"]
-    straight = run(composed(*its, f"runs={tmp_path}/straight"))
+    words = [
+        *SHORT,
+        "experiment=dst_mnist1d",
+        "kind=rigl",
+        "every_n_train_steps=2",
+        "sparsities=[0.0,0.5,0.8]",
+    ]
+    straight = run(composed(*words, f"runs={tmp_path}/straight"))
     with monkeypatch.context() as broken:
         calls, trained = [], training.train
 
@@ -296,9 +312,9 @@ def test_a_density_that_was_cut_short_goes_on_and_those_before_it_are_left_alone
 
         broken.setattr(training, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(composed(*its, f"runs={tmp_path}/again"))
+            run(composed(*words, f"runs={tmp_path}/again"))
         assert calls == [0.5, 0.8]
-    again = run(composed(*its, f"runs={tmp_path}/again"))
+    again = run(composed(*words, f"runs={tmp_path}/again"))
     one, other = ([{**r, "seconds": 0} for r in read(f / "records.jsonl")[0]] for f in (straight, again))
     assert one == other
     assert all(same(a, b) for a, b in zip(masks_of(straight).values(), masks_of(again).values(), strict=True))

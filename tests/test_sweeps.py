@@ -80,9 +80,12 @@ def killed_and_restarted(tmp_path, arguments, kills, seed):
     finished(process, tmp_path / "log")
     whole = time.monotonic() - began
     expected = results(tmp_path / "straight")
-    moments, killed, interrupted = random.Random(seed), 0, 0
+    moments, killed, interrupted, places = random.Random(seed), 0, 0, set()
+    done = lambda: len(list((tmp_path / "runs").rglob("DONE")))  # noqa: E731
     while killed < kills:
-        process = begun(tmp_path / "runs", tmp_path / "log", *arguments)
+        process, before = begun(tmp_path / "runs", tmp_path / "log", *arguments), done()
+        while killed % 3 == 2 and process.exitcode is None and done() == before:
+            time.sleep(0.01)  # so that the sweep comes on, however slow the machine is
         process.join(moments.uniform(0, 2 * whole / kills))  # so that the kills are spread over all runs
         if process.exitcode is not None:
             break
@@ -92,12 +95,15 @@ def killed_and_restarted(tmp_path, arguments, kills, seed):
             break
         assert process.exitcode == -signal.SIGKILL
         killed += 1
+        places.add(done())
         configs = (tmp_path / "runs").glob("*/*/config.yaml")
         interrupted += any(not (path.parent / "DONE").is_file() for path in configs)
     assert killed
     assert interrupted  # in the middle of a run
     finished(begun(tmp_path / "runs", tmp_path / "log", *arguments), tmp_path / "log")
-    print(f"{killed} kills, {interrupted} of them in the middle of a run")
+    print(
+        f"{killed} kills, {interrupted} of them in the middle of a run, after {sorted(places)} finished runs"
+    )
     assert results(tmp_path / "runs") == expected
     return expected
 
@@ -332,8 +338,8 @@ def test_a_control_makes_the_ticket_that_it_starts_from(tmp_path):
 
 @posix
 def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
-    its = ",evaluate_every=20,rounds=2,steps_per_round=40"
-    ticket = run(config(tmp_path / "runs", f"variant='{its}'"))
+    short = ",evaluate_every=20,rounds=2,steps_per_round=40"
+    ticket = run(config(tmp_path / "runs", f"variant='{short}'"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     sweep = [
         "--multirun",
@@ -348,12 +354,12 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
     rows = [line.strip("│ \n") for line in (tmp_path / "log").read_text().split("\n") if "mnist1d/" in line]
     cells = [[cell.strip() for cell in row.split("│")] for row in rows]
     assert [c[:4] for c in cells] == [
-        [f"mnist1d/ticket-1{its}", "finished", "0", "24965 (49.93%)"],
-        [f"mnist1d/ticket-2{its}", "new", "3 of 3", "24965 (49.93%)"],
-        [f"mnist1d/reinit-1{its}", "new", "3 of 3", "24965 (49.93%)"],
-        [f"mnist1d/reinit-2{its}", "new", "3 of 3", "24965 (49.93%)"],
-        [f"mnist1d/class_random-1{its}", "new", "2 of 3", "24965 (49.93%)"],
-        [f"mnist1d/class_random-2{its}", "new", "2 of 3", "24965 (49.93%)"],
+        [f"mnist1d/ticket-1{short}", "finished", "0", "24965 (49.93%)"],
+        [f"mnist1d/ticket-2{short}", "new", "3 of 3", "24965 (49.93%)"],
+        [f"mnist1d/reinit-1{short}", "new", "3 of 3", "24965 (49.93%)"],
+        [f"mnist1d/reinit-2{short}", "new", "3 of 3", "24965 (49.93%)"],
+        [f"mnist1d/class_random-1{short}", "new", "2 of 3", "24965 (49.93%)"],
+        [f"mnist1d/class_random-2{short}", "new", "2 of 3", "24965 (49.93%)"],
     ]
     assert all("MB" in c[4] and c[5].endswith(" s") for c in cells[1:])
     expected = sum(
