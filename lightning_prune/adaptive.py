@@ -115,14 +115,17 @@ class _Buckets:
         """How many of each bucket have a ratio from `ratio` on, whatever their scores in it are."""
         if not ratio:
             return self.counts
-        return self._clipped(self.lowest, lambda its: (its / ratio - self.above) / _positive(self.highest))
+        return self._clipped(
+            self.lowest, lambda squares: (squares / ratio - self.above) / _positive(self.highest)
+        )
 
     def at_most(self, ratio: float) -> Floats:
         """How many can have one, for some of the scores that they may have."""
         if not ratio:
             return self.counts
         return self._clipped(
-            self.highest, lambda its: (its / ratio - self.above - its) / _positive(self.lowest) + 1
+            self.highest,
+            lambda squares: (squares / ratio - self.above - squares) / _positive(self.lowest) + 1,
         )
 
     def exactly(self, ratio: float) -> Floats:
@@ -153,19 +156,19 @@ def kept(scores: Mapping[str, Tensor], total: int, together: Together | None = N
         together: over ranks that hold parts of the tensors.
     """
     still = {name: _all_of(s, together is None or together.counts(name)) for name, s in scores.items()}
-    while left := total - sum(its.above for its in still.values()):
+    while left := total - sum(open_.above for open_ in still.values()):
         found = _histograms(still, together)
-        buckets = {name: _buckets(its, *found[name]) for name, its in still.items()}
-        if not any(its.shift for its in still.values()):
+        buckets = {name: _buckets(open_, *found[name]) for name, open_ in still.items()}
+        if not any(open_.shift for open_ in still.values()):
             return _shared_out(still, buckets, left)
         # between these two lies the last ratio that is kept; by a little more, as floats are rounded
-        least = _ratio(_highest(left, [its.at_least for its in buckets.values()])) * (1 - 1e-6)
-        most = _ratio(_highest(left, [its.at_most for its in buckets.values()])) * (1 + 1e-6)
-        for name, its in buckets.items():
-            last = int(np.flatnonzero(its.at_most(least)).max(initial=0))
-            first = int(np.flatnonzero(its.at_least(most) < its.counts).min(initial=last))
+        least = _ratio(_highest(left, [each.at_least for each in buckets.values()])) * (1 - 1e-6)
+        most = _ratio(_highest(left, [each.at_most for each in buckets.values()])) * (1 + 1e-6)
+        for name, each in buckets.items():
+            last = int(np.flatnonzero(each.at_most(least)).max(initial=0))
+            first = int(np.flatnonzero(each.at_least(most) < each.counts).min(initial=last))
             still[name] = still[name].within(first, last, *found[name])
-    return Keep({name: its.above for name, its in still.items()})
+    return Keep({name: open_.above for name, open_ in still.items()})
 
 
 def _all_of(scores: Tensor, counts: bool) -> _Open:
@@ -185,30 +188,30 @@ def _counting(scores: Tensor) -> Tensor:
 
 
 def _histograms(still: Mapping[str, _Open], together: Together | None) -> dict[str, tuple[Floats, Floats]]:
-    here = [its.histogram() for its in still.values()]
-    joined = torch.cat([its.flatten() for its in here])
+    here = [open_.histogram() for open_ in still.values()]
+    joined = torch.cat([histogram.flatten() for histogram in here])
     if together is not None:
         joined = together.add(joined)
-    parts = joined.split([its.numel() for its in here])
+    parts = joined.split([histogram.numel() for histogram in here])
     both = (part.view(2, -1).numpy() for part in parts)
-    return {name: (its[0], its[1]) for name, its in zip(still, both, strict=True)}
+    return {name: (pair[0], pair[1]) for name, pair in zip(still, both, strict=True)}
 
 
-def _buckets(its: _Open, counts: Floats, squares: Floats) -> _Buckets:
-    above = its.squares + np.concatenate(([0.0], np.cumsum(squares)[:-1]))
-    return _Buckets(counts, above, *its.edges())
+def _buckets(open_: _Open, counts: Floats, squares: Floats) -> _Buckets:
+    above = open_.squares + np.concatenate(([0.0], np.cumsum(squares)[:-1]))
+    return _Buckets(counts, above, *open_.edges())
 
 
 def _shared_out(still: Mapping[str, _Open], buckets: Mapping[str, _Buckets], left: int) -> Keep:
     """The last step, in which each bucket has a single score."""
-    last = _highest(left, [its.exactly for its in buckets.values()])
-    higher = {name: int(its.exactly(_ratio(last + 1)).sum()) for name, its in buckets.items()}
-    equal = {name: int(its.exactly(_ratio(last)).sum()) - higher[name] for name, its in buckets.items()}
+    last = _highest(left, [each.exactly for each in buckets.values()])
+    higher = {name: int(each.exactly(_ratio(last + 1)).sum()) for name, each in buckets.items()}
+    equal = {name: int(each.exactly(_ratio(last)).sum()) - higher[name] for name, each in buckets.items()}
     spare = left - sum(higher.values())
     keep = Keep()
-    for name, its in still.items():
+    for name, open_ in still.items():
         ties = min(spare, equal[name])
-        keep[name], spare = its.above + higher[name] + ties, spare - ties
+        keep[name], spare = open_.above + higher[name] + ties, spare - ties
     return keep
 
 
@@ -217,7 +220,7 @@ def _highest(enough: int, count_from: Sequence[Callable[[float], Floats]]) -> in
     low, high = 0, int(np.float64(1).view(np.int64)) >> _CUT
     while low < high:
         middle = (low + high + 1) // 2
-        found = sum(its(_ratio(middle)).sum() for its in count_from)
+        found = sum(count(_ratio(middle)).sum() for count in count_from)
         low, high = (middle, high) if found >= enough else (low, middle - 1)
     return low
 

@@ -154,7 +154,7 @@ class EvenOutputs:
         keep: dict[str, Tensor] = {}
         given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
         counts = evidence.call(self.of, scores, total, **given)
-        for name, its in counts.items():
+        for name, planned in counts.items():
             if scores[name].dim() < 2:
                 raise ValueError(
                     "allocate: per_output and EvenOutputs share out what lies within an output, and the "
@@ -163,7 +163,7 @@ class EvenOutputs:
                 )
             layout = (layouts or {}).get(name, Layout())
             caps = candidates_per_output(name, scores[name], layout, together)
-            keep[name] = evenly(survivors(its), caps)
+            keep[name] = evenly(survivors(planned), caps)
         return keep
 
 

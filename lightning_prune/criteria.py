@@ -495,8 +495,8 @@ def input_squares(params: Params, model: nn.Module, batches: list[Any], forward:
             "needed for its norm. Exclude these weights."
         )
     return {
-        name: placed(its.expand(local(w).shape), w) if is_sharded(w := params[name]) else its
-        for name, its in squares.items()
+        name: placed(square.expand(local(w).shape), w) if is_sharded(w := params[name]) else square
+        for name, square in squares.items()
     }
 
 

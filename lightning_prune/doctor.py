@@ -99,7 +99,7 @@ def missed(
         if callable(sparsity):
             continue
         size = sum(masks[name].numel() for name in names)
-        left, asked = (alive({name: its[name] for name in names}) for its in (masks, before))
+        left, asked = (alive({name: each[name] for name in names}) for each in (masks, before))
         if left != (asked := min(asked, budget(sparsity, size))):
             found.append(
                 f"{', '.join(names)}: {left} of {size} weights are alive, {asked} were asked for. {advice}"

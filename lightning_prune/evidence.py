@@ -96,9 +96,9 @@ def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
     wanted = asked(function, len(args))
     for name, needed in wanted.items():
         if needed and evidence.get(name) is None:
-            its = getattr(function, "__name__", repr(function))
+            who = getattr(function, "__name__", repr(function))
             raise ValueError(
-                f"{its} asks for `{name}`, and there is none here. {EVIDENCE[name]} Give it, or use another."
+                f"{who} asks for `{name}`, and there is none here. {EVIDENCE[name]} Give it, or use another."
             )
     return function(*args, **{name: evidence[name] for name in wanted if evidence.get(name) is not None})
 

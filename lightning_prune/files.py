@@ -193,5 +193,5 @@ def _check_contents(archive: zipfile.ZipFile) -> None:
     if torch.serialization.get_crc32_options() and (broken := archive.testzip()):
         raise zipfile.BadZipFile(f"the checksum of {broken} is another")
     # Of what is marked as a directory torch reads nothing, and gives whatever the memory holds.
-    if marked := [its.filename for its in archive.infolist() if its.external_attr & _DIRECTORY]:
+    if marked := [entry.filename for entry in archive.infolist() if entry.external_attr & _DIRECTORY]:
         raise zipfile.BadZipFile(f"{marked[0]} is marked as a directory")

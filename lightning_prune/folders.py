@@ -39,7 +39,7 @@ def set_apart(state: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
         return state, {}
     items = state.items() if type(state) is dict else enumerate(state)
     parts = {key: set_apart(value, f"{name}/{key}") for key, value in items}
-    apart = {each: tensor for _, its in parts.values() for each, tensor in its.items()}
+    apart = {each: tensor for _, tensors in parts.values() for each, tensor in tensors.items()}
     left = {key: value for key, (value, _) in parts.items()}
     return left if type(state) is dict else type(state)(left.values()), apart
 
@@ -108,7 +108,7 @@ def whole(folder: str | Path, weights_only: bool | None = True) -> dict[str, Any
             place = place.setdefault(step, {})
         place[last] = values[key]
     optimizers = [found[f"optimizer_{i}"] for i in range(len(found)) if f"optimizer_{i}" in found]
-    states = [_by_number(its) for its in optimizers if "param_groups" in its]
+    states = [_by_number(state) for state in optimizers if "param_groups" in state]
     return {**_with(rest, apart), "state_dict": found["state_dict"], "optimizer_states": states}
 
 
@@ -134,11 +134,11 @@ def _contents(folder: str | Path) -> _Contents:
     return {
         key: (
             tuple(metadata.planner_data[key]),
-            torch.empty(its.size, dtype=its.properties.dtype, device="meta")
-            if isinstance(its, TensorStorageMetadata)
+            torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
+            if isinstance(stored, TensorStorageMetadata)
             else None,
         )
-        for key, its in metadata.state_dict_metadata.items()
+        for key, stored in metadata.state_dict_metadata.items()
     }
 
 

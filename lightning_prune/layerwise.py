@@ -78,7 +78,7 @@ def prune_in_order(
                 of_data: dict[str, Moments] = {}
                 if update is not None or isinstance(criterion, SparseGPT):
                     of_data = moments(reached.names, laid_out, model, reached.batches, reached.forward)
-                    few += [n for n, its in of_data.items() if its.samples < its.mean.shape[-1]]
+                    few += [n for n, stats in of_data.items() if stats.samples < stats.mean.shape[-1]]
                 fitted = dict(here)
                 if isinstance(criterion, SparseGPT):
                     for name, w in here.items():
@@ -220,14 +220,16 @@ def _probe(mask: Tensor, large: bool) -> Tensor:
 
 
 def _refitted(
-    update: Update, weight: Tensor, start: Tensor, mask: Tensor, layout: Layout, its: Tensor
+    update: Update, weight: Tensor, start: Tensor, mask: Tensor, layout: Layout, hessians: Tensor
 ) -> Tensor:
     """The survivors by `update`, of each output where they are better than those of `start`."""
-    dense, first = (matrices(w.to(its.dtype), layout) for w in (weight, start))
+    dense, first = (matrices(w.to(hessians.dtype), layout) for w in (weight, start))
     stays = matrices(mask, layout)
-    fit = torch.stack([update(*each) for each in zip(dense, stays, its, strict=True)])
-    rounded = fit.to(weight.dtype).to(its.dtype) * stays
-    best = torch.stack([no_worse(*each) for each in zip(rounded, first * stays, dense, its, strict=True)])
+    fit = torch.stack([update(*each) for each in zip(dense, stays, hessians, strict=True)])
+    rounded = fit.to(weight.dtype).to(hessians.dtype) * stays
+    best = torch.stack(
+        [no_worse(*each) for each in zip(rounded, first * stays, dense, hessians, strict=True)]
+    )
     return from_matrices(best, layout, weight.shape).to(weight.dtype)
 
 
@@ -238,7 +240,7 @@ def _surgery(
     keep: int | Tensor,
     granularity: Granularity,
     layout: Layout,
-    its: Tensor,
+    hessians: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A weight by SparseGPT: the updated one, and the mask."""
     if isinstance(keep, Tensor):
@@ -246,7 +248,7 @@ def _surgery(
             f"allocate: it counts the survivors of each output, and {criterion} compares all outputs in a "
             "block of inputs. Allowed are counts per layer, such as those of uniform. Use that."
         )
-    dense, there = matrices(weight.to(its.dtype), layout), matrices(mask, layout)
+    dense, there = matrices(weight.to(hessians.dtype), layout), matrices(mask, layout)
     parts, choose = (
         _patterns(granularity, there, layout.split(mask).shape[2], keep)
         if isinstance(granularity, NM)
@@ -254,7 +256,7 @@ def _surgery(
     )
     solved = [
         criterion.solve(w, h, partial(choose, i), parts)
-        for i, (w, h) in enumerate(zip(dense, its, strict=True))
+        for i, (w, h) in enumerate(zip(dense, hessians, strict=True))
     ]
     updated, stays = (torch.stack(values) for values in zip(*solved, strict=True))
     return (

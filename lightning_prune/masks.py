@@ -118,12 +118,12 @@ def pack_whole(masks: Mapping[str, Tensor]) -> dict[str, Packed | Tensor]:
 def unpack(packed: Mapping[str, Mapping[str, Tensor | list[int]] | Tensor]) -> Masks:
     """The masks that `pack` or `pack_whole` stored."""
     masks: Masks = {}
-    for name, its in packed.items():
-        if isinstance(its, Tensor):
-            masks[name] = its
+    for name, stored in packed.items():
+        if isinstance(stored, Tensor):
+            masks[name] = stored
             continue
-        shape = torch.Size([int(n) for n in its["shape"]])
-        flat = np.unpackbits(torch.as_tensor(its["bits"]).numpy(), count=shape.numel())
+        shape = torch.Size([int(n) for n in stored["shape"]])
+        flat = np.unpackbits(torch.as_tensor(stored["bits"]).numpy(), count=shape.numel())
         masks[name] = torch.from_numpy(flat).view(torch.bool).view(shape)
     return masks
 

@@ -269,7 +269,7 @@ def _next_shards(
     here = {name: local(mask) for name, mask in masks.items()}
     of_a_run = {name: evidence[name] for name in OF_A_RUN & evidence.keys()}
     if granularity is not single:
-        laid_out = {n: its.of_part() if cut(weights[n]) else its for n, its in laid_out.items()}
+        laid_out = {n: layout.of_part() if cut(weights[n]) else layout for n, layout in laid_out.items()}
     new = chosen(
         scores, weights, here, sparsities, allocate, granularity, laid_out, together=together, **of_a_run
     )
@@ -284,7 +284,7 @@ def _check_alike(scores: Scores, weights: Mapping[str, Tensor], together: Shards
         if not is_sharded(weights[n])
     }
     first, *others = together.told(sums)
-    if wrong := [name for name in sums if any(its[name] != first[name] for its in others)]:
+    if wrong := [name for name in sums if any(theirs[name] != first[name] for theirs in others)]:
         raise ValueError(
             f"criterion: the scores of {', '.join(wrong)} differ between processes, on all of which the "
             "weight is whole, and one mask is needed. Exclude it, or shard it as the others."

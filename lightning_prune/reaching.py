@@ -76,7 +76,7 @@ def _walk(root: nn.Module, owners: Owners, calls: list[Any], run: Run) -> Iterat
         return
     chains = _Chains.of(root, mine)
     trace = _traced([*mine, *chains.links], mine, calls, run)
-    if missed := [name for module, its in mine.items() if module not in trace.first for name in its]:
+    if missed := [name for module, owned in mine.items() if module not in trace.first for name in owned]:
         raise ValueError(
             f"layer_by_layer=True: no data reach the layers of {', '.join(sorted(missed))}. Allowed are "
             "layers that are called with data. Exclude these, or give data that reach them. Nothing was "
@@ -245,8 +245,8 @@ def _is_chain(blocks: Sequence[nn.Module], call: Any, run: Run) -> bool:
         except _Enough:
             handle.remove()
         output = _run(blocks[0], arguments[0])
-        for block, its in zip(blocks[1:], arguments[1:], strict=True):
-            output = _run(block, _following(its, output))
+        for block, given in zip(blocks[1:], arguments[1:], strict=True):
+            output = _run(block, _following(given, output))
     finally:
         changed.remove()
         handle.remove()
@@ -349,8 +349,8 @@ def _mapped(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], 
     if isinstance(value, _Output) or type(value) not in (tuple, list, dict):
         return other(value) if other else value
     if isinstance(value, Mapping):
-        return {key: _mapped(its, tensor, other) for key, its in value.items()}
-    return type(value)(_mapped(its, tensor, other) for its in value)
+        return {key: _mapped(inner, tensor, other) for key, inner in value.items()}
+    return type(value)(_mapped(inner, tensor, other) for inner in value)
 
 
 def _leaves(value: Any) -> list[Any]:

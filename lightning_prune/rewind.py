@@ -147,7 +147,7 @@ def learning_rate(early: Snapshot, final: Snapshot) -> Snapshot:
 
     Reference: Renda et al. (2020), arXiv:2003.02389, Section 2.
     """
-    groups = [{k: v for k, v in its.items() if k == "param_groups"} for its in early.optimizers]
+    groups = [{k: v for k, v in state.items() if k == "param_groups"} for state in early.optimizers]
     optimizers = [{**now, **then} for now, then in zip(final.optimizers, groups, strict=True)]
     return replace(final, optimizers=optimizers, schedulers=early.schedulers)
 
@@ -201,7 +201,7 @@ class EarlyBird:
 
     def __call__(self, drawn: Sequence[Masks]) -> bool:
         *others, newest = drawn[-self.masks :]
-        return len(others) == self.masks - 1 and all(hamming(its, newest) < self.distance for its in others)
+        return len(others) == self.masks - 1 and all(hamming(old, newest) < self.distance for old in others)
 
 
 def hamming(a: Masks, b: Masks) -> float:
@@ -233,8 +233,8 @@ def _cut(state: dict[str, Any], optimizer: optim.Optimizer) -> dict[str, Any]:
     if not any(map(is_sharded, params)):
         return state
     cut = {
-        key: {w: _lying(v, known[key]) if isinstance(v, Tensor) else v for w, v in its.items()}
-        for key, its in state["state"].items()
+        key: {w: _lying(v, known[key]) if isinstance(v, Tensor) else v for w, v in values.items()}
+        for key, values in state["state"].items()
     }
     return {**state, "state": cut}
 

@@ -124,15 +124,15 @@ def select(
     if together is not None:
         return _chosen_together(allocate, ranked, keep, there, near, together, layouts or {})
     for name in list(ranked):
-        scores_here, its = ranked.pop(name), keep[name]
+        scores_here, share = ranked.pop(name), keep[name]
         layout = (layouts or {}).get(name, Layout())
-        if isinstance(its, Tensor):
-            _check_per_output(allocate, name, its, candidates_per_row(layout.rows(scores_here)))
-            rows = keep_top_of_rows(layout.rows(scores_here), its)
+        if isinstance(share, Tensor):
+            _check_per_output(allocate, name, share, candidates_per_row(layout.rows(scores_here)))
+            rows = keep_top_of_rows(layout.rows(scores_here), share)
             chosen[name] = layout.from_rows(rows, scores_here.shape).contiguous()
             continue
-        _check_count(allocate, name, its, there[name])
-        chosen[name] = keep_top(scores_here, its, near=near)
+        _check_count(allocate, name, share, there[name])
+        chosen[name] = keep_top(scores_here, share, near=near)
     return chosen
 
 
@@ -250,14 +250,14 @@ def _chosen_together(
     """This rank's parts of what `select` gives for the whole tensors. `ranked` is emptied."""
     order, chosen, above = list(ranked), Masks(), dict[str, int]()
     counts: dict[str, int] = {}
-    for name, its in keep.items():
-        if isinstance(its, Tensor):
+    for name, share in keep.items():
+        if isinstance(share, Tensor):
             layout, scores = layouts.get(name, Layout()), ranked.pop(name)
-            _check_per_output(allocate, name, its, candidates_per_output(name, scores, layout, together))
-            chosen[name] = _chosen_per_output(name, scores, its, layout, together)
+            _check_per_output(allocate, name, share, candidates_per_output(name, scores, layout, together))
+            chosen[name] = _chosen_per_output(name, scores, share, layout, together)
         else:
-            _check_count(allocate, name, its, there[name])
-            counts[name] = its
+            _check_count(allocate, name, share, there[name])
+            counts[name] = share
     if near is not None:
         reaching = {name: _mask(s, near, operator.ge) for name, s in ranked.items()}
         reached = counted({name: count(mask) for name, mask in reaching.items()}, together)
@@ -265,16 +265,16 @@ def _chosen_together(
         if crossed := [name for name, n in reached.items() if n > counts[name]]:  # on all ranks the same
             above = counted({name: count_above(ranked[name], near) for name in crossed}, together)
     for name in list(ranked):
-        scores, its = ranked.pop(name), counts[name]
+        scores, share = ranked.pop(name), counts[name]
         own = [scores] if together.counts(name) else []
         if name in chosen:
             continue
-        if its in (0, there[name]):
-            chosen[name] = scores > DEAD if its else torch.zeros_like(scores, dtype=torch.bool)
-        elif near is not None and above.get(name, its + 1) <= its:
-            chosen[name] = _with_ties(name, scores, near, its - above[name], together)
+        if share in (0, there[name]):
+            chosen[name] = scores > DEAD if share else torch.zeros_like(scores, dtype=torch.bool)
+        elif near is not None and above.get(name, share + 1) <= share:
+            chosen[name] = _with_ties(name, scores, near, share - above[name], together)
         else:
-            cut, ties = threshold(own, its, together)
+            cut, ties = threshold(own, share, together)
             chosen[name] = _with_ties(name, scores, cut, ties, together)
     return {name: chosen[name] for name in order}
 
@@ -567,12 +567,12 @@ def keep_top_of_rows(scores: Tensor, keep: Tensor) -> Tensor:
     keep = keep.to(scores.device, torch.int64).unsqueeze(1)
     step = max(1, _PIECE // width)
     for start in range(0, len(scores), step):
-        rows, its = scores[start : start + step].detach(), keep[start : start + step]
+        rows, counts = scores[start : start + step].detach(), keep[start : start + step]
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # numpy has no bfloat16
         on_cpu = rows.device.type == "cpu"  # where numpy sorts ten times as fast as torch
         ordered = torch.from_numpy(np.sort(rows.numpy(), axis=1)) if on_cpu else rows.sort(1).values
-        cut = ordered.gather(1, width - its.clamp_min(1))
+        cut = ordered.gather(1, width - counts.clamp_min(1))
         above, equal = rows > cut, rows == cut
-        spare = its - above.sum(1, keepdim=True)
+        spare = counts - above.sum(1, keepdim=True)
         mask[start : start + step] = above | equal & (equal.cumsum(1) <= spare)
     return mask

@@ -118,7 +118,7 @@ def indices_of(tensor: Tensor) -> list[Tensor]:
         return indices
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # the tensor is that of other processes
-        return [its[:0] for its in indices]
+        return [along[:0] for along in indices]
     for mesh_dim, dim, stride in _cuts(tensor):
         n, mine = tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim]
         # a strided shard has a chunk of each of so many pieces, which a later dimension of the mesh divides
@@ -149,9 +149,9 @@ class Part:
         tensor([2, 3, 6, 7])
         """
         place, rest, stride = torch.zeros_like(elements), elements, 1
-        for its, size in zip(reversed(self.indices), reversed(self.shape), strict=True):
-            place += its.to(elements.device)[rest % max(1, len(its))] * stride
-            rest, stride = rest // max(1, len(its)), stride * size
+        for along, size in zip(reversed(self.indices), reversed(self.shape), strict=True):
+            place += along.to(elements.device)[rest % max(1, len(along))] * stride
+            rest, stride = rest // max(1, len(along)), stride * size
         return place
 
     def along(self, dims: Sequence[int]) -> Tensor:
@@ -274,18 +274,18 @@ class Shards:
         of_ranks = self.told((f"{said}" if said else None, keys))
         if failed is not None:
             raise failed
-        for rank, (wrong, its) in enumerate(of_ranks):
+        for rank, (wrong, theirs) in enumerate(of_ranks):
             if wrong:
                 raise ValueError(f"process {rank} failed, and all are needed. Look at its error: {wrong}")
-            if list(its) != list(keys):
+            if list(theirs) != list(keys):
                 raise ValueError(
-                    f"process {rank} has the weights {', '.join(its)}, and this one {', '.join(keys)}; "
+                    f"process {rank} has the weights {', '.join(theirs)}, and this one {', '.join(keys)}; "
                     "allowed is the same model on all. Build it alike."
                 )
-        first = {name: [its for _, its in of_ranks] for name in keys}
+        first = {name: [theirs for _, theirs in of_ranks] for name in keys}
         me = torch.distributed.get_rank()
         self._counts = {
-            name: next(rank for rank, its in enumerate(parts) if its[name] == keys[name]) == me
+            name: next(rank for rank, theirs in enumerate(parts) if theirs[name] == keys[name]) == me
             for name, parts in first.items()
         }
 

@@ -138,21 +138,21 @@ def moments(
     same.pop("", None)
     found: dict[str, Moments] = {}
     for name in names:
-        its = same.get(name, name)
-        if its not in sums:
+        source = same.get(name, name)
+        if source not in sums:
             raise ValueError(
                 f"the layer of {name} is not called with an input of its own, as is needed for its inputs' "
                 "moments. Exclude this weight. Nothing was pruned."
             )
-        if its == name and not bool(torch.isfinite(sums[its]).all()):
+        if source == name and not bool(torch.isfinite(sums[source]).all()):
             raise ValueError(
                 f"what reaches the layer of {name} holds NaN or infinity; allowed are finite numbers. Look "
                 "at the data, or run the model in float32 or bfloat16. Nothing was pruned."
             )
-        if its == name:
-            found[name] = Moments(sums[its].div_(max(1, samples[its])), samples[its])
+        if source == name:
+            found[name] = Moments(sums[source].div_(max(1, samples[source])), samples[source])
         else:
-            found[name] = found[its]
+            found[name] = found[source]
     return found
 
 

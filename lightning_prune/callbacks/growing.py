@@ -371,8 +371,8 @@ class DynamicSparseTraining(MaskedTraining):
             elif isinstance(self.granularity, FanIn):
                 allocate = EvenOutputs(self.allocate)
             with evidence_of(trainer, pl_module, self.criterion, 1, self._seed) as evidence:
-                its = params, self.masks, [(list(params), self.sparsity_of(0))], self.criterion
-                return next_masks(*its, allocate, pattern, layouts=self._layouts, **evidence)
+                given = params, self.masks, [(list(params), self.sparsity_of(0))], self.criterion
+                return next_masks(*given, allocate, pattern, layouts=self._layouts, **evidence)
         drop = self._scores(trainer, pl_module, self._anew(self.drop, round), params, round)
         masks, fraction = self.masks, self._fraction_of(round)
         if callable(self.target) and total < alive(masks):

@@ -107,7 +107,7 @@ def accelerate(model: nn.Module, example_input: Example) -> nn.Module:
     with undisturbed(dense), undisturbed(fast), torch.inference_mode():
         rows = _choose(fast, forms, example_input)
         whole = {"dense": dense, "fast": fast}
-        works = {name: timed(partial(call, its, example_input)) for name, its in whole.items()}
+        works = {name: timed(partial(call, module, example_input)) for name, module in whole.items()}
         times = settled(works, 10 * _SECONDS)
     measured = ratio(times["dense"], times["fast"])
     gains = measured.exceeds(_AT_ALL) and any(row.form != "dense" for row in rows)
@@ -120,8 +120,9 @@ def accelerate(model: nn.Module, example_input: Example) -> nn.Module:
     else:
         log.warning("accelerate: nothing is gained (%s as fast), so the copy is dense.", measured)
     result, speed_up = (fast, measured.value) if gains else (dense, 1.0)
-    its = Acceleration(rows, 1e6 * low(times["dense"]), speed_up, measured, where(dense, example_input))
-    vars(result)["acceleration"] = its
+    vars(result)["acceleration"] = Acceleration(
+        rows, 1e6 * low(times["dense"]), speed_up, measured, where(dense, example_input)
+    )
     return result
 
 
@@ -290,9 +291,9 @@ def _choose(model: nn.Module, forms: dict[str, Forms], example: Example) -> tupl
 
 def _race(name: str, layer: Layer, forms: Forms, reached: partial[Any]) -> Choice:
     """Time the forms of a layer on what reaches it."""
-    works = {form: timed(partial(its, *reached.args, **reached.keywords)) for form, its in forms.items()}
+    works = {form: timed(partial(run, *reached.args, **reached.keywords)) for form, run in forms.items()}
     times = settled(works, _SECONDS)
-    gains = {form: ratio(times["dense"], its) for form, its in times.items()}
+    gains = {form: ratio(times["dense"], taken) for form, taken in times.items()}
     fastest = max(gains, key=lambda form: gains[form].value)
     form = fastest if gains[fastest].exceeds(_CLEARLY) else "dense"
     sparsity, dense_us = 1 - density(layer.weight), 1e6 * low(times["dense"])
@@ -308,10 +309,12 @@ def _keep_transposed(model: nn.Module, packed: Mapping[str, _Packed], example: E
 
     def transposed() -> int:
         try:
-            reached = calls(model, {name: its.layer for name, its in packed.items()}, example)
+            reached = calls(model, {name: product.layer for name, product in packed.items()}, example)
         except RuntimeError:  # somebody asks for a view that this layout does not have
             return 0
-        inputs = {name: next(iter((*its.args, *its.keywords.values()))) for name, its in reached.items()}
+        inputs = {
+            name: next(iter((*bound.args, *bound.keywords.values()))) for name, bound in reached.items()
+        }
         return sum(x.movedim(packed[name].dim, 0).is_contiguous() for name, x in inputs.items())
 
     for form in packed.values():

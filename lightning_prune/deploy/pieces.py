@@ -175,7 +175,7 @@ def fits(piece: Piece, n: int, width: int) -> bool:
     else:
         sizes_fit = piece.raw == most if piece.form == "bits" else piece.raw <= piece.alive + n // _JUMP
     raw = (piece.raw, *[piece.alive] * width)
-    return sizes_fit and all(is_count(stored, its) for stored, its in zip(piece.stored, raw, strict=True))
+    return sizes_fit and all(is_count(stored, size) for stored, size in zip(piece.stored, raw, strict=True))
 
 
 def grown(packed: bytes, size: int, zstd: Any) -> bytes:

@@ -207,8 +207,11 @@ def _read(file: Any, zstd: Any, max_bytes: int | None) -> dict[str, Tensor]:
         given = metadata.get(key)
         need(given == needed, f"its {key} is {given!r}, and {needed!r} is needed")
     slices = {name: file.get_slice(name) for name in ("data", "index")}
-    for its in slices.values():
-        need(its.get_dtype() == "U8" and len(its.get_shape()) == 1, "its container is of another kind")
+    for container in slices.values():
+        need(
+            container.get_dtype() == "U8" and len(container.get_shape()) == 1,
+            "its container is of another kind",
+        )
     packed: bytes = file.get_tensor("index").tobytes()
     need(str(crc32(packed)) == metadata.get("crc"), "its index is damaged")
     index, there = _index(packed, zstd), slices["data"].get_shape()[0]

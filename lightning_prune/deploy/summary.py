@@ -166,10 +166,12 @@ def _owners(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, T
 def _cost(
     name: str, kind: str, tensors: Mapping[str, Tensor], count: int, effective: int, seconds: float
 ) -> LayerCost:
-    its = size(tensors)
-    alive = its.alive / its.parameters if its.parameters else 1.0
-    sizes = its.raw, its.gzip, its.sparse
-    return LayerCost(name, kind, its.parameters, its.alive, alive, count, effective, *sizes, 1e6 * seconds)
+    sizes = size(tensors)
+    alive = sizes.alive / sizes.parameters if sizes.parameters else 1.0
+    stored = sizes.raw, sizes.gzip, sizes.sparse
+    return LayerCost(
+        name, kind, sizes.parameters, sizes.alive, alive, count, effective, *stored, 1e6 * seconds
+    )
 
 
 def multiply_adds(model: nn.Module, example: Any, run: Callable[..., Any] = call) -> Counter[str]:
