@@ -129,7 +129,7 @@ def killed_at_random(seed, least, folder, a_setting, die_by, train, target):
         setting, ways = a_setting(draw), [die_by(draw) for _ in range(draw.randint(2, 6))]
         straight = folder / f"straight {runs}"
         straight.mkdir()
-        kills, its = differences(folder / str(runs), setting, ways, train(straight, setting), target)
+        kills, found = differences(folder / str(runs), setting, ways, train(straight, setting), target)
         runs, total = runs + 1, total + kills
-        different += [(setting, ways, what) for what in its]
+        different += [(setting, ways, what) for what in found]
     return total, runs, different

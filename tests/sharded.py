@@ -715,7 +715,7 @@ def on_gpus(rank, world, port, folder):
             sharded(data[0][mine].cuda()).square().mean().backward()
             optimizer.step()
             if not dead_are_zero(
-                *({n: local(t) for n, t in its.items()} for its in (pruned(sharded, found), found))
+                *({n: local(t) for n, t in tensors.items()} for tensors in (pruned(sharded, found), found))
             ):
                 wrong.append(f"{way.__name__}: dead weights live")
         handle.remove()

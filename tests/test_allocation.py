@@ -94,4 +94,4 @@ def test_a_minimum_holds_for_a_tensor_whose_outputs_are_counted():
     scores = {"large": torch.rand(10, 100), "small": torch.rand(2, 2)}
     assert survivors(per_output(scores, 12)["small"]) == 0
     keep = AtLeast(1, of=per_output)(scores, 12)
-    assert {name: survivors(its) for name, its in keep.items()} == {"large": 11, "small": 1}
+    assert {name: survivors(kept) for name, kept in keep.items()} == {"large": 11, "small": 1}

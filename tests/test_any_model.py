@@ -372,14 +372,14 @@ def check_targets(model):
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(module)
     for name, p in parameters.items():
-        its = owners[id(p)]
-        layers = all(isinstance(m, linear) or type(m).__name__ == "Conv1D" for m in its)
+        modules = owners[id(p)]
+        layers = all(isinstance(m, linear) or type(m).__name__ == "Conv1D" for m in modules)
         matrix = p.dim() > 1 and not name.endswith(".gain")  # a scale of standardized convolutions
         assert rows[name].prunable == (layers and matrix), (name, rows[name])
         assert rows[name].prunable != bool(rows[name].why_not)
         if rows[name].prunable:
             assert not name.endswith("bias")
-            assert not any(word in type(m).__name__ for m in its for word in ("Norm", "Embedding"))
+            assert not any(word in type(m).__name__ for m in modules for word in ("Norm", "Embedding"))
     others = (nn.Embedding, nn.RNNBase)  # layers that one has to ask for
     asked_for = sum(p.numel() for m in model.modules() if isinstance(m, others) for p in m.parameters())
     pruned = sum(parameters[name].numel() for name, row in rows.items() if row.prunable)

@@ -36,8 +36,8 @@ def test_every_experiment_composes_and_its_parts_instantiate(experiment, kind):
     pruner = instantiate(cfg.pruner)
     assert isinstance(pruner, lp.IterativeMagnitudePruning)
     assert pruner.rounds == cfg.rounds
-    its = pruner.schedule.values() if isinstance(pruner.schedule, dict) else [pruner.schedule]
-    assert all(type(schedule).__module__ == "lightning_prune.schedules" for schedule in its)
+    schedules = pruner.schedule.values() if isinstance(pruner.schedule, dict) else [pruner.schedule]
+    assert all(type(schedule).__module__ == "lightning_prune.schedules" for schedule in schedules)
     assert cfg.kind == kind
     assert isinstance(instantiate(cfg.task), LightningModule)
     if cfg.rewind:
@@ -74,11 +74,11 @@ def test_every_rewind_is_one_changed_line_of_an_experiment(name):
     if name == "none":
         assert not cfg.rewind
         return
-    its = instantiate(cfg.rewind)
+    rewinder = instantiate(cfg.rewind)
     policy = {"early_bird": "nothing"}.get(name, name if name in POLICIES else "everything")
-    assert its.policy is getattr(lp.rewind, policy)
-    assert its.until == (lp.rewind.EarlyBird() if name == "early_bird" else None)
-    assert (its.to_step, its.to_epoch) == {
+    assert rewinder.policy is getattr(lp.rewind, policy)
+    assert rewinder.until == (lp.rewind.EarlyBird() if name == "early_bird" else None)
+    assert (rewinder.to_step, rewinder.to_epoch) == {
         "step": (3, None),
         "epoch": (0, 1),
         "step_2": (2, None),

@@ -50,8 +50,8 @@ def test_the_path_is_what_a_computation_by_hand_gives():
     a, b, batches = make(1), make(2), data()
     found = path(net(), a, b, {"train": batches, "test": batches[:1]}, points=7)
     assert found["alpha"] == [i / 6 for i in range(7)]
-    for name, its in (("train", batches), ("test", batches[:1])):
-        expected = [error_at(a, b, alpha, its) for alpha in found["alpha"]]
+    for name, split in (("train", batches), ("test", batches[:1])):
+        expected = [error_at(a, b, alpha, split) for alpha in found["alpha"]]
         assert found[f"{name}_error"] == pytest.approx(expected, abs=1e-9)
     assert len(set(found["train_error"])) > 1
     with pytest.raises(ValueError, match="points=1"):
@@ -113,12 +113,12 @@ def test_two_copies_are_trained_from_the_rewound_state_and_reported(to_step, tmp
             return compose("config", [*overrides, *small])
 
     run(config("experiment=mnist1d"))
-    its = "lightning_prune.study.connectivity"
-    lmc = ["name=lmc", f"ticket={tmp_path}/mnist1d/ticket-1", f"run._target_={its}.train"]
+    module = "lightning_prune.study.connectivity"
+    lmc = ["name=lmc", f"ticket={tmp_path}/mnist1d/ticket-1", f"run._target_={module}.train"]
     lmc += [
         "+run.points=5",
         "controls_at=[0,2]",
-        f"figures=[{{_target_: {its}.Paths}}]",
+        f"figures=[{{_target_: {module}.Paths}}]",
     ]
     folder = run(config("experiment=mnist1d", *lmc))
     found = read(folder / "records.jsonl")[0]

@@ -179,7 +179,7 @@ def test_shuffled_masks_keep_every_layers_count_and_the_weights(start):
 
 def test_shuffles_of_the_same_seed_are_nested_as_the_tickets_masks_are(start, masks):
     starts = [Start(start.tensors, masks[r]) for r in (1, 3)]
-    early, late = (controls.shuffled(its, prune_to(its), seeded()).masks for its in starts)
+    early, late = (controls.shuffled(each, prune_to(each), seeded()).masks for each in starts)
     assert all(not (late[n] & ~early[n]).any() for n in early)
 
 
@@ -291,8 +291,8 @@ def test_training_begins_in_the_state_that_the_ticket_rewound_to(ticket, change)
         assert state == {}
     else:
         names = [n for n, _ in net.named_parameters()]
-        for key, its in snapshot.optimizers[0]["state"].items():
-            momentum = its["momentum_buffer"]
+        for key, memory in snapshot.optimizers[0]["state"].items():
+            momentum = memory["momentum_buffer"]
             if names[key] in masks:
                 momentum = torch.where(start.masks[names[key]], momentum, 0.0)
             assert same(state[key]["momentum_buffer"], momentum)

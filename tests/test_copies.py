@@ -36,7 +36,7 @@ KINDS = {  # of tensors: how to make one, and another content for it
     "sparse": (lambda: coo([[0.0, 1.0], [2.0, 0.0]]), lambda t: t.copy_(coo([[5.0, 0.0], [0.0, 0.0]]))),
     "sparse rows": (
         lambda: torch.eye(3).to_sparse_csr(),
-        lambda t: t.resize_as_sparse_(its := torch.ones(3, 3).to_sparse_csr()).copy_(its),
+        lambda t: t.resize_as_sparse_(ones := torch.ones(3, 3).to_sparse_csr()).copy_(ones),
     ),
     "made in inference mode": (lambda: made_in_inference_mode(), lambda t: in_inference_mode(t)),
 }

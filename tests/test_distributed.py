@@ -43,8 +43,8 @@ def seen(tmp_path_factory):
     results = {world: processes(world, folder, names[world]) for world in (2, 4)}
     failed = {
         f"{name} of {world}: {rank['failed']}"
-        for world, its in results.items()
-        for name, ranks in its.items()
+        for world, runs in results.items()
+        for name, ranks in runs.items()
         for rank in ranks
         if isinstance(rank, dict) and "failed" in rank
     }
@@ -83,12 +83,12 @@ def test_masks_are_those_that_one_process_makes_of_these_weights(name, world, se
     masks = None
     diary = seen[world][name][0]
     step = 2 if name == "straight" else 1  # epochs a round
-    for r, its in enumerate(diary["prunings"], 1):
+    for r, expected in enumerate(diary["prunings"], 1):
         before = diary["before"][step * r - 1]
         dense = {n: torch.ones_like(p, dtype=torch.bool) for n, p in before.items()}
         scores = {n: p.abs().masked_fill(~(masks or dense)[n], -torch.inf) for n, p in before.items()}
         masks = global_selection(scores, round(0.7**r * 400))
-        assert same(masks, its)
+        assert same(masks, expected)
 
 
 def alone(seed, start, pruner, **options):

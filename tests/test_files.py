@@ -225,7 +225,7 @@ def test_a_file_that_is_there_keeps_its_permissions(mode, tmp_path):
     path.write_text("old")
     path.chmod(mode)
     with replacing(path) as file:
-        seen += [stat.S_IMODE(its.stat().st_mode) for its in tmp_path.iterdir()]
+        seen += [stat.S_IMODE(entry.stat().st_mode) for entry in tmp_path.iterdir()]
         file.write(b"new")
     assert seen == [mode, mode]  # nor may others read what is not finished
     assert stat.S_IMODE(path.stat().st_mode) == mode

@@ -156,9 +156,9 @@ def test_filters_are_the_outputs_or_inputs_that_the_layer_computes_with(plain, d
     for channel, score in enumerate(scores):
         alive = torch.arange(len(scores)) == channel
         assert torch.equal(expand(alive), pairs[..., dim] == channel)
-        its = weight[pairs[..., dim] == channel].abs().double()
+        of_channel = weight[pairs[..., dim] == channel].abs().double()
         assert float(score) == pytest.approx(
-            float(its.max() if n == float("inf") else (its**n).mean() ** (1 / n))
+            float(of_channel.max() if n == float("inf") else (of_channel**n).mean() ** (1 / n))
         )
 
 
@@ -180,9 +180,9 @@ def test_nm_lies_along_the_inputs_of_each_output(plain, n, m):
     scores, expand = NM(n, m)(weight.abs(), layout=layout)
     mask = expand(scores > DEAD)
     for output in range(int(pairs[..., 0].max()) + 1):
-        its = pairs[..., 0] == output
-        for place in {tuple(p) for p in its.nonzero()[:, 2:].tolist()}:  # of the kernel
-            here = [i for i in its.nonzero().tolist() if tuple(i[2:]) == place]
+        of_output = pairs[..., 0] == output
+        for place in {tuple(p) for p in of_output.nonzero()[:, 2:].tolist()}:  # of the kernel
+            here = [i for i in of_output.nonzero().tolist() if tuple(i[2:]) == place]
             here.sort(key=lambda i: int(pairs[(*i, 1)]))  # by input
             for start in range(0, len(here) // m * m, m):
                 group = here[start : start + m]

@@ -73,7 +73,7 @@ def slow_training(model, batches, masks, grow, every, last, fraction, exchange=N
     A step has `accumulate` batches, and what grows is chosen by the gradients of the first `seen` of them.
     """
     names = [n for n, p in model.named_parameters() if p.dim() > 1]
-    exchange = exchange or (lambda n, *its: slow_exchange(*its))
+    exchange = exchange or (lambda n, *rest: slow_exchange(*rest))
     masks = dict(masks)
     optimizer, history = model.configure_optimizers(), []
     weights = dict(model.named_parameters())
@@ -176,10 +176,10 @@ def test_with_accumulation_the_first_batch_of_a_step_says_what_grows(together):
     pruner, watch = dst(fraction=schedules.CosineDecay(0.5)), Watch()
     fitter(pruner, watch, epochs=12, accumulate_grad_batches=together).fit(model)
     steps = len(watch.batches) // together
-    its = watch.masks[0], lambda n, update, g: g.abs(), 2, int(0.75 * steps), 0.5
+    arguments = watch.masks[0], lambda n, update, g: g.abs(), 2, int(0.75 * steps), 0.5
     found = []
     for net, seen in zip(slow, (1, together), strict=True):
-        found.append(slow_training(net, watch.batches, *its, accumulate=together, seen=seen)[1])
+        found.append(slow_training(net, watch.batches, *arguments, accumulate=together, seen=seen)[1])
     assert len(found[0]) == pruner.round > 7
     assert all(same(a, b) for a, b in zip(watch.masks[1:], found[0], strict=True))
     assert not all(same(a, b) for a, b in zip(*found, strict=True))  # all of its batches would say otherwise
@@ -194,7 +194,7 @@ def slow_structured(mask, number, drop, grow, gamma, rows_of, keeps_all=False):
     for i in range(len(flat)):
         rows.setdefault(rows_of(i), []).append(i)
     rows.pop(None, None)  # the remainder of a row is in no group
-    inside = [i for its in rows.values() for i in its]
+    inside = [i for row in rows.values() for i in row]
     if not inside:
         return mask
     living = [i for i in inside if flat[i]]
@@ -203,9 +203,9 @@ def slow_structured(mask, number, drop, grow, gamma, rows_of, keeps_all=False):
     goes = set(sorted(living, key=lambda i: (d[i], -i))[:number])
     wished = set(sorted(dead, key=lambda i: (-g[i], i))[:number])
     stays = {i for i in living if i not in goes}
-    salient = {r: sum(i in stays or i in wished for i in its) for r, its in rows.items()}
+    salient = {r: sum(i in stays or i in wished for i in row) for r, row in rows.items()}
     # 4: rows that few weights speak for are ablated
-    active = [r for r, its in rows.items() if any(flat[i] for i in its)]
+    active = [r for r, row in rows.items() if any(flat[i] for i in row)]
     if gamma and not keeps_all:
         fan_in = len(living) // len(active)
         width = len(next(iter(rows.values())))
@@ -221,10 +221,10 @@ def slow_structured(mask, number, drop, grow, gamma, rows_of, keeps_all=False):
     new = [bool(m) and rows_of(i) is None for i, m in enumerate(flat)]
     for r in active:
         full = fan_in + (r in first)
-        its = held[r][:full]
-        its += sorted((i for i in rows[r] if not flat[i]), key=lambda i: (-g[i], i))[: full - len(its)]
-        again = sorted((i for i in rows[r] if flat[i] and i not in its), key=lambda i: (-d[i], i))
-        for i in its + again[: full - len(its)]:
+        kept = held[r][:full]
+        kept += sorted((i for i in rows[r] if not flat[i]), key=lambda i: (-g[i], i))[: full - len(kept)]
+        again = sorted((i for i in rows[r] if flat[i] and i not in kept), key=lambda i: (-d[i], i))
+        for i in kept + again[: full - len(kept)]:
             new[i] = True
     return torch.tensor(new).view(mask.shape)
 
@@ -496,23 +496,23 @@ def test_patterns_are_those_of_outputs_and_inputs_wherever_a_layer_counts_them(p
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ConvTranspose2d(8, 6, 3), nn.Conv1d(6, 4, 2))
     weights = {n: p.detach() for n, p in model.named_parameters() if p.dim() > 1}
-    its = layouts(model, weights)
+    laid_out = layouts(model, weights)
     allocate, within = (
         (allocation.uniform, pattern) if isinstance(pattern, NM) else (None, granularity.single)
     )
     allocate = allocate or allocation.EvenOutputs(allocation.uniform)
     masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
-    evidence = {"layouts": its, "generator": torch.Generator()}
+    evidence = {"layouts": laid_out, "generator": torch.Generator()}
     masks = next_masks(
         weights, masks, [(list(weights), 0.5)], criteria.Random(), allocate, within, **evidence
     )
     for update in range(5):
         drop, grow = ({n: torch.rand_like(w) for n, w in weights.items()} for _ in range(2))
-        found = growth.exchanged_within(pattern, masks, dict.fromkeys(masks, 9), drop, grow, its)
+        found = growth.exchanged_within(pattern, masks, dict.fromkeys(masks, 9), drop, grow, laid_out)
         for name, mask in found.items():
-            assert growth.fits(pattern, mask, its[name])
+            assert growth.fits(pattern, mask, laid_out[name])
             assert mask.sum() == masks[name].sum()
-            rows = its[name].rows(mask).sum(1)
+            rows = laid_out[name].rows(mask).sum(1)
             assert mask.shape == weights[name].shape
             assert (mask & ~masks[name]).any(), update
             if pattern == growth.FanIn(0):

@@ -1,13 +1,15 @@
-"""The house: imports point one way, heavy ones stay in their room, and classes are abstract or final."""
+"""The house: which way imports point, where heavy ones stay, what a class is, and what no name is."""
 
 import ast
 import dataclasses
 import enum
 import importlib
 import inspect
+import io
 import pkgutil
 import subprocess
 import sys
+import tokenize
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -255,3 +257,48 @@ def test_a_class_that_is_neither_abstract_nor_final_is_found():
     classes = {Abstract, Interface, Concrete, Sub, Last, Pair, Frozen, Changeable, Broken}
     assert subclassed(classes) == {("Sub", "Concrete")}
     assert open_ended(classes) == {"Concrete", "Sub", "Changeable"}
+
+
+# --- names ---
+
+
+def spelled(source):
+    """The names in a piece of code, also within its f-strings, but no word of a text or a comment."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME:
+            yield token.string
+        elif token.type == tokenize.STRING:  # an f-string as well, before Python 3.12
+            yield from (node.id for node in ast.walk(ast.parse(token.string)) if isinstance(node, ast.Name))
+
+
+def test_no_name_is_its():
+    """It does not say what it is."""
+    root = PACKAGE.parent
+    paths = sorted(
+        path for top in ("lightning_prune", "experiments", "tests") for path in (root / top).rglob("*.py")
+    )
+    found = [path for path in paths if "its" in spelled(path.read_text(encoding="utf-8"))]
+    assert [str(path.relative_to(root)) for path in found] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "its = 1",
+        "def f(its): ...",
+        "lambda *its: 0",
+        "[n for its in n]",
+        "its.size",
+        "f'{its}'",
+        "f'{a[its]:.1f}'",
+    ],
+)
+def test_a_name_that_is_its_is_found(code):
+    assert "its" in spelled(code)
+
+
+@pytest.mark.parametrize(
+    "code", ["x = 1  # its", "'its'", "f'its {x}'", 'def f():\n    """its"""\n', "bits = 1"]
+)
+def test_a_word_of_a_text_is_no_name(code):
+    assert "its" not in spelled(code)

@@ -595,17 +595,17 @@ def test_sizes_are_those_of_the_bytes_and_of_the_file(tmp_path):
     model[3].weight = model[2].weight
     lp.prune(model, 0.8)
     state = model.state_dict(keep_vars=True)
-    its = size(state)
+    sizes = size(state)
     parameters = list(model.parameters())
     once = [tensor for name, tensor in state.items() if name != "3.weight"]
-    assert its.parameters == sum(p.numel() for p in parameters) == 620 + 40 + 420 + 20
-    assert its.alive == sum(int(p.count_nonzero()) for p in parameters)
-    assert its.raw == sum(t.nbytes for t in once)
+    assert sizes.parameters == sum(p.numel() for p in parameters) == 620 + 40 + 420 + 20
+    assert sizes.alive == sum(int(p.count_nonzero()) for p in parameters)
+    assert sizes.raw == sum(t.nbytes for t in once)
     content = b"".join(t.detach().numpy().tobytes() for t in once)
-    assert its.gzip == len(gzip.compress(content, 6))
+    assert sizes.gzip == len(gzip.compress(content, 6))
     lp.save_sparse(state, tmp_path / "file")
-    assert its.sparse == (tmp_path / "file").stat().st_size
-    assert size(model.state_dict()) == replace(its, parameters=0, alive=0)
+    assert sizes.sparse == (tmp_path / "file").stat().st_size
+    assert size(model.state_dict()) == replace(sizes, parameters=0, alive=0)
     assert size({"a": torch.ones(3).conj(), "extra": {}}).raw == 12
     assert gzipped([]) == len(gzip.compress(b""))
 

@@ -433,15 +433,15 @@ def test_a_rewind_is_bit_exact_every_round(kind, to_step, clock):
     kept, masks = [], []
 
     class Keep(Callback):
-        def on_prune(self, trainer, model, its):
+        def on_prune(self, trainer, model, new):
             kept.append(deepcopy(rewinder.snapshot.state_dict()))
-            masks.append(its)
+            masks.append(new)
 
     fitter(rewinder, pruner, Keep(), recorder, epochs=12, **options).fit(model)
     assert pruner.round == 3
     assert len(recorder.rewound) == 3
-    for rewound, its in zip(recorder.rewound, masks, strict=True):
-        expected = expected_after(recorder.early, its, model)
+    for rewound, new in zip(recorder.rewound, masks, strict=True):
+        expected = expected_after(recorder.early, new, model)
         assert [key for key in expected if not same(rewound[key], expected[key])] == []
     assert len({int(m["stem.weight"].sum() + m["body.weight"].sum()) for m in masks}) == 3
     for snapshot in kept:  # the snapshot never changes

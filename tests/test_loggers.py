@@ -28,8 +28,8 @@ def agree(history, found):
     assert sorted(set(history["round"])) == [0, 1, 2]
     assert sorted(set(history["sparsity"])) == pytest.approx([r["sparsity"] for r in found])
     for name in LAYERS:
-        its = sorted(set(history[f"density/{name}"]), reverse=True)
-        assert its == pytest.approx([r["layers"][name] for r in found])
+        densities = sorted(set(history[f"density/{name}"]), reverse=True)
+        assert densities == pytest.approx([r["layers"][name] for r in found])
 
 
 def test_csv(tmp_path):
@@ -61,9 +61,10 @@ def test_mlflow_with_mask_images(tmp_path, monkeypatch):
     folder, found = logged("mlflow", tmp_path)
     client = mlflow.tracking.MlflowClient(f"file:{folder}/mlflow")
     (experiment,) = client.search_experiments(filter_string="name = 'mnist1d'")
-    (its,) = client.search_runs([experiment.experiment_id])
+    (tracked,) = client.search_runs([experiment.experiment_id])
     history = {
-        name: [m.value for m in client.get_metric_history(its.info.run_id, name)] for name in its.data.metrics
+        name: [m.value for m in client.get_metric_history(tracked.info.run_id, name)]
+        for name in tracked.data.metrics
     }
     agree(history, found)
     images = {path.name for path in folder.rglob("*.png") if path.parent.name == "net.fc2.weight"}

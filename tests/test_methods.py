@@ -206,8 +206,8 @@ def test_no_layer_is_emptied_unless_asked(allocate):
     weights = {"big": torch.rand(1000) + 1, "small": torch.rand(5), "tiny": torch.rand(1)}
     masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
     counts = {}
-    for name, its in (("default", allocate), ("asked", AtLeast(0, of=allocate))):
-        new = next_masks(weights, masks, [(list(weights), 0.98)], allocate=its)
+    for name, rule in (("default", allocate), ("asked", AtLeast(0, of=allocate))):
+        new = next_masks(weights, masks, [(list(weights), 0.98)], allocate=rule)
         assert alive(new) == round(0.02 * 1006)
         counts[name] = [int(m.sum()) for m in new.values()]
     assert counts["default"] == [18, 1, 1]

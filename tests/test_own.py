@@ -109,14 +109,14 @@ def test_an_objective_is_a_metric_of_the_last_round_or_at_a_fraction_of_weights(
     ]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def its(metric, at=None):
+    def goal(metric, at=None):
         return objective(OmegaConf.create({"objective": metric, "objective_at": at}), tmp_path)
 
-    assert its(None) is None
-    assert its("test_acc") == 0.7
-    assert its("test_acc", 0.45) == 0.8
+    assert goal(None) is None
+    assert goal("test_acc") == 0.7
+    assert goal("test_acc", 0.45) == 0.8
     with pytest.raises(ValueError, match=r"objective=acc: .* Allowed is one of test_acc"):
-        its("acc")
+        goal("acc")
 
 
 def test_an_objective_that_no_record_will_have_is_refused_before_training(own, tmp_path):
@@ -151,12 +151,13 @@ def test_the_entry_returns_the_objective_also_of_a_run_that_is_finished(own):
 
 def test_modules_in_the_folder_of_the_command_are_found_and_what_is_missing_is_named(tmp_path):
     shutil.copytree(EXAMPLE, tmp_path / "own")
-    its = ["run", "experiment=own", "--config-dir", str(tmp_path / "own" / "conf"), *SHORT]  # flags anywhere
-    found = command(tmp_path / "own", *its, PYTHONPATH=str(ROOT))
+    # flags anywhere
+    arguments = ["run", "experiment=own", "--config-dir", str(tmp_path / "own" / "conf"), *SHORT]
+    found = command(tmp_path / "own", *arguments, PYTHONPATH=str(ROOT))
     assert found.returncode == 0, found.stderr
     (records,) = tmp_path.glob("own/runs/own/ticket-1,*/records.jsonl")
     assert [r["round"] for r in read(records)[0]] == [0, 1]
-    found = command(tmp_path, *its, PYTHONPATH=str(ROOT))
+    found = command(tmp_path, *arguments, PYTHONPATH=str(ROOT))
     assert found.returncode == 1
     assert "batches of own, kind=ticket: Error loading 'own_module.Waves'" in found.stderr
     assert "Give the command in the folder of that module, or PYTHONPATH=<that folder>." in found.stderr
@@ -247,7 +248,10 @@ def test_optuna_maximizes_accuracy_over_rate_and_learning_rate(tmp_path):
         assert len(done) == trials
         assert before.items() <= done.items()
     rows = [read(path.parent / "records.jsonl")[0] for path in done]
-    at = [min(its, key=lambda r: abs(r["alive"] / r["total"] - 0.5))["metrics"]["test_acc"] for its in rows]
+    at = [
+        min(rounds, key=lambda r: abs(r["alive"] / r["total"] - 0.5))["metrics"]["test_acc"]
+        for rounds in rows
+    ]
     best = yaml.safe_load((tmp_path / "runs" / "search" / "optimization_results.yaml").read_text())
     assert best["best_value"] == pytest.approx(max(at))
     assert set(best["best_params"]) == {"rate", "optimizer.lr"}
@@ -276,7 +280,7 @@ def test_the_digest_of_sources_and_data_follows_what_it_depends_on(tmp_path, mon
     assert {name for name in first if now()[name] != first[name]} == {"mine"}
     x, y = torch.arange(6.0)[:, None], torch.arange(6)
     splits = [Splits(*[(x + d, y)] * 3) for d in (0, 0, 1e-6)]
-    same, again, other = (provenance.content(Batches(its, 2), {}) for its in splits)
+    same, again, other = (provenance.content(Batches(split, 2), {}) for split in splits)
     assert same == again != other
     (tmp_path / "data.bin").write_bytes(b"1")
     files = {"path": str(tmp_path / "data.bin")}
@@ -309,7 +313,7 @@ def test_code_that_has_changed_since_is_said_and_no_control_mixes_with_it(own, m
 def test_data_that_have_changed_since_are_said_and_no_control_mixes_with_them(own, monkeypatch, caplog):
     folder, original, there = run(own()), provenance.content, []
     assert len(json.loads((folder / "run.json").read_text())["sources"]["the data"]) == 16
-    monkeypatch.setattr(provenance, "content", lambda *its: "".join([original(*its), *there]))
+    monkeypatch.setattr(provenance, "content", lambda *arguments: "".join([original(*arguments), *there]))
     run(own())
     assert "has changed" not in caplog.text
     there.append("another")

@@ -46,7 +46,9 @@ def test_the_conv_networks_have_the_papers_weights_and_walk_down_its_ladder(name
     params = {f"net.{n}": p.detach() for n, p in params.items()}
     dense = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
     for round in (1, 7, 13, 20):
-        sparsities = [(names, its(round)) for names, its in scheduled(list(params), pruner.schedule)]
+        sparsities = [
+            (names, schedule(round)) for names, schedule in scheduled(list(params), pruner.schedule)
+        ]
         masks = next_masks(params, dense, sparsities, pruner.criterion, pruner.allocate)
         assert 100 * alive(masks) / WEIGHTS[name] == pytest.approx(LADDERS[name][round], abs=0.05)
     # and what the claims of the config say is that ladder
@@ -223,7 +225,7 @@ def test_every_papers_experiment_runs_from_end_to_end(name, kind, options, image
 def test_a_study_of_rates_has_a_folder_for_each_and_halves_the_output_layers(tmp_path):
     cfg = composed("experiment=lenet_mnist_rates", "kind=rate", "rate=0.4")
     assert cfg.kind == "rate-0.4"
-    rates = {pattern: its.rate for pattern, its in instantiate(cfg.pruner).schedule.items()}
+    rates = {pattern: schedule.rate for pattern, schedule in instantiate(cfg.pruner).schedule.items()}
     assert rates == {"*out.weight": 0.2, "*": 0.4}
     assert instantiate(cfg.pruner).max_sparsity == 0.99
 

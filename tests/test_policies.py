@@ -102,31 +102,32 @@ class Look(Callback):
 
 def parts(trainer):
     """The state of a training, cut into what policies treat differently."""
-    its = state(trainer)
+    whole = state(trainer)
     groups = [
-        [{k: v for k, v in g.items() if k != "params"} for g in o["param_groups"]] for o in its["optimizers"]
+        [{k: v for k, v in g.items() if k != "params"} for g in o["param_groups"]]
+        for o in whole["optimizers"]
     ]
     return {
-        "weights": (its["params"], its["buffers"]),
-        "memory": [o["state"] for o in its["optimizers"]],
+        "weights": (whole["params"], whole["buffers"]),
+        "memory": [o["state"] for o in whole["optimizers"]],
         "rates": deepcopy(groups),
-        "schedulers": its["schedulers"],
+        "schedulers": whole["schedulers"],
     }
 
 
-def put_on(its, masks, trainer):
+def put_on(expected, masks, trainer):
     """The dead at zero, and what optimizers keep for them."""
-    its = deepcopy(its)
+    expected = deepcopy(expected)
     names = {id(p): n for n, p in trainer.lightning_module.named_parameters()}
     for name, mask in masks.items():
-        its["weights"][0][name][~mask] = 0.0
-    for optimizer, memory in zip(trainer.optimizers, its["memory"], strict=True):
+        expected["weights"][0][name][~mask] = 0.0
+    for optimizer, memory in zip(trainer.optimizers, expected["memory"], strict=True):
         params = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
         for number, p in enumerate(params):
             for value in memory.get(number, {}).values():
                 if names[id(p)] in masks and value.shape == p.shape:
                     value[~masks[names[id(p)]]] = 0.0
-    return its
+    return expected
 
 
 @pytest.mark.filterwarnings("ignore:.* a round (ends at|takes it to)")
@@ -427,11 +428,11 @@ def test_averaged_weights_are_masked_and_rewound(order, start, tmp_path):
     fitter(*callbacks, epochs=6, enable_checkpointing=True).fit(model)
     assert seen == [True] * 12
     assert len(begun) == 2
-    for masks, its in begun:
+    for masks, averages in begun:
         expected = deepcopy(early[0])
         for name, mask in masks.items():
             expected[f"module.{name}"][~mask] = 0.0
-        assert same(its, expected)
+        assert same(averages, expected)
     assert int(early[0]["n_averaged"]) == 2
     for epoch in range(6):
         file = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
@@ -451,8 +452,8 @@ def test_averages_are_cut_and_rewound_with_channels_that_go_away(order):
 
     class Shapes(Callback):
         def on_validation_end(self, trainer, model):
-            its = {n: t.shape for n, t in average._average_model.module.named_parameters()}
-            shapes.append(its == {n: t.shape for n, t in model.named_parameters()})
+            of_average = {n: t.shape for n, t in average._average_model.module.named_parameters()}
+            shapes.append(of_average == {n: t.shape for n, t in model.named_parameters()})
 
     fitter(*(ours[i] for i in order), Shapes(), epochs=3).fit(model)
     assert shapes == [True] * 3

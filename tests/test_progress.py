@@ -93,8 +93,8 @@ def test_in_a_terminal_of_80_columns_one_bar_stays_and_every_line_of_the_log(bar
     import struct
     import termios
 
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     code = "from lightning_prune.study.command import main; main()"
     short = ["rounds=2", "steps_per_round=60", "evaluate_every=20", f"progress={bar}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
@@ -102,11 +102,11 @@ def test_in_a_terminal_of_80_columns_one_bar_stays_and_every_line_of_the_log(bar
         [sys.executable, "-c", code, "run", "experiment=mnist1d", *short],
         cwd=tmp_path,
         env=environment,
-        stdin=its,
-        stdout=its,
-        stderr=its,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
     )
-    os.close(its)
+    os.close(theirs)
     written = b""
     while True:
         try:

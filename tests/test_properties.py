@@ -112,8 +112,8 @@ def coarse_pruning_only_takes_away(data):
     for name, mask in new.items():
         assert not bool((mask & ~masks[name]).any())
         if isinstance(granularity, Filter):  # a filter loses all of its living weights, or none
-            for row, its in zip(mask, masks[name], strict=True):
-                assert torch.equal(row, its) or not bool(row.any())
+            for row, before in zip(mask, masks[name], strict=True):
+                assert torch.equal(row, before) or not bool(row.any())
 
 
 def numbers_that_are_none_are_refused(data):

@@ -224,7 +224,7 @@ def test_a_layer_that_is_called_twice_is_seen_twice():
     model = Twice()
     inputs, order = seen(model, named(model), [torch.randn(3, 4) for _ in range(2)])
     assert order == [["layers.0.weight"], ["layers.1.weight"]]
-    assert all(len(its) == 4 for its in inputs.values())
+    assert all(len(calls) == 4 for calls in inputs.values())
 
 
 class Routed(nn.Module):
@@ -242,7 +242,7 @@ def test_layers_that_only_later_batches_reach_are_found():
     model, batches = Routed(), [torch.full((2, 4), float(i)) for i in (2, 0, 1)]
     inputs, order = seen(model, named(model), batches)
     assert order == [[f"experts.{i}.weight"] for i in (2, 0, 1)]
-    assert all(len(its) == 1 for its in inputs.values())
+    assert all(len(calls) == 1 for calls in inputs.values())
 
 
 def test_layers_that_no_data_reach_are_named():

@@ -57,11 +57,11 @@ def changed(cfg, key):
 def test_a_key_is_unread_where_no_change_of_it_changes_what_the_run_is_made_of(overrides):
     cfg = config(*overrides)
 
-    def made(its):
-        return OmegaConf.to_container(OmegaConf.masked_copy(whole(its), [k for k in READ if k in its]))
+    def made(given):
+        return OmegaConf.to_container(OmegaConf.masked_copy(whole(given), [k for k in READ if k in given]))
 
-    def whole(its):
-        return OmegaConf.create(OmegaConf.to_container(its, resolve=True))
+    def whole(given):
+        return OmegaConf.create(OmegaConf.to_container(given, resolve=True))
 
     expected, leaves = made(cfg), flattened(OmegaConf.to_container(cfg))
     out = tuple(f"{key}." for key in (*FREE, *PLACED))

@@ -388,7 +388,7 @@ def test_the_page_can_be_read_in_either_theme_on_a_phone_and_on_a_desk(theme, wi
           while (getComputedStyle(on).backgroundColor === "rgba(0, 0, 0, 0)") on = on.parentElement;
           const paper = getComputedStyle(on).backgroundColor;
           return [getComputedStyle(e).color, paper, e.textContent.slice(0, 40)]; })""")
-    for ink, paper, what in {tuple(its) for its in found}:
+    for ink, paper, what in {tuple(text) for text in found}:
         assert contrast(hexed(ink), hexed(paper)) >= 4.5, what
     assert page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert hexed(page.evaluate("getComputedStyle(document.body).backgroundColor")) == PAPER[theme]
@@ -432,11 +432,13 @@ def test_what_leaves_a_figure_is_marked_at_the_edge_with_the_value(tmp_path):
     make = figures.BySparsity("figure", {"relative_loss": "loss"}, log=["relative_loss"], limits=limits)
     (spec,) = make(load(folder)).specs()
     assert "triangles lie beyond the axis, up to 1e+07 (ticket)" in spec["title"]["subtitle"]
-    marks = [its for its in spec["layer"] if "triangle-up" in str(its["mark"])]
+    marks = [layer for layer in spec["layer"] if "triangle-up" in str(layer["mark"])]
     assert [(row["edge"], row["y"]) for row in marks[0]["data"]["values"]] == [(20.0, 1e7)]
     assert "clamp" not in json.dumps(spec)
-    round_points = [its for its in spec["layer"] if its["mark"]["type"] == "point" and its not in marks]
-    assert {row["y"] for its in round_points for row in its["data"]["values"]} == {1.0, 3.0}
+    round_points = [
+        layer for layer in spec["layer"] if layer["mark"]["type"] == "point" and layer not in marks
+    ]
+    assert {row["y"] for layer in round_points for row in layer["data"]["values"]} == {1.0, 3.0}
 
 
 def test_the_difference_from_dense_is_paired_by_seed_and_has_a_scale_of_its_own(reported):
@@ -564,7 +566,7 @@ def test_runs_that_differ_by_a_key_that_changes_nothing_are_named(swept, capsys)
     report.main([str(swept), "--out", str(swept.parent / "out")])
     said = "ticket, seed 1; 2: optimizer.lr=0.001 and optimizer.lr=0.01 gave the same records."
     printed = " ".join(capsys.readouterr().out.split())
-    for text in (printed, *((swept.parent / "out" / f"report.{its}").read_text() for its in ("md", "html"))):
+    for text in (printed, *((swept.parent / "out" / f"report.{end}").read_text() for end in ("md", "html"))):
         assert said in text
     path = swept / "ticket-1,optimizer.lr=0.01" / "records.jsonl"
     path.write_text(path.read_text().replace('"val_loss": 0.5', '"val_loss": 0.6'))
@@ -580,7 +582,7 @@ def test_runs_that_differ_by_a_key_that_changes_nothing_are_named(swept, capsys)
 def test_a_text_is_told_apart_from_the_number_that_it_looks_like(tmp_path):
     folder = sweep_of(tmp_path, "+task.note", ("1", "'1'", "true"), seeds=(1,), rounds=1)
     runs = report.load(folder)
-    assert [run.kind for run in runs.runs] == [f"ticket · task.note={its}" for its in ("1", "'1'", "True")]
+    assert [run.kind for run in runs.runs] == [f"ticket · task.note={note}" for note in ("1", "'1'", "True")]
     assert [row["task.note"] for row in report.listed(runs)] == [1, "'1'", True]
     assert len(figures.ByParameter("task.note")(runs).charts) == 3
     with pytest.raises(ValueError, match=r"x=task.note: '1' is no number"):
@@ -653,7 +655,7 @@ def test_where_data_lie_tells_no_runs_apart(swept):
 def test_networks_of_several_sizes_are_reported_together(swept, capsys):
     """A sweep over the width of a network: masks of other shapes have no overlap, all else is shown."""
     for folder in swept.glob("*lr=0.01"):
-        for r, masks in {r: dict(its) for r, its in round_masks.masks_of(folder).items()}.items():
+        for r, masks in {r: dict(stored) for r, stored in round_masks.masks_of(folder).items()}.items():
             round_masks.save(folder, r, {n: m[:, :9].clone() for n, m in masks.items()})
     out = swept.parent / "out"
     report.main([str(swept), "--out", str(out)])
@@ -690,8 +692,10 @@ def test_a_metric_of_ones_own_is_what_the_report_shows(tmp_path):
     for path in folder.glob("*/records.jsonl"):
         rows = records.read(path)[0]
         for row in rows:
-            its = {k.replace("val_loss", "val/mae"): v for k, v in row["metrics"].items() if "_acc" not in k}
-            row["metrics"] = {**its, "val/mae_at_early_stop": its["val/mae"]}
+            metrics = {
+                k.replace("val_loss", "val/mae"): v for k, v in row["metrics"].items() if "_acc" not in k
+            }
+            row["metrics"] = {**metrics, "val/mae_at_early_stop": metrics["val/mae"]}
         records.write(path, rows)
     for path in folder.glob("*/config.yaml"):
         path.write_text(path.read_text().replace("monitor: val_loss", "monitor: val/mae"))
@@ -732,10 +736,10 @@ def test_data_orders_of_one_seed_are_told_apart_as_seeds_are(tmp_path):
 def test_what_n_counts_and_a_mean_is_over_is_said_everywhere(pairs, over, each, tmp_path):
     folder = tmp_path / "lenet_mnist"
     for n, (seed, order) in enumerate(pairs):
-        its = written(
+        made = written(
             tmp_path / str(n), kinds=("ticket",), seeds=(seed,), rounds=1, config=[f"order_seed={order}"]
         )
-        shutil.copytree(its / f"ticket-{seed}", folder / f"ticket-{seed},order_seed={order}")
+        shutil.copytree(made / f"ticket-{seed}", folder / f"ticket-{seed},order_seed={order}")
     runs = report.load(folder)
     assert runs.over == over
     assert report.about(runs) == f"lenet_mnist, n = {each}"

@@ -136,8 +136,8 @@ class Ranks:
                 return not any(torch.equal(mine, outer.parts[other][name]) for other in range(rank))
 
             def part(self, name):
-                its = outer.parts[rank][name]
-                return Part((its,), (outer.sizes[name],), frozenset([0]))
+                mine = outer.parts[rank][name]
+                return Part((mine,), (outer.sizes[name],), frozenset([0]))
 
         return Together()
 

@@ -63,9 +63,9 @@ def check_parts(seen):
 def check_cases(of_ranks, n):
     for rank in of_ranks:
         assert len(rank) >= n
-        assert sum(its["bits"] for its in rank) == 0
-        assert not [its["options"] for its in rank if not its["equal"]]
-        assert any(0 < its["left"] < its["size"] for its in rank)
+        assert sum(case["bits"] for case in rank) == 0
+        assert not [case["options"] for case in rank if not case["equal"]]
+        assert any(0 < case["left"] < case["size"] for case in rank)
 
 
 def check_held(seen):
@@ -164,10 +164,10 @@ def check_tickets(of_ranks):
         alone = rank["alone"]
         assert len(alone["prunings"]) == 2
         for way in sorted(rank.keys() - {"alone"}):
-            its = rank[way]
-            assert not its["wrong"]
-            assert same(its["prunings"], alone["prunings"]), way
-            assert [what for what in ENDS if not same(its[what], alone[what])] == [], way
+            found = rank[way]
+            assert not found["wrong"]
+            assert same(found["prunings"], alone["prunings"]), way
+            assert [what for what in ENDS if not same(found[what], alone[what])] == [], way
 
 
 def test_a_lottery_ticket_on_shards_is_that_of_one_process(two):
@@ -182,9 +182,9 @@ def check_resumed(of_ranks):
     # what the optimizer knows of dead weights may be zeroed as a run is resumed
     ends = [what for what in ENDS if what != "optimizers"]
     for rank in of_ranks:
-        for its in rank["resumed"]:
-            assert [what for what in ends if not same(its[what], rank["straight"][what])] == []
-            assert not its["wrong"]
+        for resumed in rank["resumed"]:
+            assert [what for what in ends if not same(resumed[what], rank["straight"][what])] == []
+            assert not resumed["wrong"]
 
 
 def test_a_resumed_run_on_shards_ends_with_the_same_bits(two):
@@ -232,9 +232,9 @@ def test_a_folder_of_shards_goes_on_in_another_way_to_shard(two):
 def check_moved(two, seen):
     straight = two["resumed_folders"][0]["straight"]
     for rank in seen["resumed_from_two"]:
-        for its in rank:
-            assert [what for what in ENDS if not same(its[what], straight[what])] == []
-            assert not its["wrong"]
+        for moved in rank:
+            assert [what for what in ENDS if not same(moved[what], straight[what])] == []
+            assert not moved["wrong"]
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from lightning_prune.study.statistics import (
 
 
 def record(kind, seed, round, left, **metrics):
-    its = {"kind": kind, "seed": seed, "round": round, "metrics": metrics}
-    return {**its, "alive": int(1000 * left), "total": 1000}
+    given = {"kind": kind, "seed": seed, "round": round, "metrics": metrics}
+    return {**given, "alive": int(1000 * left), "total": 1000}
 
 
 def test_the_interval_covers_the_mean_about_as_often_as_it_says():

@@ -61,7 +61,7 @@ def test_channels_really_go_away(remove):
         assert seen == [(16, 16, 0.0), (16, 16, 0.25), (16, 16, 0.5)]
     (optimizer,) = trainer.optimizers
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
-    assert all(s.shape == p.shape for p, its in optimizer.state.items() for s in its.values())
+    assert all(s.shape == p.shape for p, memory in optimizer.state.items() for s in memory.values())
 
 
 def test_the_cut_at_the_end_computes_what_was_trained():

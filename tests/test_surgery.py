@@ -59,14 +59,14 @@ def trained(make=OPTIMIZERS["AdamW"], n=3, dtype=torch.float32):
 def test_a_cut_training_goes_on_as_the_masked_one_does(name):
     # in double precision: adaptive optimizers divide rounding noise by its own size
     model, optimizer, groups, masks = trained(OPTIMIZERS[name], dtype=torch.float64)
-    twin, its = deepcopy((model, optimizer))
-    its.param_groups[0]["params"] = list(twin.parameters())
-    its.state.clear()
-    its.load_state_dict(deepcopy(optimizer.state_dict()))
+    twin, of_twin = deepcopy((model, optimizer))
+    of_twin.param_groups[0]["params"] = list(twin.parameters())
+    of_twin.state.clear()
+    of_twin.load_state_dict(deepcopy(optimizer.state_dict()))
     params = structure.parameters(groups, twin)
-    Handle(params, structure.weight_masks(groups, masks, params), [its], gradients=True)
+    Handle(params, structure.weight_masks(groups, masks, params), [of_twin], gradients=True)
     cut(model, structure.cut_of(groups, masks), [optimizer])
-    mine, theirs = steps(model, optimizer, 10), steps(twin, its, 10)
+    mine, theirs = steps(model, optimizer, 10), steps(twin, of_twin, 10)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=0)
     assert relative(model.eval(), twin.eval(), torch.randn(IMAGE, dtype=torch.float64)) < 1e-6
 
@@ -109,8 +109,8 @@ def test_everything_that_can_stay_the_same_stays_the_same():
     assert same(scheduler.state_dict(), schedule)
     for name, tensor in model.state_dict().items():
         want, grad = before[name], grads.get(name)
-        for (module, its, dim), gone in plan.items():
-            if f"{module}.{its}".strip(".") == name:
+        for (module, key, dim), gone in plan.items():
+            if f"{module}.{key}".strip(".") == name:
                 stay = [i for i in range(want.shape[dim]) if i not in gone.tolist()]
                 want = want.index_select(dim, torch.tensor(stay))
                 grad = grad if grad is None else grad.index_select(dim, torch.tensor(stay))
