@@ -106,7 +106,7 @@ def half_width(rounds: int) -> None:
     dense = cifar_resnet18()
     net, x = deepcopy(dense), torch.rand(32, 3, 32, 32)
     trained(net, lp.StructuredChannelPruning(lp.schedules.OneShot(0.5)), batches=1, batch=8, epochs=2)
-    before, after = (lp.summarize(its.eval(), x) for its in (dense, net))
+    before, after = (lp.summarize(network.eval(), x) for network in (dense, net))
     print("ResNet-18 (CIFAR), half of the channels: " + after.against(before))
     with torch.inference_mode():
         candidates = {"dense": timed(partial(dense, x)), "cut": timed(partial(net, x))}
@@ -155,7 +155,9 @@ def narrower(rounds: int) -> None:
         net = deepcopy(dense.eval())
         lp.prune_channels(net, 0.5, x)
         with torch.inference_mode():
-            works = {key: timed(partial(run, its, x)) for key, its in (("dense", dense), ("cut", net))}
+            works = {
+                key: timed(partial(run, network, x)) for key, network in (("dense", dense), ("cut", net))
+            }
             times = alternated(works, rounds, at_least=2, warm_up=2)
         left = sum(p.numel() for p in net.parameters()) / sum(p.numel() for p in dense.parameters())
         print(f"{name}: {left:.0%} of the parameters, {ratio(times['dense'], times['cut'])} as fast")

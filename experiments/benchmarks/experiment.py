@@ -43,9 +43,12 @@ def plain(splits: Splits, batch_size: int) -> None:
                 if step % EVERY == 0:
                     with torch.no_grad():
                         for inputs, labels in (splits.val, splits.test):
-                            for part, its in zip(inputs.split(5000), labels.split(5000), strict=True):
+                            for part, targets in zip(inputs.split(5000), labels.split(5000), strict=True):
                                 logits = net(part)
-                                _ = cross_entropy(logits, its).item(), (logits.argmax(1) == its).sum().item()
+                                _ = (
+                                    cross_entropy(logits, targets).item(),
+                                    (logits.argmax(1) == targets).sum().item(),
+                                )
                 if step == STEPS:
                     break
         if round < ROUNDS - 1:

@@ -94,10 +94,10 @@ def main() -> None:
     print(f"At {SPARSITY:.0%} sparsity, one thread. {machine()}")
     for case in CASES:
         times = alternated({way: partial(a_step, case, way) for way in WAYS}, 5)
-        steps = {way: low(its) for way, its in times.items()}
+        steps = {way: low(seconds) for way, seconds in times.items()}
         print(f"{case}: a step")
-        for way, its in times.items():
-            took = f"{1000 * steps[way]:.3f} ms, {ratio(its, times['no callback'])} of no callback"
+        for way, seconds in times.items():
+            took = f"{1000 * steps[way]:.3f} ms, {ratio(seconds, times['no callback'])} of no callback"
             print(f"  {way}: {took}; {memory(case, way) / 1e6:.0f} MB")
         for way in ("RigL", "SRigL"):
             update = EVERY * (steps[way] - steps["RigL between updates"]) / steps["RigL between updates"]

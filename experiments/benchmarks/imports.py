@@ -30,8 +30,8 @@ def main() -> None:
     ways = {module: partial(cost, module) for module in ("lightning.pytorch", "lightning_prune")}
     alternated(ways, 1)  # which writes the byte code
     times = alternated(ways, pairs)
-    for module, its in times.items():
-        print(f"import {module}: {low(its):.2f} s")
+    for module, seconds in times.items():
+        print(f"import {module}: {low(seconds):.2f} s")
     print(f"ratio {ratio(times['lightning_prune'], times['lightning.pytorch'])} (aim: at most 1.05)")
 
 

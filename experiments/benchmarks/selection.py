@@ -33,8 +33,10 @@ NEEDS = {"ours": 12, "torch": 56, "numpy": 17}  # bytes a weight, with those of 
 def weights(n: int, dtype: str = "float32") -> dict[str, Tensor]:
     """`n` normal weights in 50 tensors."""
     generator = torch.Generator().manual_seed(0)
-    its = getattr(torch, dtype)
-    return {f"w{i}": torch.randn(n // TENSORS, generator=generator, dtype=its) for i in range(TENSORS)}
+    torch_dtype = getattr(torch, dtype)
+    return {
+        f"w{i}": torch.randn(n // TENSORS, generator=generator, dtype=torch_dtype) for i in range(TENSORS)
+    }
 
 
 def ours(params: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
@@ -100,8 +102,8 @@ def differing(a: list[Tensor], b: list[Tensor], params: dict[str, Tensor]) -> in
     Raises:
         ValueError: when they do in more than exact ties.
     """
-    its = [(x != y).nonzero().flatten() for x, y in zip(a, b, strict=True)]
-    values = torch.cat([p[i].abs() for p, i in zip(params.values(), its, strict=True)])
+    places = [(x != y).nonzero().flatten() for x, y in zip(a, b, strict=True)]
+    values = torch.cat([p[i].abs() for p, i in zip(params.values(), places, strict=True)])
     if sum(map(count, a)) != sum(map(count, b)) or values.unique().numel() > 1:
         raise ValueError(f"the masks differ in {len(values)} places, and not in ties of one score")
     return len(values)

@@ -99,7 +99,7 @@ def gathering(params: dict[str, Tensor], masks: Masks) -> list[Tensor]:
 
 def alone(params: dict[str, Tensor], masks: Masks) -> list[Tensor]:
     """Each process its own shard, to the same sparsity."""
-    parts, here = ({name: local(t) for name, t in its.items()} for its in (params, masks))
+    parts, here = ({name: local(t) for name, t in tensors.items()} for tensors in (params, masks))
     return list(next_masks(parts, here, [(list(parts), SPARSITY)]).values())
 
 
@@ -170,13 +170,13 @@ def _rank(rank: int, world: int, port: int, n: int, folder: str) -> None:
     small = sharded(weights(100_000, rank, world), world)
     params = sharded(weights(n, rank, world), world)
     for name, method in METHODS.items():
-        for its, rounds in ((small, 1), (params, ROUNDS)):  # first what is loaded on first use
-            dense = all_alive(its)
+        for shards, rounds in ((small, 1), (params, ROUNDS)):  # first what is loaded on first use
+            dense = all_alive(shards)
             times, sent, peaks = [], [], []
             for _ in range(rounds):
                 distributed.barrier()
                 before, start = on_loopback(), perf_counter()
-                peaks.append(_peak(partial(method, its, dense)))
+                peaks.append(_peak(partial(method, shards, dense)))
                 distributed.barrier()
                 times.append(perf_counter() - start)
                 sent.append(on_loopback() - before)
@@ -230,12 +230,14 @@ def lines(n: int, world: int) -> Iterator[str]:
     ranks, one = measured(n, world)
     share = 4 * n / world
     for name in METHODS:
-        mine = [its[name] for its in ranks]
-        seconds, sent = max(its["seconds"] for its in mine), max(its["sent"] for its in mine)
-        peak = max(its["peak"] for its in mine)
+        mine = [rank[name] for rank in ranks]
+        seconds, sent = max(result["seconds"] for result in mine), max(result["sent"] for result in mine)
+        peak = max(result["peak"] for result in mine)
         bits = "0 / 0"
         if name == "alone":
-            bits = " / ".join(f"{sum(its[f'bits {differ}'] for its in ranks):,}" for differ in (False, True))
+            bits = " / ".join(
+                f"{sum(rank[f'bits {differ}'] for rank in ranks):,}" for differ in (False, True)
+            )
         of_one = (share + peak) / ((4 * n + one) / world)
         cells = f"{n:,}", f"{world}", name, f"{sent / world / 1e3:,.1f}", f"{seconds:.3f}"
         yield " | ".join(["", *cells, f"{peak / 1e6:,.1f}", f"{of_one:.2f}", bits, ""]).strip()

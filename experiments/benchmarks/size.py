@@ -88,7 +88,7 @@ def measure(build: Callable[[], nn.Module], sparsity: float, folder: Path, repea
             nn.init.kaiming_normal_(p)
     lp.prune(model, sparsity)
     state_dict = {name: p.detach() for name, p in model.state_dict().items()}
-    sparse, zipped, plain, its = folder / "sparse", folder / "gzip", raw(state_dict), size(state_dict)
+    sparse, zipped, plain, sizes = folder / "sparse", folder / "gzip", raw(state_dict), size(state_dict)
 
     def write_sparse() -> None:
         sparse.unlink(missing_ok=True)  # to replace a file costs more than to write a small one
@@ -113,11 +113,11 @@ def measure(build: Callable[[], nn.Module], sparsity: float, folder: Path, repea
     write, read = ratio(times["gzip"], times["ours"]), ratio(times["unzip"], times["load"])
     loaded = lp.load_sparse(sparse)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state_dict.items())
-    assert sparse.stat().st_size == its.sparse
-    against_xz = f"{its.sparse / len(lzma.compress(plain, preset=6)):7.3f}" if xz else "      -"
+    assert sparse.stat().st_size == sizes.sparse
+    against_xz = f"{sizes.sparse / len(lzma.compress(plain, preset=6)):7.3f}" if xz else "      -"
     return (
-        f"{sparsity:8.0%} {its.raw / 1e6:9.3f} {its.gzip / 1e6:9.3f} {its.sparse / 1e6:9.3f} "
-        f"{its.sparse / limit(state_dict):9.3f} {its.sparse / its.gzip:8.3f} {against_xz} "
+        f"{sparsity:8.0%} {sizes.raw / 1e6:9.3f} {sizes.gzip / 1e6:9.3f} {sizes.sparse / 1e6:9.3f} "
+        f"{sizes.sparse / limit(state_dict):9.3f} {sizes.sparse / sizes.gzip:8.3f} {against_xz} "
         f"{write!s:>12} {read!s:>11}"
     )
 

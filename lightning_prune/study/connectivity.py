@@ -152,11 +152,15 @@ class Paths:
         for split in ("train", "test"):
             rows: list[dict[str, Any]] = []
             for round, label in shown.items():
-                its = [r["path"] for r in found if r["round"] == round]
-                for alpha, *errors in zip(its[0]["alpha"], *(p[f"{split}_error"] for p in its), strict=True):
+                paths = [r["path"] for r in found if r["round"] == round]
+                for alpha, *errors in zip(
+                    paths[0]["alpha"], *(p[f"{split}_error"] for p in paths), strict=True
+                ):
                     low, mean, high = interval(errors)
                     band = {"low": low, "high": high} if isfinite(low) else {}
-                    rows.append({"kind": label, "round": round, "x": alpha, "y": mean, "n": len(its)} | band)
+                    rows.append(
+                        {"kind": label, "round": round, "x": alpha, "y": mean, "n": len(paths)} | band
+                    )
             x, y = Axis("interpolation"), axis_of("_acc", "error")
             charts.append(lines(rows, list(shown.values()), x, y, f"{split} error between two trainings"))
         caption = (

@@ -48,7 +48,7 @@ def of_equal_size(
     dense = {name: torch.ones_like(mask) for name, mask in masks.items()}
     evidence = {"masks": dense, "layouts": layouts, "sparsity": 1 - alive(masks) / alive(dense), **evidence}
     scores = score(criterion, {name: weights[name] for name in masks}, evidence)
-    for name in (name for name, its in scores.items() if not its.isfinite().all()):
+    for name in (name for name, values in scores.items() if not values.isfinite().all()):
         raise ValueError(
             f"the scores of {name} hold NaN or infinity; allowed are finite numbers. Look where the training "
             "of the weights diverged."
@@ -57,19 +57,21 @@ def of_equal_size(
     new: Masks = {}
     for names in parts:
         tensors = {name: _Units(granularity, scores[name], masks[name], layouts[name]) for name in names}
-        new |= {name: its.outside.clone() for name, its in tensors.items()}
-        for size in sorted({int(n) for its in tensors.values() for n in its.sizes.unique()}):
-            here = {name: its for name, its in tensors.items() if (its.sizes == size).any()}
-            keep = sum(its.living(size) for its in here.values()) // size
-            candidates = {name: its.candidates(size) for name, its in here.items()}
-            if keep == sum(int((its.sizes == size).sum()) for its in here.values()):
-                best = {name: (its.sizes == size).view(its.scores.shape) for name, its in here.items()}
+        new |= {name: tensor.outside.clone() for name, tensor in tensors.items()}
+        for size in sorted({int(n) for tensor in tensors.values() for n in tensor.sizes.unique()}):
+            here = {name: tensor for name, tensor in tensors.items() if (tensor.sizes == size).any()}
+            keep = sum(tensor.living(size) for tensor in here.values()) // size
+            candidates = {name: tensor.candidates(size) for name, tensor in here.items()}
+            if keep == sum(int((tensor.sizes == size).sum()) for tensor in here.values()):
+                best = {
+                    name: (tensor.sizes == size).view(tensor.scores.shape) for name, tensor in here.items()
+                }
             else:
-                ranked = {name: its.scores for name, its in here.items()}
+                ranked = {name: tensor.scores for name, tensor in here.items()}
                 budget = min(keep, alive(candidates))
                 best = select(ranked, candidates, budget, allocate, params=weights, masks=dense)
-            for name, its in here.items():
-                new[name] |= its.expand(best[name])
+            for name, tensor in here.items():
+                new[name] |= tensor.expand(best[name])
         if (found := alive({n: new[n] for n in names})) != (wanted := alive({n: masks[n] for n in names})):
             raise ValueError(
                 f"granularity: the masks of {', '.join(names)} have {wanted} weights alive, which are not "

@@ -206,20 +206,20 @@ def points(
     rows: list[dict[str, Any]] = []
     for round, by_kind in sorted(by_round(list(records)).items()):
         for kind in kinds:
-            its = [(r, value) for r in by_kind.get(kind, []) if (value := y(r)) is not None]
-            its = [(r, value) for r, value in its if math.isfinite(value)]
-            if not its:
+            pairs = [(r, value) for r in by_kind.get(kind, []) if (value := y(r)) is not None]
+            pairs = [(r, value) for r, value in pairs if math.isfinite(value)]
+            if not pairs:
                 continue
-            values = [value for _, value in its]
+            values = [value for _, value in pairs]
             low, mean, high = interval(values)
             row = {
                 "kind": label_of(kind),
                 "round": round,
-                "x": fmean(x(r) for r, _ in its),
+                "x": fmean(x(r) for r, _ in pairs),
                 "y": mean,
             }
             row |= {"low": low, "high": high} if math.isfinite(low) else {}
-            late = sum(bool(r["metrics"].get("censored")) for r, _ in its)
+            late = sum(bool(r["metrics"].get("censored")) for r, _ in pairs)
             rows.append({**row, "n": len(values), "censored": late})
     return rows
 
@@ -288,11 +288,11 @@ def lines(
     layers.append(line.encode(**where, y=shown, color=tone, opacity=unless_others_are_picked(1)))
     near = alt.Chart(alt.Data(values=inside))
     for open_ in {hollow and row["censored"] > 0 for row in inside}:
-        its = near.transform_filter(
+        dots = near.transform_filter(
             f"{str(not hollow).lower()} || (datum.censored > 0) == {str(open_).lower()}"
         )
         layers.append(
-            its.mark_point(filled=not open_, size=32).encode(
+            dots.mark_point(filled=not open_, size=32).encode(
                 **where, y=shown, color=tone, tooltip=tips, opacity=unless_others_are_picked(1)
             )
         )
@@ -429,9 +429,9 @@ class Against:
         kinds = kinds_of(runs.records)
         charts: list[Any] = []
         for metric, label in self.panels.items():
-            its = [r for r in runs.records if metric in r["metrics"]]
+            records = [r for r in runs.records if metric in r["metrics"]]
             rows = points(
-                its, kinds, lambda r, m=metric: r["metrics"][m], lambda r: r["metrics"].get(self.metric)
+                records, kinds, lambda r, m=metric: r["metrics"][m], lambda r: r["metrics"].get(self.metric)
             )
             x = Axis(label, "~s" if metric == "multiply_adds" else "")
             if rows:
@@ -479,14 +479,14 @@ class AgainstParameter:
         wide = min(values) > 0 and max(values) >= 10 * min(values)
         for metric, label in panels(runs).items():
             for round in shown:
-                its = [r for r in records if r["round"] == round]
+                in_round = [r for r in records if r["round"] == round]
                 rows: list[dict[str, Any]] = []
                 for value in sorted(values):
-                    here = [r for r in its if r["parameters"][self.key] == value]
+                    here = [r for r in in_round if r["parameters"][self.key] == value]
                     rows += points(here, kinds, lambda r: r["parameters"][self.key], _metric(metric))
                 if rows:
                     x, y = Axis(self.key, log=wide), axis_of(metric, label)
-                    charts.append(lines(rows, kinds, x, y, f"{label}, round {round}{_left_of(its)}"))
+                    charts.append(lines(rows, kinds, x, y, f"{label}, round {round}{_left_of(in_round)}"))
         caption = (
             f"Mean over {runs.over} in the band of its 95 % interval (Student's t). Drawn are rounds "
             f"{', '.join(map(str, shown))} of the {len(set.union(*there))} that there are."
@@ -784,9 +784,9 @@ def density(runs: Runs) -> Figure | None:
         rows: list[dict[str, Any]] = []
         order: list[str] = []
         for round, by_kind in sorted(by_round(runs.records).items()):
-            its = [r["layers"] for r in by_kind.get(kind, []) if r.get("layers")]
-            for layer in its[0] if its else ():
-                values = [layers[layer] for layers in its if layer in layers]
+            densities = [r["layers"] for r in by_kind.get(kind, []) if r.get("layers")]
+            for layer in densities[0] if densities else ():
+                values = [layers[layer] for layers in densities if layer in layers]
                 rows.append({"round": round, "layer": layer, "density": fmean(values)})
                 order += [layer] if layer not in order else []
         if rows:
@@ -808,30 +808,32 @@ def overlap(runs: Runs) -> Figure | None:
     charts: list[Any] = []
     for kind in kinds_of(runs.records):
         name = label_of(kind)
-        its = {run.seed: run.masks for run in runs.of(kind) if run.masks}
-        its = {seed: masks for seed, masks in its.items() if _alike(masks, next(iter(its.values())))}
-        its = dict(list(its.items())[:SEEDS])
-        if len(its) < 2 or len(charts) == KINDS:
+        by_seed = {run.seed: run.masks for run in runs.of(kind) if run.masks}
+        by_seed = {
+            seed: masks for seed, masks in by_seed.items() if _alike(masks, next(iter(by_seed.values())))
+        }
+        by_seed = dict(list(by_seed.items())[:SEEDS])
+        if len(by_seed) < 2 or len(charts) == KINDS:
             continue
         records = {r["round"]: r for r in runs.of(kind)[0].records if r["round"]}
-        records = {round: r for round, r in records.items() if all(round in m for m in its.values())}
+        records = {round: r for round, r in records.items() if all(round in m for m in by_seed.values())}
         if not records:
             continue
-        for round, (spread, by_chance) in overlap_of_seeds(list(its.values()), list(records)).items():
+        for round, (spread, by_chance) in overlap_of_seeds(list(by_seed.values()), list(records)).items():
             row = {"kind": name, "round": round, "x": _left(records[round]), "y": spread.mean, "censored": 0}
-            wide = len(its) > 2 and math.isfinite(spread.interval[0])
+            wide = len(by_seed) > 2 and math.isfinite(spread.interval[0])
             band = dict(zip(("low", "high"), spread.interval, strict=True)) if wide else {}
-            shared.append({**row, **band, "n": len(its)})
+            shared.append({**row, **band, "n": len(by_seed)})
             chance.append({"x": row["x"], "y": by_chance})
         some = list(records)[:: -(-len(records) // 20)]
-        pairs = list(combinations([{r: masks[r] for r in some} for masks in its.values()], 2))[:3]
+        pairs = list(combinations([{r: masks[r] for r in some} for masks in by_seed.values()], 2))[:3]
         between = [
             {"round": r, "round of another seed": s, "overlap": fmean(jaccard(a[r], b[s]) for a, b in pairs)}
             for r in some
             for s in some
         ]
         charts.append(heat(between, "round", "round of another seed", name, "overlap", (0, 1), "%"))
-        last |= {f"{name} {seed}": {0: masks[max(records)]} for seed, masks in its.items()}
+        last |= {f"{name} {seed}": {0: masks[max(records)]} for seed, masks in by_seed.items()}
     if not shared:
         return None
     y = Axis("alive in both / in either", "%")
@@ -932,12 +934,12 @@ def curves(runs: Runs) -> Figure | None:
         for metric, label in (("test_acc", "test accuracy"), ("val_loss", "validation loss")):
             rows: list[dict[str, Any]] = []
             for round, by_kind in sorted(by_round(runs.records).items()):
-                its = [r for r in by_kind.get(kind, []) if metric in r.get("curve", {})]
-                length = min((len(r["curve"][metric]) for r in its), default=0)
+                records = [r for r in by_kind.get(kind, []) if metric in r.get("curve", {})]
+                length = min((len(r["curve"][metric]) for r in records), default=0)
                 for i in range(0, length, max(1, length // 60)):
-                    value = fmean(r["curve"][metric][i] for r in its)
-                    row = {"step": its[0]["curve"]["step"][i], "y": float(f"{value:.4g}"), "round": round}
-                    rows.append({**row, "left": float(f"{_left(its[0]):.3g}")})
+                    value = fmean(r["curve"][metric][i] for r in records)
+                    row = {"step": records[0]["curve"]["step"][i], "y": float(f"{value:.4g}"), "round": round}
+                    rows.append({**row, "left": float(f"{_left(records[0]):.3g}")})
             if rows:
                 charts.append(
                     _curves(rows, label, f"{label_of(kind)}: {label}", "%" if "acc" in metric else "~g")

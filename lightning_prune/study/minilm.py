@@ -105,8 +105,8 @@ def measure(model: nn.Module, tokens: dict[str, Tensor], reference: Tensor) -> d
     fast = accelerate(model, tokens)
     report = cast(Any, fast).acceleration
     torch.testing.assert_close(embeddings(fast, tokens), vectors, atol=1e-4, rtol=1e-3)
-    its = size(model.state_dict())
-    sizes = {"raw_bytes": its.raw, "gzip_bytes": its.gzip, "sparse_bytes": its.sparse}
+    stored = size(model.state_dict())
+    sizes = {"raw_bytes": stored.raw, "gzip_bytes": stored.gzip, "sparse_bytes": stored.sparse}
     return {
         "cosine": float((vectors * reference).sum(1).mean()),
         "paraphrases_found": paraphrases_found(vectors),

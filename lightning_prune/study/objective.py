@@ -21,15 +21,15 @@ def objective(cfg: DictConfig, folder: Path) -> float | None:
     if cfg.objective is None:
         return None
     records, _ = read(folder / "records.jsonl")
-    its = records[-1]
+    record = records[-1]
     if cfg.objective_at is not None:
-        its = min(records, key=lambda r: abs(r["alive"] / r["total"] - cfg.objective_at))
-    if cfg.objective not in its["metrics"]:
+        record = min(records, key=lambda r: abs(r["alive"] / r["total"] - cfg.objective_at))
+    if cfg.objective not in record["metrics"]:
         raise ValueError(
             f"objective={cfg.objective}: the records of {folder} have no such metric. Allowed is one of "
-            f"{', '.join(sorted(its['metrics']))}. Give one of these."
+            f"{', '.join(sorted(record['metrics']))}. Give one of these."
         )
-    return float(its["metrics"][cfg.objective])
+    return float(record["metrics"][cfg.objective])
 
 
 @final

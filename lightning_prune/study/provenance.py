@@ -45,7 +45,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **checkout(Path(__file__).parent, "."),
         "here": checkout(Path.cwd()),
-        "versions": {name: its for name in NAMED if (its := _version(name))},
+        "versions": {name: number for name in NAMED if (number := _version(name))},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "cpu": cpu(),
@@ -94,7 +94,7 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
     named = [v for k, v in flattened(config).items() if k.split(".")[-1] in ("_target_", "path") and v]
     packages = {name.split(".")[0] for name in named if isinstance(name, str) and "/" not in name}
     found = {name: source(name) for name in sorted({*packages, "lightning_prune", "torch", "lightning"})}
-    return {name: its for name, its in found.items() if its}
+    return {name: code for name, code in found.items() if code}
 
 
 def made_of(cfg: DictConfig) -> dict[str, str]:

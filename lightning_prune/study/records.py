@@ -104,7 +104,9 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         if _is_record(record):
             records.append({**record, "metrics": {k: _number(v) for k, v in record["metrics"].items()}})
             if "curve" in record:
-                records[-1]["curve"] = {k: [_number(v) for v in its] for k, its in record["curve"].items()}
+                records[-1]["curve"] = {
+                    k: [_number(v) for v in values] for k, values in record["curve"].items()
+                }
         else:
             broken.append(number)
     return records, broken

@@ -52,11 +52,11 @@ def table(records: list[Record], metric: str) -> list[list[str]]:
     for round, left, by_kind in _alike(records):
         row = [str(round), f"{left:.2%}"]
         for kind in kinds:
-            its = by_kind.get(kind, [])
-            values = [v for r in its if isfinite(v := r["metrics"][metric])]
+            group = by_kind.get(kind, [])
+            values = [v for r in group if isfinite(v := r["metrics"][metric])]
             low, mean, high = (shown(metric, f(values)) if values else "" for f in (min, fmean, max))
             cell = f"{mean} ({low} to {high})" if len(values) > 1 else mean
-            lost = f"{len(its) - len(values)} NaN" if len(its) > len(values) else ""
+            lost = f"{len(group) - len(values)} NaN" if len(group) > len(values) else ""
             row.append(" and ".join(filter(None, (cell, lost))))
         rows.append(row)
     return rows
@@ -69,14 +69,15 @@ def _alike(records: list[Record]) -> Iterator[tuple[int, float, dict[str, list[R
         while rest:
             left = fmean(r["alive"] / r["total"] for r in next(iter(rest.values())))
             near = {
-                k: [r for r in its if abs(r["alive"] / r["total"] - left) < 0.02] for k, its in rest.items()
+                k: [r for r in group if abs(r["alive"] / r["total"] - left) < 0.02]
+                for k, group in rest.items()
             }
             if not any(near.values()):  # their own mean is far from each of them
                 near = {next(iter(rest)): next(iter(rest.values()))}
-            yield round, left, {k: its for k, its in near.items() if its}
-            taken = {id(r) for its in near.values() for r in its}
+            yield round, left, {k: group for k, group in near.items() if group}
+            taken = {id(r) for group in near.values() for r in group}
             rest = {
-                k: others for k, its in rest.items() if (others := [r for r in its if id(r) not in taken])
+                k: others for k, group in rest.items() if (others := [r for r in group if id(r) not in taken])
             }
 
 
@@ -87,12 +88,12 @@ def differences(records: list[Record], metric: str, against: str = "ticket") -> 
         kind: paired_by_round(records, metric, kind, against + kind.removeprefix(plain_kind(kind)))
         for kind in kinds
     }
-    found = {kind: its for kind, its in found.items() if its}
+    found = {kind: paired for kind, paired in found.items() if paired}
     rows = [["round", *(label_of(kind) for kind in found)]]
-    for round in sorted({round for its in found.values() for round in its}):
+    for round in sorted({round for paired in found.values() for round in paired}):
         row = [str(round)]
-        for its in found.values():
-            spread = its[round][1] if round in its else None
+        for paired in found.values():
+            spread = paired[round][1] if round in paired else None
             ends = [shown(metric, end) for end in spread.interval if isfinite(end)] if spread else []
             row.append(
                 shown(metric, spread.mean) + (f" [{', '.join(ends)}]" if ends else "") if spread else ""
@@ -125,11 +126,11 @@ def rounds(runs: Runs, metrics: Mapping[str, str]) -> list[dict[str, Cell]]:
     """A row for each kind and round: how many runs, and the mean of each metric with its 95 % interval."""
     rows: list[dict[str, Cell]] = []
     for round, by_kind in sorted(by_round(runs.records).items()):
-        for kind, its in by_kind.items():
-            row: dict[str, Cell] = {"kind": label_of(kind), "round": round, "n": len(its)}
-            row["weights left"] = f"{fmean(r['alive'] / r['total'] for r in its):.2%}"
+        for kind, group in by_kind.items():
+            row: dict[str, Cell] = {"kind": label_of(kind), "round": round, "n": len(group)}
+            row["weights left"] = f"{fmean(r['alive'] / r['total'] for r in group):.2%}"
             for metric, label in metrics.items():
-                values = [v for r in its if isfinite(v := r["metrics"].get(metric, nan))]
+                values = [v for r in group if isfinite(v := r["metrics"].get(metric, nan))]
                 low, mean, high = interval(values) if values else (0.0, 0.0, 0.0)
                 spread = f" [{shown(metric, low)}, {shown(metric, high)}]" if values and isfinite(low) else ""
                 row[label] = shown(metric, mean) + spread if values else None
@@ -305,9 +306,9 @@ def report(
 def judged(runs: Runs) -> list[Verdict]:
     """The claims of the runs' configs, held against their records; those of each parameter on their own."""
     verdicts: list[Verdict] = []
-    for words, its in runs.groups.items():
-        records = [{**r, "kind": plain_kind(r["kind"])} for run in its for r in run.records]
-        first = next((run.folder for run in its if run.folder and run.config), None)
+    for words, group in runs.groups.items():
+        records = [{**r, "kind": plain_kind(r["kind"])} for run in group for r in run.records]
+        first = next((run.folder for run in group if run.folder and run.config), None)
         config = runs.config if first is None else load_config(first / "config.yaml")
         for claim in instantiate(config.claims, _convert_="all"):
             verdict = claim.check(records)
@@ -348,7 +349,7 @@ def sources_of_variation(runs: Runs, metric: str) -> list[list[str]]:
             by: dict[Any, list[float]] = {}
             for key, value in values.items():
                 by.setdefault(key[i], []).append(value)
-            groups.append([fmean(its) for its in by.values()])
+            groups.append([fmean(alike) for alike in by.values()])
         if all(len(means) > 1 for means in groups) and len(values) > max(map(len, groups)):
             rows.append([label_of(kind), *(shown(metric, stdev(means)) for means in groups)])
     return rows

@@ -84,8 +84,8 @@ def lifetimes(masks: Mapping[int, Masks]) -> dict[str, Tensor]:
     {'w': tensor([2, 1], dtype=torch.int32)}
     """
     total: dict[str, Tensor] = {}
-    for its in (masks[round] for round in masks):
-        for name, mask in its.items():
+    for of_round in (masks[round] for round in masks):
+        for name, mask in of_round.items():
             total[name] = total[name] + mask if name in total else mask.to(torch.int32)
     return total
 

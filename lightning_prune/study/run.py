@@ -295,10 +295,14 @@ def plan(cfg: DictConfig) -> None:
 def dry_run(arguments: list[str]) -> None:
     """List what a command would run. Hydra expands the sweep; it leaves nothing behind."""
     with tempfile.TemporaryDirectory() as nowhere:
-        its = [a for a in arguments if not a.startswith("hydra") or a.startswith(_FOR_PLANS)]
-        its += [f"hydra.{key}={nowhere}" for key in ("run.dir", "sweep.dir")]
-        its += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-        sys.argv[1:] = flags_first(its)
+        overrides = [a for a in arguments if not a.startswith("hydra") or a.startswith(_FOR_PLANS)]
+        overrides += [f"hydra.{key}={nowhere}" for key in ("run.dir", "sweep.dir")]
+        overrides += [
+            "hydra.output_subdir=null",
+            "hydra/job_logging=disabled",
+            "hydra/hydra_logging=disabled",
+        ]
+        sys.argv[1:] = flags_first(overrides)
         plan()
     _PLANNED.show()
 

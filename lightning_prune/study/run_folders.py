@@ -200,8 +200,8 @@ def once(runs: Sequence[Run]) -> list[Run]:
     """
     kept: dict[Any, Run] = {}
     for n, run in enumerate(runs):
-        its = left_of(flattened(run.config), FREE)
-        same = (run.kind, run.seed, frozenset((k, repr(v)) for k, v in its.items())) if its else n
+        config = left_of(flattened(run.config), FREE)
+        same = (run.kind, run.seed, frozenset((k, repr(v)) for k, v in config.items())) if config else n
         other = kept.setdefault(same, run)
         if other is run:
             continue
@@ -242,10 +242,10 @@ def idle(runs: Sequence[Run]) -> list[str]:
 
 def _pair(run: Run) -> tuple[Any, Any]:
     """The seed of a run's initialization, and that of its data order."""
-    its, seed = run.config, str(run.seed).partition(", order ")
-    if not its and seed[1]:  # records alone, as `orders` has named them
+    config, seed = run.config, str(run.seed).partition(", order ")
+    if not config and seed[1]:  # records alone, as `orders` has named them
         return seed[0], seed[2]
-    return its.get("seed", run.seed), its.get("order_seed", its.get("seed", run.seed))
+    return config.get("seed", run.seed), config.get("order_seed", config.get("seed", run.seed))
 
 
 def _matching(place: Path | str) -> list[Path]:
@@ -262,24 +262,24 @@ def _of_folder(folder: Path) -> tuple[list[Run], dict[str, list[int]]]:
     if any((folder / name).is_file() for name in ("run.json", "DONE", "FAILED")):
         configs = [folder / "config.yaml"]
     for config in sorted(configs, key=lambda path: _natural(path.parent.name)):
-        its = config.parent
-        records, bad = read(its / "records.jsonl")
+        here = config.parent
+        records, bad = read(here / "records.jsonl")
         if bad:
-            broken[f"{its.name}/records.jsonl"] = bad
-        kind, _, seed = its.name.split(",")[0].rpartition("-")
+            broken[f"{here.name}/records.jsonl"] = bad
+        kind, _, seed = here.name.split(",")[0].rpartition("-")
         state = "unfinished"
         for name, said in (("DONE", "finished"), ("FAILED", "failed")):
-            state = said if (its / name).is_file() else state
-        made = _json(its / "run.json")
-        runs.append(Run(kind, int(seed) if seed.isdigit() else seed, state, latest(records), its, made))
+            state = said if (here / name).is_file() else state
+        made = _json(here / "run.json")
+        runs.append(Run(kind, int(seed) if seed.isdigit() else seed, state, latest(records), here, made))
     if configs:
         return runs, broken
     records, bad = read(folder / "records.jsonl")
     if bad:
         broken["records.jsonl"] = bad
     for kind, seed in dict.fromkeys((r["kind"], r.get("seed")) for r in records):
-        its = latest([r for r in records if (r["kind"], r.get("seed")) == (kind, seed)])
-        runs.append(Run(kind, seed, "recorded", its, parameters=its[0].get("parameters", {})))
+        rounds = latest([r for r in records if (r["kind"], r.get("seed")) == (kind, seed)])
+        runs.append(Run(kind, seed, "recorded", rounds, parameters=rounds[0].get("parameters", {})))
     return runs, broken
 
 
