@@ -367,6 +367,7 @@ class StructuredChannelPruning(MaskedTraining):
         return after(self._couplings, self._left)
 
     def _alive_here(self) -> Masks:
+        """The units that stay, of those that are still in the network."""
         return {name: mask[self._left[name]] for name, mask in self.channels.items()}
 
     @override
@@ -374,6 +375,7 @@ class StructuredChannelPruning(MaskedTraining):
         return any(callable(sparsity) or sparsity for _, sparsity in self._sparsities(0))
 
     def _sparsities(self, round: int) -> list[tuple[list[str], Any]]:
+        """The couplings of each schedule, with what it says of a round."""
         return sparsities_of(scheduled(list(self._couplings), self.schedule, self.rounds), round)
 
     @override
@@ -463,6 +465,7 @@ class StructuredChannelPruning(MaskedTraining):
         return float(trainer.strategy.broadcast(found))
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the dead channels out of model, optimizers and averages, and tell the other callbacks."""
         removed = cut_of(self._here(), self._alive_here())
         self._free(pl_module)
         cut(pl_module, removed, trainer.optimizers, _lightning.averages_of(trainer))
@@ -517,6 +520,7 @@ class StructuredChannelPruning(MaskedTraining):
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
+        """Let the modules load checkpoints as they did before."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

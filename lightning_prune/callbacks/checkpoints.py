@@ -135,6 +135,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def first_masks(given: str | Path | Mapping[str, Tensor] | None, params: Mapping[str, Tensor]) -> Masks:
+    """The masks that a callback starts from, as its argument `masks=` says.
+
+    >>> first_masks("zeros", {"w": torch.tensor([0.0, 2.0])}), first_masks(None, {"w": torch.zeros(2)})
+    ({'w': tensor([False,  True])}, {'w': tensor([True, True])})
+
+    Args:
+        given: None: all are alive; "zeros": those that are not zero; masks; or the path of a file of some.
+        params: the weights, by name.
+
+    Raises:
+        ValueError: when the file holds none.
+    """
+    if given is None:
+        return {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    if given == "zeros":
+        return {name: p.detach() != 0 for name, p in params.items()}
+    return dict(given) if isinstance(given, Mapping) else load_masks(given)
+
+
 def load_masks(path: str | Path) -> Masks:
     """The masks in a checkpoint of a callback that prunes or grows, or in a file of {name: bool tensor}.
 

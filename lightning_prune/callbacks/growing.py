@@ -14,7 +14,7 @@ from typing_extensions import final, override
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast, EvenOutputs
 from lightning_prune.callbacks import _lightning
-from lightning_prune.callbacks.checkpoints import load_masks
+from lightning_prune.callbacks.checkpoints import first_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
@@ -254,7 +254,7 @@ class DynamicSparseTraining(MaskedTraining):
             self._check_room(params)
         self._layouts = layouts(pl_module, params)
         if not self.masks:
-            first = self._first_masks(params)
+            first = first_masks(self._start_from, params)  # without any, they are chosen with the first batch
             check_fit(first, params)
             self.masks = first
             size = sum(mask.numel() for mask in first.values())
@@ -289,10 +289,12 @@ class DynamicSparseTraining(MaskedTraining):
             )
 
     def _fits(self, name: str, mask: Tensor) -> bool:
+        """Whether a mask has the pattern of the granularity."""
         pattern = self.granularity
         return not isinstance(pattern, (NM, FanIn)) or fits(pattern, mask, self._layouts[name])
 
     def _plan_updates(self, trainer: Trainer) -> None:
+        """Fix the step from which masks stay, and with it the number of updates; refuse what leaves none."""
         if self._last is None:
             if self.until_step is not None:
                 self._last = self.until_step
@@ -322,20 +324,14 @@ class DynamicSparseTraining(MaskedTraining):
             number(f"fraction({progress:.3f})", given, allowed, lambda v: 0 <= v < 1)
 
     def _progress(self, update: int) -> float:
+        """How much of the time until masks stay is over at an update, in [0, 1]."""
         assert self._last is not None
         assert self.every_n_train_steps is not None
         return min(1.0, update * self.every_n_train_steps / self._last)
 
     def _fraction_of(self, update: int) -> float:
+        """The fraction of the living that is exchanged at an update."""
         return float(self.fraction(self._progress(update))) if callable(self.fraction) else self.fraction
-
-    def _first_masks(self, params: dict[str, nn.Parameter]) -> Masks:
-        if self._start_from is None:  # chosen with the first batch, which a criterion may read
-            return {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
-        if self._start_from == "zeros":
-            return {name: p.detach() != 0 for name, p in params.items()}
-        given = self._start_from
-        return dict(given) if isinstance(given, dict) else load_masks(given)
 
     # ---------------------------------------------------------------------------------------- between updates
 
@@ -405,6 +401,7 @@ class DynamicSparseTraining(MaskedTraining):
         params: dict[str, Tensor],
         round: int,
     ) -> dict[str, Tensor]:
+        """The scores by which connections go, or come, of the batch that the step trains on."""
         assert self._seed is not None
         wanted = asked(criterion)
         with evidence_of(trainer, pl_module, criterion, 1, self._seed + round, [self._batch]) as evidence:

@@ -307,6 +307,7 @@ class MaskedTraining(Callback, ABC):
 
     @property
     def _running(self) -> Fit:
+        """The fit under way."""
         assert self._fit is not None
         return self._fit
 
@@ -373,6 +374,7 @@ class MaskedTraining(Callback, ABC):
                 )
 
     def _patience_is_due(self) -> None:
+        """Let patience be asked with the next batch, as there is a new metric."""
         if self._fit is not None and self._fit.patience is not None:
             self._fit.patience.due = True
 
@@ -412,6 +414,7 @@ class MaskedTraining(Callback, ABC):
         self._begin_round_if_due(trainer, pl_module)
 
     def _begin_epoch(self, trainer: Trainer) -> None:
+        """Note how the epoch's batches are drawn again; from here on training may change the network."""
         fit = self._running
         fit.before = {}
         if fit.noted != trainer.current_epoch:
@@ -450,6 +453,7 @@ class MaskedTraining(Callback, ABC):
                 self._prune(trainer, pl_module, units, replace(self._at, number=0, step=trainer.global_step))
 
     def _show(self, trainer: Trainer) -> None:
+        """Log round and sparsity where they are seen; with loggers, each layer's density once a round."""
         fit = self._running
         if trainer.barebones:
             return
@@ -475,6 +479,7 @@ class MaskedTraining(Callback, ABC):
         return self._running.varies and self.is_last() and self.is_over(trainer)
 
     def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune and begin the next round, or end the fit, where the round has come to its end."""
         if self.is_last():
             if self._has_had_its_length(trainer):
                 self.stop(trainer, "it has come to its end, so the fit ends.")
@@ -499,6 +504,7 @@ class MaskedTraining(Callback, ABC):
             raise
 
     def _decided(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
+        """The units of a round, on which all processes agree."""
         self._running.apply()
         if self._running.sharded:
             return together(trainer, lambda: self._next(trainer, pl_module, round))
@@ -555,6 +561,7 @@ class MaskedTraining(Callback, ABC):
         self.masks, self._at, self.removed = masks, at, removed
 
     def _verify(self, trainer: Trainer, pl_module: LightningModule, before: Masks) -> None:
+        """Look whether weights, masks and optimizers are as a pruning has to leave them."""
         params = self._running.params
         found = doctor.awake(params, self.masks, "Something wrote to them after the masks were put on.")
         found += doctor.replaced(params, pl_module, trainer.optimizers, self._running.trained)
@@ -739,6 +746,7 @@ class MaskedTraining(Callback, ABC):
         }
 
     def _to_resume(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the place in the training, beside what Lightning keeps."""
         if self.resumption is not None:
             return self.resumption.state
         if self._interrupted is not None:

@@ -13,7 +13,7 @@ from typing_extensions import final, override
 from lightning_prune import allocation, criteria, doctor
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.callbacks import _lightning
-from lightning_prune.callbacks.checkpoints import load_masks
+from lightning_prune.callbacks.checkpoints import first_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
@@ -205,7 +205,7 @@ class IterativeMagnitudePruning(MaskedTraining):
             params = {name: p for name, p in prunable.items() if name in first}
         else:
             by_optimizers = trained(trainer, prunable, self.include)
-            first = self._first_masks(by_optimizers)
+            first = first_masks(self._start_from, by_optimizers)
             params = {name: p for name, p in prunable.items() if name in first or name in by_optimizers}
         check_fit(first, params)
         scheduled(list(params), self.schedule, self.rounds)
@@ -284,15 +284,6 @@ class IterativeMagnitudePruning(MaskedTraining):
     def _begun_with(self) -> dict[str, str]:
         return {"masks": named(self._start_from)}
 
-    def _first_masks(self, params: Mapping[str, nn.Parameter]) -> Masks:
-        if self._start_from is None:
-            return {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
-        if self._start_from == "zeros":
-            return {name: p.detach() != 0 for name, p in params.items()}
-        return (
-            dict(self._start_from) if isinstance(self._start_from, Mapping) else load_masks(self._start_from)
-        )
-
     def _dry_run(self, pl_module: LightningModule, params: Mapping[str, nn.Parameter], first: Masks) -> None:
         """Draw the masks of the next and of the last round from the weights as they are.
 
@@ -362,6 +353,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         self._metrics = {}
 
     def _sparsities(self, names: Sequence[str], round: int) -> list[tuple[list[str], Sparsity]]:
+        """The weights of each schedule, with what it says of a round."""
         return sparsities_of(scheduled(names, self.schedule, self.rounds), round)
 
     @override
@@ -417,6 +409,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         return {metric: float(logged[metric]) for metric in self.stop_below if metric in logged}
 
     def _lets_layers_go(self) -> bool:
+        """Whether a layer may lose all its weights."""
         return isinstance(self.allocate, AtLeast) and self.allocate.n == 0
 
     @override

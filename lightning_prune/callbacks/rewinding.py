@@ -146,6 +146,7 @@ class LotteryTicketRewind(Callback):
             self._limits = _lightning.ShownLimits(trainer, one.early, partial(one.exact, trainer))
 
     def _shortens_under(self, pruner: MaskedTraining) -> bool:
+        """Whether the rounds after the first begin at step k, and so are shorter by k."""
         if self.shorten is not None:
             return self.shorten
         return bool(self.to_epoch or (self.to_step and pruner.every_n_train_steps is not None))
@@ -156,6 +157,7 @@ class LotteryTicketRewind(Callback):
         return self.policy not in (rewind.weights, rewind.nothing)
 
     def _one_round(self, pruner: MaskedTraining) -> OneRound:
+        """What the trainer says how long training is while schedules are made: one round."""
         every = pruner.every_n_train_steps
         clock, length = (Clock.EPOCHS, pruner.every_n_epochs) if every is None else (Clock.STEPS, every)
         if self._shortens or self.policy is rewind.fine_tune:
@@ -163,6 +165,7 @@ class LotteryTicketRewind(Callback):
         return OneRound(clock, length, self.to_step, self.to_epoch or 0)
 
     def _check_step(self, length: int | float) -> None:
+        """Refuse a step that no round has."""
         if self.to_step >= length:
             raise ValueError(
                 f"to_step={self.to_step}: allowed is 0 to {length - 1}, within a round. Lower it."
@@ -227,6 +230,7 @@ class LotteryTicketRewind(Callback):
                     raise _averaged(f"Set swa_epoch_start={after[-1] + 2} or later")
 
     def _check_whole_epochs(self, trainer: Trainer, pruner: MaskedTraining) -> None:
+        """Refuse rounds in which a checkpoint within an epoch would not resume exactly."""
         steps = steps_per_epoch(trainer)
         k = self.to_step if self.to_epoch is None else 0
         length = pruner.every_n_train_steps or 0
@@ -238,6 +242,7 @@ class LotteryTicketRewind(Callback):
             )
 
     def _warn_of_schedules(self, trainer: Trainer, pruner: MaskedTraining) -> None:
+        """Say which schedules end elsewhere than a round does."""
         if pruner.is_last() or _lightning.is_a_trial(trainer):
             return
         per_epoch, one = steps_per_epoch(trainer), self._one_round(pruner)
@@ -276,12 +281,15 @@ class LotteryTicketRewind(Callback):
 
     @property
     def _k(self) -> int:
+        """The step, or the epoch, of the snapshot."""
         return self.to_step if self.to_epoch is None else self.to_epoch
 
     def _now(self, trainer: Trainer) -> int:
+        """The step, or the epoch, in which training is."""
         return trainer.global_step if self.to_epoch is None else trainer.current_epoch
 
     def _take_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the snapshot at its step, and refuse a training that is past it without one."""
         if (now := self._now(trainer)) < self._k:
             return
         if now > self._k:
@@ -308,6 +316,7 @@ class LotteryTicketRewind(Callback):
             self._check_ticket(trainer, pl_module)
 
     def _check_ticket(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the round where the masks that it would draw have settled."""
         assert self.until is not None
         pruner = _pruner(trainer)
         # No round ends before its snapshot, and a resumed epoch's end is not looked at twice.
@@ -337,6 +346,7 @@ class LotteryTicketRewind(Callback):
         self._resumed = False
 
     def _leave(self, before: dict[str, Any] | None = None) -> None:
+        """Take away what belongs to the fit, and take up the attributes of before."""
         if self._limits is not None:
             self._limits.leave()
         vars(self).update(before or {})
