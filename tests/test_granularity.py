@@ -354,7 +354,7 @@ def test_bad_parameters_are_refused(make, message):
     [
         ("filter", r"granularity='filter': allowed are functions, such as those of .*granularity"),
         (NM, r"granularity=NM: a class is given; allowed are its instances. Give NM\(\)"),
-        (None, "granularity: None is given"),
+        (None, "granularity=None: allowed are functions"),
         (lambda scores: scores, "gave Tensor; a pair"),
         (lambda scores: (scores, lambda mask: mask[:1]), r"expands to torch.bool of the shape \(1, 6\)"),
         (lambda scores: (scores, lambda mask: mask.float()), r"expands to torch.float32"),

@@ -82,11 +82,19 @@ def killed_and_restarted(tmp_path, arguments, kills, seed):
     expected = results(tmp_path / "straight")
     moments, killed, interrupted, places = random.Random(seed), 0, 0, set()
     done = lambda: len(list((tmp_path / "runs").rglob("DONE")))  # noqa: E731
+
+    def within_a_run():
+        configs = (tmp_path / "runs").glob("*/*/config.yaml")
+        return any(not (path.parent / "DONE").is_file() for path in configs)
+
     while killed < kills:
         process, before = begun(tmp_path / "runs", tmp_path / "log", *arguments), done()
-        while killed % 3 == 2 and process.exitcode is None and done() == before:
-            time.sleep(0.01)  # so that the sweep comes on, however slow the machine is
-        process.join(moments.uniform(0, 2 * whole / kills))  # so that the kills are spread over all runs
+        # However slow the machine is, some kills hit a run, and others come after one more has been finished.
+        waits = {1: within_a_run, 2: lambda before=before: done() > before}.get(killed % 3, lambda: True)
+        while process.exitcode is None and not waits():
+            time.sleep(0.01)
+        if killed % 3 != 1:
+            process.join(moments.uniform(0, 2 * whole / kills))  # so that the kills are spread over all runs
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
@@ -96,8 +104,7 @@ def killed_and_restarted(tmp_path, arguments, kills, seed):
         assert process.exitcode == -signal.SIGKILL
         killed += 1
         places.add(done())
-        configs = (tmp_path / "runs").glob("*/*/config.yaml")
-        interrupted += any(not (path.parent / "DONE").is_file() for path in configs)
+        interrupted += within_a_run()
     assert killed
     assert interrupted  # in the middle of a run
     finished(begun(tmp_path / "runs", tmp_path / "log", *arguments), tmp_path / "log")
