@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import adaptive, evidence
+from lightning_prune import adaptive
 from lightning_prune.checks import number, whole
 from lightning_prune.criteria import wanda
 from lightning_prune.evidence import Forward
@@ -153,7 +153,7 @@ class EvenOutputs:
         check_together(self.of, together)
         keep: dict[str, Tensor] = {}
         given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
-        counts = evidence.call(self.of, scores, total, **given)
+        counts = counts_by(self.of, scores, total, **given)
         for name, planned in counts.items():
             if scores[name].dim() < 2:
                 raise ValueError(
@@ -362,7 +362,7 @@ class OWL:
         keep: dict[str, int | Tensor] = {}
         given = {"params": params, "masks": masks, "layouts": layouts, "together": together}
         for name, s in scores.items():
-            keep |= evidence.call(self.of, {name: s}, counts[name], **given)
+            keep |= counts_by(self.of, {name: s}, counts[name], **given)
         return keep
 
     def shares(self, ratios: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, float]:
@@ -452,6 +452,15 @@ class AtLeast:
             free = {name: s for name, s in scores.items() if name not in fixed}
             keep = split(free, total - sum(fixed.values()))
         return {name: fixed[name] if name in fixed else keep[name] for name in scores}
+
+
+def may_empty(allocate: Allocation) -> bool:
+    """Whether an allocation may leave a tensor without a survivor: only one that says so may.
+
+    >>> may_empty(AtLeast(0, of=global_rank)), may_empty(global_rank)
+    (True, False)
+    """
+    return isinstance(allocate, AtLeast) and allocate.n == 0
 
 
 def largest_minimum(n: int, total: int, there: Mapping[str, int]) -> int:

@@ -5,11 +5,8 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 
-_ROOMS = {
-    "allocate": "allocation",
-    "granularity": "granularity",
-    "policy": "rewind",
-}  # of what an argument may be given
+# Of what an argument may be given.
+_ROOMS = {"allocate": "allocation", "granularity": "granularity", "policy": "rewind"}
 
 
 def whole(name: str, value: object, lowest: int, such_as: int | None = None) -> None:

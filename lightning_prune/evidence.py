@@ -59,6 +59,15 @@ def asked(function: Callable[..., Any], given: int = 1) -> dict[str, bool]:
     return {p.name: p.default is p.empty for p in rest if p.name in EVIDENCE}
 
 
+def runs_model(criterion: Callable[..., Any]) -> bool:
+    """Whether a criterion asks for what runs the model, or reads the training data.
+
+    >>> runs_model(lambda params, batches: params), runs_model(lambda params: params)
+    (True, False)
+    """
+    return not OF_A_RUN.isdisjoint(asked(criterion))
+
+
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters in a function's signature; none where there is no signature to read.
 
@@ -92,11 +101,10 @@ def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
     Raises:
         ValueError: when it must have something that is not there.
     """
-    check_asked(getattr(function, "__name__", repr(function)), function, len(args))
-    wanted = asked(function, len(args))
+    who, wanted = getattr(function, "__name__", repr(function)), asked(function, len(args))
+    check_asked(who, function, len(args))
     for name, needed in wanted.items():
         if needed and evidence.get(name) is None:
-            who = getattr(function, "__name__", repr(function))
             raise ValueError(
                 f"{who} asks for `{name}`, and there is none here. {EVIDENCE[name]} Give it, or use another."
             )

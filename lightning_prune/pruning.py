@@ -66,7 +66,7 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
         reached = sparsity
 
 
-def sparsity_in(schedule: Schedule, round: int) -> float:
+def sparsity_in(schedule: Schedule, round: int, argument: str = "schedule") -> float:
     """What a schedule that reads no scores says of a round, as a number.
 
     >>> sparsity_in([0.0, torch.tensor(0.5)].__getitem__, 1)
@@ -76,20 +76,20 @@ def sparsity_in(schedule: Schedule, round: int) -> float:
         ValueError: when it says nothing of this round, or no number.
     """
     try:
-        return _number(schedule(round))
+        return _number(schedule(round), argument)
     except LookupError as error:  # of a table's __getitem__
         raise ValueError(
-            f"schedule: {schedule} has no sparsity for round {round}, and each round needs one. Give "
+            f"{argument}: {schedule} has no sparsity for round {round}, and each round needs one. Give "
             "more, or lower rounds."
         ) from error
 
 
-def _number(sparsity: Any) -> float:
+def _number(sparsity: Any, argument: str = "schedule") -> float:
     try:
         return float(sparsity)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"schedule: {sparsity!r} is given as a sparsity; allowed are numbers, such as 0.5. Return one."
+            f"{argument}: {sparsity!r} is given as a sparsity; allowed are numbers, such as 0.5. Return one."
         ) from error
 
 

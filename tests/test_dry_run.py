@@ -453,6 +453,10 @@ def never_trained(message, *make):
         ({"criterion": lp.criteria.SparseGPT()}, "criterion: SparseGPT"),
         ({"allocate": lambda scores, total: {}}, r"allocate: .* gave \{\}; allowed are dicts of how many"),
         (
+            {"allocate": AtLeast(2, of=lambda scores, total: None)},
+            "allocate: .* gave None; allowed are dicts",
+        ),
+        (
             {"schedule": lp.filters.Removed(0.99)},
             "schedule: 0.99 of the parameters is to be removed in round 1",
         ),
@@ -487,6 +491,7 @@ def test_growth_that_leaves_a_layer_without_a_weight_is_refused(sparsity, alloca
     [
         ({"sparsity": lp.schedules.TopK(5)}, "sparsity: TopK.* reads the scores; allowed are numbers"),
         ({"sparsity": lambda: 0.5}, r"sparsity: its signature is \(\)"),
+        ({"sparsity": lambda update: None}, "sparsity: None is given as a sparsity; allowed are numbers"),
         ({"fraction": lambda progress: None}, r"fraction\(0\.000\)=None: allowed are fractions"),
         ({"fraction": lambda: 0.3}, r"fraction: its signature is \(\)"),
         ({"every_n_train_steps": 1, "until_step": 1}, "Allowed are none in a time as short"),

@@ -289,22 +289,27 @@ def test_the_digest_of_sources_and_data_follows_what_it_depends_on(tmp_path, mon
     assert provenance.content(object(), files) != before
 
 
+def a_change_is_said(own, caplog, folder, what, change):
+    """Of finished and of resumed runs; and no control mixes with it."""
+    run(own())
+    assert "has changed" not in caplog.text
+    change()
+    run(own())
+    assert f"{what} has changed since that run was made, and its numbers do not show it." in caplog.text
+    with pytest.raises(ValueError, match=rf"{what} has changed since it was made\. A control must differ"):
+        run(own("kind=reinit"))
+    (folder / "DONE").unlink()
+    run(own())  # as one that was killed
+    assert re.search(rf"{what} has changed since .*ticket-1 began, which goes on with", caplog.text)
+
+
 def test_code_that_has_changed_since_is_said_and_no_control_mixes_with_it(own, monkeypatch, caplog):
     folder, original, other = run(own()), provenance.source, []
     made = json.loads((folder / "run.json").read_text())
     assert set(made["sources"]) >= {"own_module", "torch", "lightning_prune"}
     changed = lambda package: "another" if package in other else original(package)  # noqa: E731
     monkeypatch.setattr(provenance, "source", changed)
-    run(own())
-    assert "has changed" not in caplog.text
-    other.append("own_module")
-    run(own())
-    assert "own_module has changed since that run was made, and its numbers do not show it." in caplog.text
-    with pytest.raises(ValueError, match=r"own_module has changed since it was made\. A control must differ"):
-        run(own("kind=reinit"))
-    (folder / "DONE").unlink()
-    run(own())  # as one that was killed
-    assert re.search(r"own_module has changed since .*ticket-1 began, which goes on with", caplog.text)
+    a_change_is_said(own, caplog, folder, "own_module", lambda: other.append("own_module"))
     other[:] = ["own_module", "torch"]
     run(own("kind=reinit"))
     assert re.search(r"torch has changed since the ticket .*ticket-1 was made", caplog.text)
@@ -314,16 +319,7 @@ def test_data_that_have_changed_since_are_said_and_no_control_mixes_with_them(ow
     folder, original, there = run(own()), provenance.content, []
     assert len(json.loads((folder / "run.json").read_text())["sources"]["the data"]) == 16
     monkeypatch.setattr(provenance, "content", lambda *arguments: "".join([original(*arguments), *there]))
-    run(own())
-    assert "has changed" not in caplog.text
-    there.append("another")
-    run(own())
-    assert "the data has changed since that run was made, and its numbers do not show it." in caplog.text
-    with pytest.raises(ValueError, match=r"the data has changed since it was made\. A control must differ"):
-        run(own("kind=reinit"))
-    (folder / "DONE").unlink()
-    run(own())  # as one that was killed
-    assert re.search(r"the data has changed since .*ticket-1 began, which goes on with", caplog.text)
+    a_change_is_said(own, caplog, folder, "the data", lambda: there.append("another"))
 
 
 def test_a_finished_run_needs_no_data(own, monkeypatch, caplog):

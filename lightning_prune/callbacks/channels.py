@@ -28,7 +28,7 @@ from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import by_name, check_callable, number, whole
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import OF_A_RUN, asked, inputs, undisturbed
+from lightning_prune.evidence import asked, inputs, runs_model, undisturbed
 from lightning_prune.masks import Masks
 from lightning_prune.pruning import check_schedule, scheduled, sparsities_of
 from lightning_prune.schedules import OneShot, Schedule
@@ -255,7 +255,7 @@ class StructuredChannelPruning(MaskedTraining):
             ValueError: what a pruning would raise.
         """
         here, generator = self._here(), torch.Generator().manual_seed(0)
-        criterion = criteria.magnitude if self._runs() else self.criterion
+        criterion = criteria.magnitude if runs_model(self.criterion) else self.criterion
         params = parameters(here, pl_module)
         found = unit_scores(here, criterion, params, masks=self.masks, generator=generator)
         for round in dict.fromkeys((self.round + 1, self.rounds)):
@@ -267,16 +267,9 @@ class StructuredChannelPruning(MaskedTraining):
             if round <= self.rounds:
                 self._drawn_of(trainer, pl_module, found, sparsities)
 
-    def _runs(self) -> bool:
-        """Whether the criterion runs the model."""
-        return not OF_A_RUN.isdisjoint(asked(self.criterion))
-
     @override
-    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._begins_pruned():
-            super()._open(trainer, pl_module)
-        elif self._runs() and not self.is_last() and not _lightning.is_a_trial(trainer):
-            # Try the criterion on one batch now, so that what is wrong with it is found before training.
+    def _try(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if runs_model(self.criterion):
             together(trainer, lambda: self._scores(trainer, pl_module, self.round + 1, batches=1))
 
     @override

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from typing_extensions import final, override
 
 from lightning_prune import allocation, criteria
-from lightning_prune.allocation import Allocation, AtLeast, EvenOutputs
+from lightning_prune.allocation import Allocation, AtLeast, EvenOutputs, may_empty
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.checkpoints import first_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
@@ -45,6 +45,10 @@ from lightning_prune.schedules import CosineDecay, Schedule
 from lightning_prune.selection import select
 
 log = logging.getLogger(__name__)
+
+
+def _check_fraction(name: str, value: object) -> None:
+    number(name, value, "are fractions from 0 to below 1, such as 0.9", lambda v: 0 <= v < 1)
 
 
 @final
@@ -200,7 +204,7 @@ class DynamicSparseTraining(MaskedTraining):
 
     def sparsity_of(self, update: int) -> float:
         """The sparsity that the weights have after an update; 0: as training begins."""
-        return sparsity_in(self.target, update) if callable(self.target) else self.target
+        return sparsity_in(self.target, update, "sparsity") if callable(self.target) else self.target
 
     @override
     def best(self, round: int | None = None, sparsity: float | None = None) -> Path:
@@ -250,8 +254,8 @@ class DynamicSparseTraining(MaskedTraining):
                 "criteria.gradient. Use one."
             )
         self._plan_updates(trainer)
-        if self._start_from is None:
-            self._check_room(params)
+        if self._start_from is None and (callable(self.target) or not self.masks):
+            self._check_room(params)  # else a resumed fit has its masks, whatever is asked for now
         self._layouts = layouts(pl_module, params)
         if not self.masks:
             first = first_masks(self._start_from, params)  # without any, they are chosen with the first batch
@@ -269,7 +273,7 @@ class DynamicSparseTraining(MaskedTraining):
 
     def _check_room(self, params: Mapping[str, nn.Parameter]) -> None:
         """Refuse a sparsity that leaves a layer without a weight."""
-        if isinstance(self.allocate, AtLeast) and self.allocate.n == 0:
+        if may_empty(self.allocate):
             return
         size, layers = sum(p.numel() for p in params.values()), [n for n, p in params.items() if p.numel()]
         for update in range(self.rounds + 1):
@@ -316,12 +320,8 @@ class DynamicSparseTraining(MaskedTraining):
                 "fraction=0."
             )
         for update in range(self.rounds + 1):
-            allowed = "are fractions from 0 to below 1, such as 0.9"
-            number(f"sparsity({update})", self.sparsity_of(update), allowed, lambda v: 0 <= v < 1)
-            progress = self._progress(update)
-            given = self.fraction(progress) if callable(self.fraction) else self.fraction
-            given = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
-            number(f"fraction({progress:.3f})", given, allowed, lambda v: 0 <= v < 1)
+            _check_fraction(f"sparsity({update})", self.sparsity_of(update))
+            self._fraction_of(update)
 
     def _progress(self, update: int) -> float:
         """How much of the time until masks stay is over at an update, in [0, 1]."""
@@ -331,7 +331,12 @@ class DynamicSparseTraining(MaskedTraining):
 
     def _fraction_of(self, update: int) -> float:
         """The fraction of the living that is exchanged at an update."""
-        return float(self.fraction(self._progress(update))) if callable(self.fraction) else self.fraction
+        if not callable(self.fraction):
+            return self.fraction
+        given: Any = self.fraction(progress := self._progress(update))
+        given = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+        _check_fraction(f"fraction({progress:.3f})", given)
+        return float(given)
 
     # ---------------------------------------------------------------------------------------- between updates
 

@@ -247,6 +247,9 @@ class MaskedTraining(Callback, ABC):
         """Whether a pruning may be due before the first step of round 0."""
         return False
 
+    def _try(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before training: run once what a pruning will run, so that what is wrong with it is found now."""
+
     def _before_pruning(self, trainer: Trainer) -> str | None:
         """Why the fit ends with this round instead of another pruning, or None."""
         return None
@@ -451,6 +454,8 @@ class MaskedTraining(Callback, ABC):
             units = self._decided(trainer, pl_module, 0)
             if alive(units) != alive(self._units):
                 self._prune(trainer, pl_module, units, replace(self._at, number=0, step=trainer.global_step))
+        elif not self.is_last() and not _lightning.is_a_trial(trainer):
+            self._try(trainer, pl_module)
 
     def _show(self, trainer: Trainer) -> None:
         """Log round and sparsity where they are seen; with loggers, each layer's density once a round."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import final, override
 
 from lightning_prune import allocation, criteria, doctor
-from lightning_prune.allocation import Allocation, AtLeast
+from lightning_prune.allocation import Allocation, may_empty
 from lightning_prune.callbacks import _lightning
 from lightning_prune.callbacks.checkpoints import first_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
@@ -25,7 +25,7 @@ from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import by_name, check_callable, number, whole
 from lightning_prune.copies import copied
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import OF_A_RUN, asked
+from lightning_prune.evidence import asked, runs_model
 from lightning_prune.granularity import Granularity, single
 from lightning_prune.holding import check_fit
 from lightning_prune.layers import LAYERS, check_layers, layouts, prunable
@@ -292,7 +292,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         Raises:
             ValueError: what a pruning would raise, or that a layer, or all of them, would be left empty.
         """
-        criterion = criteria.magnitude if self._runs() else self.criterion
+        criterion = criteria.magnitude if runs_model(self.criterion) else self.criterion
         weights = {name: p.detach() for name, p in params.items()}
         masks = {name: like(first[name].to(p.device), p) for name, p in weights.items()}
         for round in dict.fromkeys((self.round + 1, self.rounds)):
@@ -316,7 +316,7 @@ class IterativeMagnitudePruning(MaskedTraining):
                     f"schedule: in round {round} it leaves none of {sum(p.numel() for p in params.values())} "
                     "weights, and one is needed. Choose a lower sparsity, or fewer rounds."
                 )
-            if not self.verify or self._lets_layers_go() or self._too_few(drawn):
+            if not self.verify or may_empty(self.allocate) or self._too_few(drawn):
                 continue
             if found := doctor.emptied(drawn, masks):
                 shown = "\n".join(found)
@@ -325,18 +325,11 @@ class IterativeMagnitudePruning(MaskedTraining):
                     f"it, or:\n{shown}"
                 )
 
-    def _runs(self) -> bool:
-        """Whether the criterion runs the model."""
-        return not OF_A_RUN.isdisjoint(asked(self.criterion))
-
     # ----------------------------------------------------------------------------------------- between rounds
 
     @override
-    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._begins_pruned():
-            super()._open(trainer, pl_module)
-        elif self._runs() and not self.is_last() and not _lightning.is_a_trial(trainer):
-            # Try the criterion on one batch now, so that what is wrong with it is found before training.
+    def _try(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if runs_model(self.criterion):
             together(trainer, lambda: self._draw(trainer, pl_module, self.round + 1, batches=1))
 
     @override
@@ -408,15 +401,11 @@ class IterativeMagnitudePruning(MaskedTraining):
         logged = trainer.callback_metrics
         return {metric: float(logged[metric]) for metric in self.stop_below if metric in logged}
 
-    def _lets_layers_go(self) -> bool:
-        """Whether a layer may lose all its weights."""
-        return isinstance(self.allocate, AtLeast) and self.allocate.n == 0
-
     @override
     def _missed(self, before: Masks) -> list[str]:
         # A granularity counts in units.
         exact = self._sparsities(list(self.masks), self.round) if self.granularity is single else []
-        found = [] if self._lets_layers_go() else doctor.emptied(self.masks, before)
+        found = [] if may_empty(self.allocate) else doctor.emptied(self.masks, before)
         return [*found, *doctor.missed(self.masks, before, exact)]
 
     # -------------------------------------------------------------------------------------------- checkpoints

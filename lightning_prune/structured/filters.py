@@ -18,7 +18,7 @@ from torch import Tensor, nn, optim
 from lightning_prune.allocation import Allocation, apportion, candidates_per_tensor, global_rank, uniform
 from lightning_prune.checks import check_callable, number, whole
 from lightning_prune.criteria import Criterion, magnitude
-from lightning_prune.evidence import OF_A_RUN, asked, call, inputs, undisturbed
+from lightning_prune.evidence import asked, call, inputs, runs_model, undisturbed
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import score
 from lightning_prune.schedules import Schedule
@@ -214,7 +214,7 @@ def prune_channels(
         evidence["forward"] = lambda model, batch: model(inputs(batch))
         if loss is not None:
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
-    with undisturbed(model) if OF_A_RUN & asked(criterion).keys() else nullcontext():
+    with undisturbed(model) if runs_model(criterion) else nullcontext():
         scores = unit_scores(couplings, criterion, parameters(couplings, model), **evidence)
     if callable(sparsity):
         sparsity = partial(sparsity, 1) if asked(sparsity) else sparsity(1)
