@@ -5,12 +5,10 @@ is optional.
 """
 
 import inspect
-import random
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -234,9 +232,7 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, No
     put_back = remember(*(vars(module) for module in model.modules() if not _is_lazy(module)))
     try:
         if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
+            rng.seed(seed)
         yield
     finally:
         try:

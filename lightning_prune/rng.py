@@ -49,6 +49,20 @@ def restore(state: dict[str, Any], generators: Mapping[str, Generator] = {}) -> 
         set_state(generators[name], state["others"][name])
 
 
+def seed(number: int) -> None:
+    """Seed Python's, NumPy's and torch's generators.
+
+    >>> seed(1); first = torch.rand(1); seed(1); bool(torch.rand(1) == first)
+    True
+    """
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # without a device the same would note the call for later, with a traceback: slow
+        torch.default_generator.manual_seed(number)
+
+
 @contextmanager
 def kept() -> collections.abc.Generator[None, None, None]:
     """Whatever is drawn inside, the generators are afterwards as they were before.

@@ -119,7 +119,7 @@ def select(
             f"allocate: {allocate} gave {given} survivors; allowed are the {budget} that were asked for. "
             "Make its counts add up."
         )
-    there = candidates_per_tensor(ranked, together)
+    there = counted({name: count(candidates[name]) for name in ranked}, together)
     near, chosen = getattr(keep, "near", None), Masks()
     if together is not None:
         return _chosen_together(allocate, ranked, keep, there, near, together, layouts or {})
@@ -546,6 +546,8 @@ def keep_top(scores: Tensor, keep: int, near: float | None = None) -> Tensor:
         here = torch.as_tensor(equal).nonzero().flatten()[:ties]
         flat[start + here] = True
         start, ties = start + len(equal), ties - len(here)
+        if not ties:
+            break
     return mask
 
 
@@ -572,7 +574,10 @@ def keep_top_of_rows(scores: Tensor, keep: Tensor) -> Tensor:
         on_cpu = rows.device.type == "cpu"  # where numpy sorts ten times as fast as torch
         ordered = torch.from_numpy(np.sort(rows.numpy(), axis=1)) if on_cpu else rows.sort(1).values
         cut = ordered.gather(1, width - counts.clamp_min(1))
-        above, equal = rows > cut, rows == cut
-        spare = counts - above.sum(1, keepdim=True)
-        mask[start : start + step] = above | equal & (equal.cumsum(1) <= spare)
+        chosen = torch.ge(rows, cut, out=mask[start : start + step])
+        if len(tied := (chosen.sum(1, keepdim=True) > counts).flatten().nonzero().flatten()):
+            rows, cut = rows[tied], cut[tied]
+            above, equal = rows > cut, rows == cut
+            spare = counts[tied] - above.sum(1, keepdim=True)
+            chosen[tied] = above | equal & (equal.cumsum(1) <= spare)
     return mask
