@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import open_dict
 
 import lightning_prune as lp
 from lightning_prune.layers import prunable
@@ -298,32 +299,50 @@ def test_missing_data_names_the_path_and_what_to_do(tmp_path):
         data.npz(str(tmp_path / "half.npz"))
 
 
-def test_channels_are_cut_and_the_rest_trained_and_measured_once(tmp_path):
+def channels_resnet20(tmp_path):
     draw = np.random.default_rng(0)
     arrays = {f"x_{part}": draw.integers(0, 256, (n, 3, 32, 32), np.uint8) for part, n in PARTS.items()}
     np.savez(tmp_path / "tiny.npz", **arrays, **{f"y_{part}": np.arange(n) % 10 for part, n in PARTS.items()})
     short = ["batch_size=16", "model.width=4", "steps_per_round=2", "retraining_steps=1"]
     data = [f"data.path={tmp_path}/tiny.npz", "data.validation=4"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", ["experiment=channels_resnet20", f"runs={tmp_path}", *short, *data])
+        return compose("config", ["experiment=channels_resnet20", f"runs={tmp_path}", *short, *data])
+
+
+def test_channels_are_cut_and_the_rest_trained_and_measured_once(tmp_path):
+    cfg = channels_resnet20(tmp_path)
+    if find_spec("torch_kirigami") is None:
+        with open_dict(cfg):
+            del cfg.methods["torch-kirigami, L1"]
+    kinds = list(cfg.methods)
     cfg.methods["L1 filters"].levels = [0, 0.5]
     folder = run(cfg)
     written = (folder / "records.jsonl").read_text()
-    dense, half, control, peer = lines(folder)
-    assert [r["kind"] for r in (half, control, peer)] == ["L1 filters", "random filters", "torch-pruning, L1"]
+    dense, *cut = lines(folder)
+    half = cut[0]
+    assert [r["kind"] for r in cut] == kinds
     assert dense["alive"] == dense["total"]
-    for r in (half, control, peer):  # the same widths, whoever chose
+    for r in cut:  # the same widths, whoever chose
         assert (r["round"], r["sparsity"], r["alive"]) == (1, 0.5, half["alive"])
         assert r["metrics"]["multiply_adds"] < 0.3 * dense["metrics"]["multiply_adds"]
+        assert 0 <= r["metrics"]["test_acc_calibrated"] <= 1
     (folder / "DONE").unlink()
     records.write(folder / "records.jsonl", records.read(folder / "records.jsonl")[0][:2])
     run(cfg)
     assert (folder / "records.jsonl").read_text().splitlines()[:2] == written.splitlines()[:2]
     timed = ("cpu_ms", "speed_up")
     again = [{k: v for k, v in r["metrics"].items() if k not in timed} for r in lines(folder)[2:]]
-    assert again == [{k: v for k, v in r["metrics"].items() if k not in timed} for r in (control, peer)]
+    assert again == [{k: v for k, v in r["metrics"].items() if k not in timed} for r in cut[1:]]
     report.report(folder.parent, out=tmp_path / "out")
     assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_peer_that_is_not_installed_is_named_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_kirigami", None)
+    cfg = channels_resnet20(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="pip install torch-kirigami"):
+        run(cfg)
+    assert not list(tmp_path.rglob("trained.pt"))
 
 
 def test_batches_are_every_example_once_in_a_new_order():

@@ -3,6 +3,7 @@
 import time
 from copy import deepcopy
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.deploy.timing import alternated, low, ratio
 from lightning_prune.files import replacing
+from lightning_prune.structured.calibration import calibrate
 from lightning_prune.study.data import Batches
 from lightning_prune.study.oneshot import evaluate
 from lightning_prune.study.records import read, write
@@ -26,15 +28,19 @@ def sweep(cfg: DictConfig, folder: Path) -> None:
 
     `records.jsonl` has the method as `kind`, the fraction of channels removed as `sparsity`, and in `alive`
     and `total` the parameters left and there were. Metrics: `test_loss`, `test_acc`, `test_acc_untrained`
-    (just after the cut), `parameters`, `multiply_adds` of one input, `raw_bytes`, `cpu_ms`, the processor
-    time of a batch, and `speed_up`, the ratio of alternated runs of the network before the cut and after.
-    What was done is not done again.
+    (just after the cut), `test_acc_calibrated` (the same with statistics of batch normalizations from some
+    training batches), `parameters`, `multiply_adds` of one input, `raw_bytes`, `cpu_ms`, the processor time
+    of a batch, and `speed_up`, the ratio of alternated runs of the network before the cut and after. What
+    was done is not done again.
     """
     hush()
     batches: Batches = instantiate(cfg.batches)
     test = list(batches.val_dataloader()[1])
     trained, path = folder / "trained.pt", folder / "records.jsonl"
     task = built(cfg)
+    methods = instantiate(cfg.methods, _convert_="all")
+    for method in methods.values():  # what cannot run fails here, not after the training
+        method(deepcopy(task), 0)
     if trained.is_file():
         task.load_state_dict(torch.load(trained, weights_only=True))
     else:
@@ -42,7 +48,7 @@ def sweep(cfg: DictConfig, folder: Path) -> None:
         with replacing(trained) as file:
             torch.save(task.state_dict(), file)
     x = test[0][0][: cfg.latency_batch]
-    methods = instantiate(cfg.methods, _convert_="all")
+    some = batches.splits.train[0].split(cfg.batch_size)[: cfg.calibration_batches]
     levels = sorted({level for method in methods.values() for level in method.levels})
     for kind, method in methods.items():
         for level in method.levels:
@@ -54,9 +60,12 @@ def sweep(cfg: DictConfig, folder: Path) -> None:
             again: Any = instantiate(cfg.retraining)(net)
             method(again, level)
             untrained = evaluate(again, test)[1]
+            calibrate(calibrated := deepcopy(again), some, lambda network, batch: network(batch))
+            calibrated = evaluate(calibrated, test)[1]
             fit(cfg, again, batches, cfg.retraining_steps)
             loss, accuracy = evaluate(again, test)
             metrics = {"test_loss": loss, "test_acc": accuracy, "test_acc_untrained": untrained}
+            metrics |= {"test_acc_calibrated": calibrated}
             metrics |= costs(task.net, net, x)
             total = sum(p.numel() for p in task.net.parameters())
             about |= {"sparsity": level, "alive": metrics["parameters"], "total": total, "layers": {}}
@@ -109,3 +118,22 @@ def torch_pruning(net: nn.Module, sparsity: float, shape: list[int]) -> None:
         out_channel_groups={},
         num_heads={},
     ).step()
+
+
+def torch_kirigami(net: nn.Module, sparsity: float, shape: list[int]) -> None:
+    """The newer peer: torch-kirigami's own pruner with its L1 criterion, outputs left alone.
+
+    Raises:
+        ModuleNotFoundError: where it is not installed.
+    """
+    try:
+        kirigami: Any = import_module("torch_kirigami")
+        pruning: Any = import_module("torch_kirigami.pruning")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"methods: torch-kirigami is one of them, and {error.name} is not installed. "
+            "`pip install torch-kirigami==0.2.1`, or take that method out."
+        ) from error
+    pruner = pruning.Pruner(net, graph=kirigami.DependencyGraph.build(net.eval(), args=(torch.rand(shape),)))
+    strategy = pruning.Greedy(pruning.GroupMagnitude(p=1))
+    pruner.prune(pruner.discover_candidates(), budget=pruning.ChannelRatio(sparsity), strategy=strategy)
