@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as Norm
@@ -67,11 +69,13 @@ def coupled(model: nn.Module, example: Any) -> tuple[Couplings, dict[str, str]]:
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     layers = {id(m): f"{name}.weight".lstrip(".") for name, m in modules.items()}
     places = _places(graph, walk, names)
-    unit_of = [walk.find(element) for element in range(len(walk.parent))]
-    owner = [names.get(id(m.weight), layers[id(m)]) for m in walk.maker]
-    for element, why in sorted(walk.why.items(), key=lambda item: _rank(item[1])):
-        reasons[owner[unit_of[element]]] = why
-    return _grouped(unit_of, owner, places), reasons
+    unit_of = _joined(walk.elements, walk.met)
+    made = [(names.get(id(m.weight), layers[id(m)]), count) for m, count in walk.made]
+    owners = list(dict.fromkeys(name for name, _ in made))  # two layers may share a weight
+    owner = np.repeat([owners.index(name) for name, _ in made], [count for _, count in made])
+    for elements, why in sorted(walk.why, key=lambda item: _rank(item[1])):
+        reasons.update((owners[number], why) for number in np.unique(owner[unit_of[elements]]))
+    return _grouped(unit_of, owner, owners, places), reasons
 
 
 # ---------------------------------------------------------------------------------------------------- tracing
@@ -158,28 +162,78 @@ def _misread(graph: Any) -> set[int]:
 # ----------------------------------------------------------------------------------------------- the one walk
 
 
-@dataclass(frozen=True)
+Numbers = npt.NDArray[np.int64]
+NONE = np.empty(0, np.int64)
+
+
+@dataclass
 class _Walk:
-    """Elements, one for each channel that a layer makes, and where they lie; those that meet are joined."""
+    """Elements, one for each channel that a layer makes, and where they lie; those that meet go together.
 
-    parent: list[int] = field(default_factory=list[int])  # of an element; a root is its own: a union-find
-    maker: list[Any] = field(default_factory=list[Any])  # the layer that makes an element
-    why: dict[int, str] = field(default_factory=dict[int, str])  # elements that stay, and the reason
-    # (node, what is done to it) -> {index of a channel there: element}
-    found: dict[tuple[Any, Any], dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    Arrays say which element lies at each index of a place, -1 where none does.
+    """
 
-    def find(self, i: int) -> int:
-        """The first of the elements that are joined with this one."""
-        parent = self.parent
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
+    elements: int = 0
+    made: list[tuple[Any, int]] = field(default_factory=list[tuple[Any, int]])  # layers; how many each makes
+    met: list[tuple[Numbers, Numbers]] = field(default_factory=list[tuple[Numbers, Numbers]])
+    why: list[tuple[Numbers, str]] = field(default_factory=list[tuple[Numbers, str]])  # those that stay
+    # (node, what is done to it) -> the elements there
+    found: dict[tuple[Any, Any], Numbers] = field(default_factory=dict[tuple[Any, Any], Numbers])
 
-    def join(self, i: int, j: int) -> None:
-        """These go together."""
-        if i != j:
-            i, j = sorted((self.find(i), self.find(j)))
-            self.parent[j] = i
+    def make(self, layer: Any, count: int) -> Numbers:
+        """New elements."""
+        self.made.append((layer, count))
+        self.elements += count
+        return np.arange(self.elements - count, self.elements)
+
+    def join(self, some: Numbers, others: Numbers) -> None:
+        """These go together, each with the one at its place."""
+        differ = some != others
+        if differ.any():
+            self.met.append((some[differ], others[differ]))
+
+    def put(self, at: Numbers, indices: Numbers, elements: Numbers) -> tuple[Numbers, Numbers]:
+        """Put elements where none is and join them with those that are; returns the indices that were free.
+
+        Args:
+            at: a place, which is filled; its indices are those that are given, and perhaps more.
+            indices: where they go.
+            elements: as many.
+
+        Returns:
+            The indices that were free, each once, and what is there now.
+        """
+        is_free = at[indices] < 0
+        free = indices[is_free]
+        at[free] = elements[is_free]
+        if len(free) > 1 and not (free[1:] > free[:-1]).all():
+            free = np.unique(free)
+        self.join(at[indices], elements)
+        return free, at[free]
+
+
+def _wide(at: Numbers, size: int) -> Numbers:
+    """A place with room for so many indices at least."""
+    return at if len(at) >= size else np.concatenate([at, np.full(size - len(at), -1)])
+
+
+def _joined(count: int, met: Sequence[tuple[Numbers, Numbers]]) -> Numbers:
+    """Of each element the first of those that it is joined with.
+
+    >>> _joined(5, [(np.array([4, 1]), np.array([1, 2]))]).tolist()
+    [0, 1, 1, 3, 1]
+    """
+    first = np.arange(count)
+    if not met:
+        return first
+    some, others = (np.concatenate(side) for side in zip(*met, strict=True))
+    while True:
+        a, b = first[some], first[others]
+        if (a == b).all():
+            return first
+        np.minimum.at(first, np.maximum(a, b), np.minimum(a, b))
+        while (first != first[first]).any():
+            first = first[first]
 
 
 def _walk(graph: Any, makers: Sequence[Any], misread: set[int], widest: int) -> _Walk:
@@ -194,51 +248,50 @@ def _walk(graph: Any, makers: Sequence[Any], misread: set[int], widest: int) -> 
         misread: nodes, by identity, at which channels are lost.
         widest: no layer has more channels than this.
     """
-    from torch_pruning._helpers import _HybridIndex  # an index, and the element that it came from
-
     walk = _Walk()
     for module in makers:
         node, makes = graph.module2node[module], graph.get_pruner_of_module(module).prune_out_channels
         size = module.weight.shape[out_dimension(module)]
-        new = [i for i in range(size) if i not in walk.found[node, makes]]
-        start = len(walk.parent)
-        walk.parent.extend(range(start, start + len(new)))
-        walk.maker.extend([module] * len(new))
-        stack = [(node, makes, [_HybridIndex(idx=i, root_idx=start + k) for k, i in enumerate(new)])]
+        new = (_wide(walk.found.get((node, makes), NONE), size)[:size] < 0).nonzero()[0]
+        stack = [(node, makes, new, walk.make(module, len(new)))]
         while stack:
-            target, fn, channels = stack.pop()
-            seen, unseen = walk.found[target, fn], []
-            for channel in channels:
-                if channel.idx in seen:
-                    walk.join(seen[channel.idx], channel.root_idx)
-                else:
-                    seen[channel.idx] = channel.root_idx
-                    unseen.append(channel)
+            target, fn, indices, elements = stack.pop()
+            at = _wide(walk.found.get((target, fn), NONE), int(indices.max(initial=-1)) + 1)
+            walk.found[target, fn] = at
+            new, those = walk.put(at, indices, elements)
             if id(target) in misread:
-                walk.why.update((channel.root_idx, LOST) for channel in channels)
+                walk.why.append((elements, LOST))
                 continue
-            for dependency in target.dependencies if unseen else ():
+            for dependency in target.dependencies if len(new) else ():
                 if dependency.is_triggered_by(fn):
-                    mapped = _mapped(dependency, unseen, widest, walk.why)
-                    stack.append((dependency.target, dependency.handler, mapped))
+                    mapped = _mapped(dependency, new, those, widest, walk)
+                    stack.append((dependency.target, dependency.handler, *mapped))
     return walk
 
 
-def _mapped(dependency: Any, channels: list[Any], widest: int, why: dict[int, str]) -> list[Any]:
+def _mapped(
+    dependency: Any, indices: Numbers, elements: Numbers, widest: int, walk: _Walk
+) -> tuple[Numbers, Numbers]:
     """Channels in the coordinates of the next node, without those that are lost on the way."""
-    mapped = channels
-    try:
-        for mapping in dependency.index_mapping:
-            mapped = mapping(mapped) if mapping is not None else mapped
-        if any(channel.root_idx is None for channel in mapped):  # it forgets them at an expansion
-            raise LookupError
-        lost = [channel for channel in mapped if not 0 <= channel.idx < widest]
-    except (ArithmeticError, LookupError, TypeError):  # torch-pruning misread a reshape or a split
-        mapped, lost = [], channels
-    if lost:
-        why.update((channel.root_idx, LOST) for channel in lost)
-        mapped = [channel for channel in mapped if 0 <= channel.idx < widest]
-    return mapped
+    mappings = [mapping for mapping in dependency.index_mapping if mapping is not None]
+    if mappings:
+        from torch_pruning._helpers import _HybridIndex  # an index, and the element that it came from
+
+        try:
+            pairs = zip(indices.tolist(), elements.tolist(), strict=True)
+            mapped: Any = [_HybridIndex(*pair) for pair in pairs]
+            for mapping in mappings:
+                mapped = mapping(mapped)
+            both = np.array(mapped, np.int64).reshape(-1, 2)  # a TypeError where it forgets the element
+        except (ArithmeticError, LookupError, TypeError):  # torch-pruning misread a reshape or a split
+            walk.why.append((elements, LOST))
+            return NONE, NONE
+        indices, elements = both[:, 0], both[:, 1]
+    there = (indices >= 0) & (indices < widest)
+    if not there.all():
+        walk.why.append((elements[~there], LOST))
+        indices, elements = indices[there], elements[there]
+    return indices, elements
 
 
 # ------------------------------------------------------------------------------------------------- the places
@@ -251,7 +304,7 @@ class _Place:
     kind: str
     makes: bool  # an output of a weight that makes channels, or of the bias
     scales: bool  # a scale of a batch normalization
-    element: dict[int, int] = field(default_factory=dict[int, int])  # of each index
+    at: Numbers  # the element at each index, or -1
 
 
 def _places(graph: Any, walk: _Walk, names: Mapping[int, str]) -> dict[Site, _Place]:
@@ -263,42 +316,39 @@ def _places(graph: Any, walk: _Walk, names: Mapping[int, str]) -> dict[Site, _Pl
         names: of the model's parameters and buffers, by identity.
     """
     places: dict[Site, _Place] = {}
-    for (node, fn), seen in walk.found.items():
+    for (node, fn), at in walk.found.items():
+        indices = (at >= 0).nonzero()[0]
+        elements = at[indices]
         tensors, reason = _tensors(graph, node, fn)
         makes = graph.get_pruner_of_module(node.module).prune_out_channels
         if (many := _multiplier(node.module)) and fn != makes:  # so many outputs of each channel go with it
-            outputs = walk.found.get((node, makes), {})
-            for i, element in seen.items():
-                for j in range(i * many, (i + 1) * many):
-                    walk.join(outputs.get(j, element), element)
-                    reason = reason if j in outputs else LOST
+            theirs = (indices[:, None] * many + np.arange(many)).ravel()
+            outputs = _wide(walk.found.get((node, makes), NONE), int(theirs.max(initial=-1)) + 1)[theirs]
+            walk.join(outputs[outputs >= 0], elements.repeat(many)[outputs >= 0])
+            reason = LOST if (outputs < 0).any() else reason
         for tensor, dim, period, makes in tensors:
             if id(tensor) not in names:
                 reason = COMPUTED
                 continue
             module_name, _, tensor_name = names[id(tensor)].rpartition(".")
-            site = (module_name, tensor_name, dim)
+            site, size = (module_name, tensor_name, dim), tensor.shape[dim]
             scales = isinstance(node.module, Norm) and tensor is node.module.weight
             kind = f"{node.type}.{tensor_name}.{dim}"
-            old = places.get(site, _Place(kind, makes, scales))
-            place = places[site] = _Place(kind, makes or old.makes, scales or old.scales, old.element)
-            aligned: dict[int, int] = {}
-            end = tensor.shape[dim] * (1 if makes or dim != 1 else getattr(node.module, "groups", 1))
-            for i, element in seen.items():
-                if not 0 <= i < end:
-                    reason = LOST
-                    continue
-                index = i if makes else i % tensor.shape[dim]
-                walk.join(place.element.setdefault(index, element), element)
-                walk.join(aligned.setdefault(i % period, element), element)  # as many of every group
+            old = places.get(site) or _Place(kind, makes, scales, np.full(size, -1))
+            place = places[site] = _Place(kind, makes or old.makes, scales or old.scales, old.at)
+            inside = indices < size * (1 if makes or dim != 1 else getattr(node.module, "groups", 1))
+            reason = reason if inside.all() else LOST
+            mine, those = indices[inside], elements[inside]
+            walk.put(place.at, mine if makes else mine % size, those)
+            if period < len(at):
+                walk.put(np.full(period, -1), mine % period, those)  # as many of every group
             if isinstance(node.module, nn.GroupNorm):  # a group goes as a whole, so its mean is nobody else's
-                wide = len(node.module.weight) // node.module.num_groups
-                for i, element in seen.items():
-                    walk.join(seen.get(i - i % wide, element), element)
-                if len(seen) < len(node.module.weight):
+                groups, wide = node.module.num_groups, len(node.module.weight)
+                walk.put(np.full(groups, -1), mine // (wide // groups), those)
+                if len(indices) < wide:
                     reason = f"{type(node.module).__name__} takes its mean over them and over others"
-        for element in seen.values() if reason else ():
-            walk.why[element] = max(reason, walk.why.get(element, ""), key=_rank)
+        if reason:
+            walk.why.append((elements, reason))
     return places
 
 
@@ -360,23 +410,31 @@ def _why_not(node: Any) -> str:
     return ""
 
 
-def _grouped(unit_of: Sequence[int], owner: Sequence[str], places: Mapping[Site, _Place]) -> Couplings:
-    units: dict[str, dict[int, int]] = defaultdict(dict)
-    sites: dict[str, dict[Site, tuple[list[int], list[int]]]] = defaultdict(dict)
+def _grouped(
+    unit_of: Numbers, owner: Numbers, owners: Sequence[str], places: Mapping[Site, _Place]
+) -> Couplings:
+    """Couplings by owner, in the order of their first elements; units in the order in which they are met."""
+    number, count = np.full(len(unit_of), -1), np.zeros(len(owners), np.int64)
+    begins = dict[int, int]()
+    sites: dict[int, dict[Site, tuple[Tensor, Tensor]]] = defaultdict(dict)
     for site, place in places.items():
-        of_owner: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for index, element in sorted(place.element.items()):
-            of_owner[owner[unit_of[element]]].append((index, unit_of[element]))
-        for name, those in of_owner.items():
-            known = units[name]
-            numbers = [known.setdefault(unit, len(known)) for _, unit in those]
-            sites[name][site] = [index for index, _ in those], numbers
+        every = (place.at >= 0).nonzero()[0]
+        units = unit_of[place.at[every]]
+        for name in np.unique(owner[units]).tolist():
+            own = owner[units] == name
+            indices, mine = every[own], units[own]
+            met, first = np.unique(mine[number[mine] < 0], return_index=True)
+            if len(met):
+                number[met[first.argsort()]] = count[name] + np.arange(len(met))
+                count[name] += len(met)
+                begins[name] = min(begins.get(name, len(unit_of)), int(met[0]))
+            sites[name][site] = torch.from_numpy(indices), torch.from_numpy(number[mine])
     found: Couplings = {}
-    for name, lists in sorted(sites.items(), key=lambda item: min(units[item[0]])):
-        filters = [site for site in lists if places[site].makes and site[1] == "weight"]
+    for key, tensors in sorted(sites.items(), key=lambda item: begins[item[0]]):
+        name = owners[key]
+        filters = [site for site in tensors if places[site].makes and site[1] == "weight"]
         filters.sort(key=lambda site: parameter(site) != name)
-        tensors = {site: (torch.tensor(i), torch.tensor(u)) for site, (i, u) in lists.items()}
-        scales = tuple(site for site in lists if places[site].scales)
-        structure = tuple(sorted(places[site].kind for site in lists))
-        found[name] = Coupling(name, len(units[name]), tensors, tuple(filters), scales, structure)
+        scales = tuple(site for site in tensors if places[site].scales)
+        structure = tuple(sorted(places[site].kind for site in tensors))
+        found[name] = Coupling(name, int(count[key]), tensors, tuple(filters), scales, structure)
     return found
