@@ -112,6 +112,7 @@ def npz(
     seed: int = 0,
     normalize: Callable[[Splits], Splits] | None = None,
     examples: int | None = None,
+    pixels: int | None = None,
 ) -> Splits:
     """Any file of arrays `x_train`, `y_train`, `x_test`, `y_test`, for instance a subset of CIFAR-10.
 
@@ -123,6 +124,8 @@ def npz(
         seed: draws them.
         normalize: applied to all of it, such as `per_channel`.
         examples: use only so many of the training and of the test examples; None: all.
+        pixels: images become so high and so wide, each pixel a mean; None: as they are. Allowed are divisors
+            of their size.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -137,16 +140,28 @@ def npz(
     order = np.random.default_rng(seed).permutation(len(arrays["x_train"]))[:examples]
     x, y = arrays["x_train"][order], arrays["y_train"][order]
     splits = Splits(
-        train=_pair(x[validation:], y[validation:]),
-        val=_pair(x[:validation], y[:validation]),
-        test=_pair(arrays["x_test"][:examples], arrays["y_test"][:examples]),
+        train=_pair(x[validation:], y[validation:], pixels),
+        val=_pair(x[:validation], y[:validation], pixels),
+        test=_pair(arrays["x_test"][:examples], arrays["y_test"][:examples], pixels),
     )
     return normalize(splits) if normalize else splits
 
 
-def _pair(x: np.ndarray, y: np.ndarray) -> Pair:
+def _pair(x: np.ndarray, y: np.ndarray, pixels: int | None = None) -> Pair:
     inputs = torch.from_numpy(x).float()
-    return inputs.div_(255) if np.issubdtype(x.dtype, np.integer) else inputs, torch.from_numpy(y).long()
+    if np.issubdtype(x.dtype, np.integer):
+        inputs = inputs.div_(255)
+    return inputs if pixels is None else _smaller(inputs, pixels), torch.from_numpy(y).long()
+
+
+def _smaller(images: Tensor, pixels: int) -> Tensor:
+    size = images.shape[2:]
+    if len(size) != 2 or pixels < 1 or any(n % pixels for n in size):
+        raise ValueError(
+            f"data.pixels={pixels}: the inputs have the shape {tuple(images.shape[1:])}; allowed are divisors of "
+            "the height and width of images. Give one, such as half of it."
+        )
+    return torch.nn.functional.avg_pool2d(images, [n // pixels for n in size])
 
 
 def per_channel(splits: Splits) -> Splits:

@@ -21,13 +21,34 @@ def train(cfg: DictConfig, folder: Path) -> None:
         return
 
     def train_one(round: int, own: Path) -> list[Record]:
-        this = cfg.copy()
-        this.sparsity = cfg.sparsities[round]
-        training.train(this, own)
+        training.train(at(cfg, round), own)
         round_masks.save(folder, round, round_masks.masks_of(own)[0])
         return [{**record, "round": round} for record in read(own / "records.jsonl")[0]]
 
     each_round(cfg, folder, rounds_of(cfg), train_one)
+
+
+def at(cfg: DictConfig, round: int) -> DictConfig:
+    """The config of the training that is recorded under a round."""
+    this = cfg.copy()
+    this.sparsity = cfg.sparsities[round] if cfg.sparsities else cfg.sparsity
+    return this
+
+
+def steps_of(cfg: DictConfig) -> dict[int, int]:
+    """How many steps the trainings have, by the round under which each is recorded."""
+    return {k: (at(cfg, k).rounds + 1) * cfg.steps_per_round for k in rounds_of(cfg)}
+
+
+def as_dense(sparsity: float) -> int:
+    """How many rounds after the first make a sparse training cost as many multiply-adds as a dense one's round.
+
+    A step of a network of linear layers costs as many as weights are alive.
+
+    >>> as_dense(0.8), as_dense(0.98)
+    (4, 49)
+    """
+    return round(1 / (1 - sparsity)) - 1
 
 
 def rounds_of(cfg: DictConfig) -> list[int]:

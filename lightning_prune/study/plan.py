@@ -18,7 +18,7 @@ from lightning_prune.evidence import asked
 from lightning_prune.layers import prunable
 from lightning_prune.pruning import budget, scheduled
 from lightning_prune.study.configs import plain
-from lightning_prune.study.densities import rounds_of
+from lightning_prune.study.densities import at, steps_of
 from lightning_prune.study.provenance import content
 from lightning_prune.study.records import read
 from lightning_prune.study.round_masks import file_size
@@ -55,9 +55,9 @@ class Plan:
         if cfg.run._target_ != "lightning_prune.study.training.train" and not control and not grows:
             self.rows.append((name, state, "", "", "?", "?"))
             return
-        if grows and cfg.sparsities:
-            cfg = cfg.copy()
-            cfg.sparsity = cfg.sparsities[-1]  # of its last training
+        lengths = [*steps_of(cfg).values()] if grows else []
+        if grows:
+            cfg = at(cfg, -1)  # its last training
         pruner: IterativeMagnitudePruning | DynamicSparseTraining = instantiate(cfg.pruner)
         task = instantiate(cfg.task)
         params = prunable(task, pruner.layers, pruner.include, pruner.exclude)
@@ -68,16 +68,15 @@ class Plan:
             self.rows.append((name, state, "0", shown, "", ""))
             return
         rounds = cfg.rounds + 1 if not control or cfg.controls_at is None else len(cfg.controls_at)
-        steps = cfg.steps_per_round
-        if grows:
-            rounds, steps = len(rounds_of(cfg)), (cfg.rounds + 1) * steps
+        lengths = lengths or [cfg.steps_per_round] * rounds
+        rounds = len(lengths)
         trained = 0 if state == "failed" else len(read(folder / "records.jsonl")[0])
         dense = None if control else dense_round(cfg, folder, pruner, self._content(cfg))
         if dense is not None and not trained:
             trained = int(dense.path in self._dense or dense.path.is_file())
             self._dense.add(dense.path)
         cost = self._cost(cfg)
-        seconds = (rounds - trained) * steps * cost.seconds_per_step
+        seconds = sum(lengths[trained:]) * cost.seconds_per_step
         size = 2 * cost.checkpoint_bytes  # resume, final
         if not control:  # which keeps no masks of its own
             masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}

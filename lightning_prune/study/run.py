@@ -28,6 +28,7 @@ from lightning_prune.files import write
 from lightning_prune.growth import updates_before
 from lightning_prune.study import controls
 from lightning_prune.study.configs import CONF, build, digest, load, plain
+from lightning_prune.study.densities import as_dense
 from lightning_prune.study.locks import locked, sync
 from lightning_prune.study.names import FREE, GROWTH, variant
 from lightning_prune.study.objective import objective
@@ -69,6 +70,8 @@ def updates(rounds: int, steps_per_round: int, every: int) -> int:
 
 
 OmegaConf.register_new_resolver("updates", updates, replace=True)
+OmegaConf.register_new_resolver("all_steps", lambda rounds, steps: (rounds + 1) * steps, replace=True)
+OmegaConf.register_new_resolver("as_dense", as_dense, replace=True)
 
 
 def run(cfg: DictConfig) -> Path:
