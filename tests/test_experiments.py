@@ -19,11 +19,12 @@ import lightning_prune as lp
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks, scheduled
-from lightning_prune.study import claims, data, minilm, records, report, smollm2
+from lightning_prune.study import claims, data, minilm, records, report, smollm2, training
 from lightning_prune.study.models import LeNet, ResidualMLP, ResNet20
 from lightning_prune.study.recording import Records
 from lightning_prune.study.round_masks import masks_of
 from lightning_prune.study.run import run
+from tests.naming import in_words
 from tests.networks import same
 
 ROOT = Path(__file__).parents[1]
@@ -353,6 +354,52 @@ def test_batches_are_every_example_once_in_a_new_order():
     assert sorted(torch.cat(first).tolist()) == list(range(103))
     assert torch.cat(first).tolist() != torch.cat(second).tolist()
     assert all(torch.equal(inputs[:, 0].long(), labels) for inputs, labels in loader.train_dataloader())
+
+
+@pytest.mark.parametrize("size", [10, 103, 200])
+def test_batches_are_drawn_as_torch_draws_them_and_evaluations_copy_nothing(size):
+    x = torch.arange(103).float()[:, None]
+    ours = data.Batches(data.Splits(*[(x, x[:, 0].long())] * 3), size, eval_batch_size=size)
+    theirs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), size, shuffle=True)
+    drawn = []
+    for loader in (ours.train_dataloader(), theirs):
+        torch.manual_seed(1)
+        drawn.append([[batch[0] for batch in loader] for _ in range(2)])
+        assert len(loader) == len(drawn[-1][0])
+    assert all(
+        torch.equal(a, b) for mine, peer in zip(*drawn, strict=True) for a, b in zip(mine, peer, strict=True)
+    )
+    validation, _ = ours.val_dataloader()
+    parts = [inputs for inputs, _ in validation]
+    assert torch.equal(torch.cat(parts), x)
+    assert parts[0].data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        [],
+        ["task=one_cycle"],
+        ["kind=weight_rewinding", "rewind_step=17"],
+        ["+trainer.accumulate_grad_batches=2"],
+        ["+trainer.gradient_clip_val=0.5"],
+    ],
+    ids=in_words,
+)
+def test_records_and_weights_are_those_of_lightnings_own_steps(option, tmp_path, monkeypatch):
+    """Round, rewind and evaluation at steps that divide neither each other nor an epoch."""
+    left = []
+    for name in ("quick", "lightning"):
+        if name == "lightning":
+            monkeypatch.setattr(training.Quick, "on_train_start", lambda *_: None)
+        given = ["experiment=mnist1d", "rounds=2", "steps_per_round=43", "evaluate_every=9", *option]
+        cfg = config(tmp_path / name, *given)
+        run(cfg)
+        records = [{k: v for k, v in r.items() if k != "seconds"} for r in lines(Path(cfg.folder))]
+        final = torch.load(Path(cfg.folder, "final.ckpt"), weights_only=True)
+        left.append((records, final["state_dict"], final["optimizer_states"], final["loops"]))
+    assert len(left[0][0]) == 3
+    assert same(*left)
 
 
 def record(kind, seed, round, left, **metrics):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_prune.callbacks import _lightning, beside
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
 from tests.naming import in_words
-from tests.networks import Net, fitter, loader, same, samples
+from tests.networks import Manual, Net, fitter, loader, same, samples
 
 
 class At(Callback):
@@ -434,3 +434,82 @@ def test_what_saves_between_validations_is_known():
     assert not _lightning.saves_between_validations(
         ModelCheckpoint(every_n_epochs=2, save_on_train_epoch_end=True)
     )
+
+
+class Heard(Callback):
+    """Notes what a hook round a step is told."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.heard.append((trainer.global_step, batch_idx, batch[0].sum().item()))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        shown = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        self.heard.append((trainer.global_step, batch_idx, outputs["loss"].item(), shown))
+        pl_module.log("heard", float(batch_idx))
+
+
+def trained_by_steps_of(plain, make, **options):
+    """What is left of a training by our own plain steps, or by Lightning's."""
+    torch.manual_seed(0)
+    model, heard, taken = Net(make, interval="step"), Heard(), []
+    model.schedule = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9)
+    at = At("on_train_start", lambda t, m: taken.append(_lightning.PlainSteps(t)) if plain else None)
+    trainer = fitter(heard, at, **{"epochs": 4, "val_check_interval": 2, **options})
+    trainer.fit(model)
+    for steps in taken:
+        steps.leave()
+    assert "advance" not in vars(trainer.fit_loop.epoch_loop)
+    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    loops = trainer.fit_loop.state_dict(), trainer.fit_loop.epoch_loop.state_dict()
+    return model.state_dict(), optimizers, loops, heard.heard, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 8}, {"limit_train_batches": 2}], ids=in_words)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.Adam(params, lr=0.01, fused=True),
+        lambda params: torch.optim.LBFGS(params, lr=0.01, max_iter=3),
+    ],
+    ids=["sgd", "adam", "lbfgs"],
+)
+def test_a_plain_step_does_what_lightnings_own_does(make, options):
+    """Weights, optimizers, counters, what hooks are told and what they log: bit for bit."""
+    mine, theirs = (trained_by_steps_of(plain, make, **options) for plain in (True, False))
+    for ours, of_lightning in zip(mine, theirs, strict=True):
+        assert same(ours, of_lightning)
+
+
+class Listening(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        pass
+
+
+class Transferring(Net):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("plain", "model", "callbacks", "options"),
+    [
+        (True, Net, [], {}),
+        (True, Net, [Heard()], {"max_steps": 2}),
+        (False, Manual, [], {}),
+        (False, Transferring, [], {}),
+        (False, Net, [Listening()], {}),
+        (False, Net, [], {"gradient_clip_val": 1.0}),
+        (False, Net, [], {"accumulate_grad_batches": 2}),
+        (False, Net, [], {"precision": "bf16-mixed"}),
+        (False, Net, [], {"profiler": "simple"}),
+    ],
+    ids=in_words,
+)
+def test_a_training_is_plain_where_nothing_else_is_asked_of_a_step(plain, model, callbacks, options):
+    look = lambda trainer, _: _lightning.trains_plainly(trainer)  # noqa: E731
+    seen = seen_at("on_train_start", look, model(), *callbacks, **options)
+    assert seen == [plain]

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader
-from torch import nn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import final
 
@@ -257,6 +261,127 @@ def batch_before_transfer(trainer: Trainer, pl_module: LightningModule, batch: A
 def leaves_its_processes(trainer: Trainer) -> bool:
     """Whether the fit runs in forked or spawned processes, which end with it."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+_WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+_OF_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_OF_MODULE = (
+    *_WITHIN_STEP,
+    *_OF_BATCH,
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "backward",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
+
+
+def trains_plainly(trainer: Trainer) -> bool:
+    """Whether a step is forward, backward and `optimizer.step` and nothing else, on the CPU in one process.
+
+    Then nobody has a hook within the step or round the transfer of a batch, and there is no mixed precision,
+    clipping, accumulation or profiler.
+    """
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    return (
+        module.automatic_optimization
+        and type(trainer.strategy) is SingleDeviceStrategy
+        and trainer.strategy.root_device.type == "cpu"
+        and type(trainer.precision_plugin) is Precision
+        and type(trainer.profiler) is PassThroughProfiler  # type: ignore[attr-defined]
+        and trainer.accumulate_grad_batches == 1
+        and not trainer.gradient_clip_val
+        and not lets_module_fetch(trainer)
+        and not any(is_overridden(hook, module) for hook in _OF_MODULE)
+        and not any(is_overridden(hook, data) for hook in _OF_BATCH)
+        and not any(is_overridden(hook, c) for c in callbacks_of(trainer) for hook in _WITHIN_STEP)
+    )
+
+
+@final
+class PlainSteps:
+    """Let a fit that trains plainly go from batch to batch with only what such a step needs.
+
+    Lightning's own step calls some twenty hooks on all callbacks, most of which have none of them; on a small
+    network that takes half as long as the training. This one calls the callbacks that have the hook. It does
+    the rest in Lightning's order and counts with Lightning's counters, so that results, hooks, progress and
+    checkpoints are the same.
+
+    Args:
+        trainer: in `on_train_start`, where `trains_plainly`. Its module's `training_step` returns the loss.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._module = trainer, trainer.lightning_module
+        self._starts, self._ends = (
+            [getattr(c, hook) for c in callbacks_of(trainer) if is_overridden(hook, c)]
+            for hook in ("on_train_batch_start", "on_train_batch_end")
+        )
+        self._loop = trainer.fit_loop.epoch_loop
+        self._theirs = self._loop.advance
+        self._loop.advance = self._advance
+
+    def leave(self) -> None:
+        """Let Lightning take its own steps again."""
+        vars(self._loop).pop("advance", None)
+
+    def _advance(self, data_fetcher: Any) -> None:
+        """Train a batch, as `_TrainingEpochLoop.advance` does."""
+        loop, trainer, module = self._loop, self._trainer, self._module
+        if loop.restarting:  # A validation may be due first.
+            return self._theirs(data_fetcher)
+        progress, connector = loop.batch_progress, trainer._logger_connector
+        batch, _, _ = next(data_fetcher)
+        index = loop.batch_idx + 1
+        progress.is_last_batch = data_fetcher.done
+        progress.increment_ready()
+        connector.on_batch_start(batch)
+        self._within("on_train_batch_start")
+        for hook in self._starts:
+            hook(trainer, module, batch, index)
+        progress.increment_started()
+        self._within("training_step")
+        outputs = {"loss": self._step(batch, index)}
+        progress.increment_processed()
+        loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if loop._num_ready_batches_reached():
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._within("on_train_batch_end")
+        for hook in self._ends:
+            hook(trainer, module, outputs, batch, index)
+        self._within(None)
+        connector.on_batch_end()
+        progress.increment_completed()
+        connector.update_train_step_metrics()
+        return None
+
+    def _step(self, batch: Any, index: int) -> Tensor:
+        """Forward, backward and the optimizer's step. Returns the loss, of several the last."""
+        optimizer = cast("Any", self._trainer.optimizers[0])
+        counts = self._loop.automatic_optimization.optim_progress.optimizer
+
+        losses: list[Tensor] = []
+
+        @torch.enable_grad()
+        def closure() -> Tensor:
+            loss = cast("Tensor", self._module.training_step(batch, index))
+            counts.zero_grad.increment_ready()
+            counts.zero_grad.increment_started()
+            optimizer.zero_grad()
+            counts.zero_grad.increment_completed()
+            loss.backward()
+            losses.append(loss.detach())
+            return losses[-1]
+
+        counts.step.increment_ready()
+        optimizer.step(closure)
+        counts.step.increment_completed()
+        return losses[-1]
+
+    def _within(self, hook: str | None) -> None:
+        """Say which hook is called, which `log` asks."""
+        vars(self._module)["_current_fx_name"] = hook  # A module looks at all that is set on it, and slowly.
 
 
 Limits = tuple[int, int]  # max_epochs and max_steps; -1: unlimited

@@ -1,6 +1,6 @@
 """Data sets as tensors in memory, batches sliced from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from typing_extensions import final, override
 
 Pair = tuple[Tensor, Tensor]
@@ -215,9 +215,25 @@ class Sliced(Dataset[Pair]):
     def __getitem__(self, index: int) -> Pair:
         return self.tensors[0][index], self.tensors[1][index]
 
-    def __getitems__(self, indices: Sequence[int]) -> Pair:
-        at = torch.tensor(indices)
+    def __getitems__(self, at: Any) -> Pair:
         return self.tensors[0][at], self.tensors[1][at]
+
+
+@final
+class Places(BatchSampler):
+    """Where the examples of each batch lie: one tensor a batch, or one slice where they follow each other.
+
+    Lists of numbers take longer to make than a small network takes to train on the batch, and a slice copies
+    nothing. The order is drawn as torch's own `BatchSampler` draws it.
+    """
+
+    @override
+    def __iter__(self) -> Generator[Any, None, None]:
+        if isinstance(self.sampler, SequentialSampler):
+            n = len(self.sampler)
+            yield from (slice(i, min(i + self.batch_size, n)) for i in range(0, n, self.batch_size))
+        else:
+            yield from torch.tensor(list(self.sampler)).split(self.batch_size)
 
 
 @final
@@ -246,8 +262,7 @@ class Batches(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Pair]:
-        data = Sliced(self.splits.train)
-        return DataLoader(data, self.batch_size, shuffle=True, collate_fn=self._augmented)
+        return self._loader(self.splits.train, RandomSampler, self.batch_size, self._augmented)
 
     def _augmented(self, batch: Any) -> Any:
         return (self.augment(batch[0]), batch[1]) if self.augment else batch
@@ -258,7 +273,14 @@ class Batches(LightningDataModule):
 
     def in_order(self, pair: Pair) -> DataLoader[Pair]:
         """Large batches of a split, in its order."""
-        return DataLoader(Sliced(pair), self.eval_batch_size, collate_fn=_as_it_is)
+        return self._loader(pair, SequentialSampler, self.eval_batch_size, _as_it_is)
+
+    def _loader(
+        self, pair: Pair, sampler: Callable[[Any], Sampler[int]], size: int, collate: Callable[[Any], Any]
+    ) -> DataLoader[Pair]:
+        data = Sliced(pair)
+        places = Places(sampler(data), size, drop_last=False)
+        return DataLoader(data, batch_sampler=places, collate_fn=collate)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch.nn.functional import cross_entropy
 from typing_extensions import final, override
 
+from lightning_prune.callbacks import _lightning
 from lightning_prune.study.configs import build, plain
 from lightning_prune.study.mask_images import MaskImages
 from lightning_prune.study.objective import Objective
@@ -152,6 +153,29 @@ class Final(Callback):
 
 
 @final
+class Quick(Callback):
+    """Trains a `Classification` with `PlainSteps` where Lightning's own steps would come to the same."""
+
+    def __init__(self) -> None:
+        self._steps: _lightning.PlainSteps | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, Classification) and _lightning.trains_plainly(trainer):
+            self._steps = _lightning.PlainSteps(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._steps is not None:
+            self._steps.leave()
+            self._steps = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+
+@final
 class Until(Callback):
     """Ends a training.
 
@@ -199,7 +223,7 @@ def _callbacks(cfg: DictConfig) -> list[Any]:
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
-    given: dict[str, Any] = {"callbacks": callbacks, "max_steps": steps}
+    given: dict[str, Any] = {"callbacks": [*callbacks, Quick()], "max_steps": steps}
     trainer: Trainer = instantiate(cfg.trainer, **given, **options)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ValueError(
