@@ -33,7 +33,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GRID = [(e, axis, option) for e in EXPERIMENTS for axis, options in OPTIONS.items() for option in options]
 # What these options leave open, and a command has to say.
 OPEN = {"rewind=step": "rewind.to_step", "rewind=epoch": "rewind.to_epoch", "data=npz": "data.path"}
-GROWN = ({*OPTIONS["growth"]} & {*OPTIONS["kind"]}) | {f"{kind}-{length}" for kind in ("rigl", "static") for length in ("5x", "equal")}
+LONGER = {f"{kind}-{length}" for kind in ("rigl", "static") for length in ("5x", "equal")}
+GROWN = ({*OPTIONS["growth"]} & {*OPTIONS["kind"]}) | LONGER
 REMEDY = r"[Gg]ive|[Aa]llowed|[Cc]hoose|[Ll]eave"
 
 

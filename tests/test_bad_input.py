@@ -212,6 +212,9 @@ def test_a_file_that_holds_no_masks(tmp_path):
         refused(rf"masks='.*{i}': allowed is a checkpoint written with", pruning(masks=tmp_path / str(i)))
     (tmp_path / "text").write_text("no file of torch.save")
     refused(r"masks='.*text': allowed is a checkpoint", pruning(masks=tmp_path / "text"))
+    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "folder.ckpt" / "meta.pt").touch()
+    refused(r"masks='.*folder.ckpt': it is a folder", pruning(masks=tmp_path / "folder.ckpt"))
     refused(r"masks='zeroes': allowed is .*zeros", pruning(masks="zeroes"))
     refused(r"masks='3': allowed is", pruning(masks=3))
 

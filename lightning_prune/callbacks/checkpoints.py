@@ -159,8 +159,14 @@ def load_masks(path: str | Path) -> Masks:
     """The masks in a checkpoint of a callback that prunes or grows, or in a file of {name: bool tensor}.
 
     Raises:
-        ValueError: when the file holds neither.
+        ValueError: when the file holds neither, or is a folder.
     """
+    if isinstance(path, (str, Path)) and folders.is_folder(path):
+        raise ValueError(
+            f"masks={str(path)!r}: it is a folder of torch.distributed.checkpoint, which is read by pickle; "
+            "allowed are files of tensors. Resume from it with ckpt_path=, or load it into the model by "
+            'lp.load_pruned(model, folder, weights_only=False) and give masks="zeros".'
+        )
     error = ValueError(
         f"masks={str(path)!r}: allowed is a checkpoint written with IterativeMagnitudePruning or "
         "DynamicSparseTraining, or a file in "

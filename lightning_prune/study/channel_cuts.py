@@ -131,8 +131,8 @@ def torch_kirigami(net: nn.Module, sparsity: float, shape: list[int]) -> None:
         pruning: Any = import_module("torch_kirigami.pruning")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"methods: torch-kirigami is one of them, and {error.name} is not installed. "
-            "`pip install torch-kirigami==0.2.1`, or take that method out."
+            f"methods: torch-kirigami is one of them, and {error.name} is not installed; it is needed. "
+            "Install it by `pip install torch-kirigami==0.2.1`, or leave that method out."
         ) from error
     pruner = pruning.Pruner(net, graph=kirigami.DependencyGraph.build(net.eval(), args=(torch.rand(shape),)))
     strategy = pruning.Greedy(pruning.GroupMagnitude(p=1))

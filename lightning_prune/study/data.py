@@ -158,8 +158,8 @@ def _smaller(images: Tensor, pixels: int) -> Tensor:
     size = images.shape[2:]
     if len(size) != 2 or pixels < 1 or any(n % pixels for n in size):
         raise ValueError(
-            f"data.pixels={pixels}: the inputs have the shape {tuple(images.shape[1:])}; allowed are divisors of "
-            "the height and width of images. Give one, such as half of it."
+            f"data.pixels={pixels}: the inputs have the shape {tuple(images.shape[1:])}; allowed are "
+            "divisors of the height and width of images. Give one, such as half of it."
         )
     return torch.nn.functional.avg_pool2d(images, [n // pixels for n in size])
 

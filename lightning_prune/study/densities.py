@@ -41,7 +41,7 @@ def steps_of(cfg: DictConfig) -> dict[int, int]:
 
 
 def as_dense(sparsity: float) -> int:
-    """How many rounds after the first make a sparse training cost as many multiply-adds as a dense one's round.
+    """How many rounds after the first give a sparse training the multiply-adds of a dense one's first.
 
     A step of a network of linear layers costs as many as weights are alive.
 
