@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune import rng
 from lightning_prune.layers import matching
 from lightning_prune.structured.coupling import HEAD, coupled
-from lightning_prune.structured.heads import attention_heads
+from lightning_prune.structured.heads import Watch, attention_heads
 from lightning_prune.structured.trial import as_input, first_line, refused, synthetic, why_not
 from lightning_prune.structured.units import Couplings, is_maker, parameter
 
@@ -52,12 +52,13 @@ def discover(
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             copy, example = synthetic(model, as_input(example))
             try:
-                found, reasons = coupled(copy, example)
+                with Watch(example) as watch:
+                    found, reasons = coupled(copy, example)
             except (ImportError, ValueError):
                 raise
             except Exception as error:  # a graph that torch-pruning has drawn wrongly, in a way not met yet
                 raise refused(model, first_line(error)) from error
-            heads = attention_heads(copy, example)
+            heads = attention_heads(copy, example, watch.multiplied)
             theirs = {parameter(site) for coupling in heads.values() for site in coupling.filters}
             found = {n: c for n, c in found.items() if theirs.isdisjoint(map(parameter, c.filters))} | heads
             reasons = {name: reason for name, reason in reasons.items() if name not in theirs}

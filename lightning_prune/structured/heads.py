@@ -25,7 +25,7 @@ HEAD = -3  # the dimension of heads in a product: (..., heads, rows, columns)
 MOST = 256  # heads; a product with more of these is none of an attention
 
 
-def attention_heads(model: nn.Module, example: Any) -> Couplings:
+def attention_heads(model: nn.Module, example: Any, multiplied: bool = True) -> Couplings:
     """Heads of attentions, by the name of the first weight that makes their channels.
 
     A unit is a head, or several where these share channels: the query heads of a key and value head.
@@ -33,12 +33,11 @@ def attention_heads(model: nn.Module, example: Any) -> Couplings:
     Args:
         model: a copy that may be run, with every parameter trained.
         example: an input.
+        multiplied: whether its forward has products by heads, as `Watch` sees.
     """
-    with torch.no_grad(), _Watch(_batch(example)) as watch:
-        run(model, example)
     for module in model.modules():
         forget(module)
-    if not watch.multiplied:
+    if not multiplied:
         return _multihead(model)
     model = copied(model)  # which may keep a graph of what follows
     seen = _Products(model, _batch(example))
@@ -94,12 +93,12 @@ def _batch(example: Any) -> int:
     return next((len(t) for t in tensors_in(example) if t.dim()), 1) or 1
 
 
-class _Watch(TorchFunctionMode):
-    """Whether there is a product at all."""
+class Watch(TorchFunctionMode):
+    """Whether a forward pass that is run inside has products by heads at all."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, example: Any) -> None:
         super().__init__()
-        self.batch, self.multiplied = batch, False
+        self.batch, self.multiplied = _batch(example), False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

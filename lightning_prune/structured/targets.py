@@ -320,10 +320,11 @@ def _staying(
     total = max(total, sum(min(at_least, int(mask.sum())) for mask in masks.values()))
     new = select(scores, masks, total, AtLeast(at_least, of=allocate), params=scores, masks=masks)
     for name, mask in new.items():
-        step, before = _step(couplings[name], round_to), int(masks[name].sum())
-        rounded = min(before, -(-int(mask.sum()) // step) * step)
+        step, left, before = _step(couplings[name], round_to), int(mask.sum()), int(masks[name].sum())
+        rounded = min(before, -(-left // step) * step)
         ranked = scores[name].masked_fill(~masks[name], DEAD)
-        new[name] = keep_top(ranked, rounded)
+        if rounded > left:
+            new[name] = keep_top(ranked, rounded)
         for part in couplings[name].parts:
             if not new[name][part].any():
                 new[name][part[ranked[part].argmax()]] = True

@@ -24,6 +24,7 @@ from lightning_prune.structured.units import Couplings, cut_of, is_maker, out_di
 TOLERANCE = 1e-5  # of the largest output: float rounding of a sum that has fewer terms
 TORCHS = vars(nn.Module()).keys()  # what every module has
 NEAR = 4  # couplings that are tried alone where the network goes wrong
+POOL = 1_000_003  # random numbers for drawn weights
 ROUNDING = 1e-2  # it may be this much in a deep network with drawn weights: then float64 decides
 
 
@@ -77,15 +78,23 @@ def kept_graphs(model: nn.Module) -> list[tuple[str, Tensor]]:
 def synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
     """A copy in full precision, all of it trained, with random weights; and the example to go with it.
 
-    Weights are drawn anew, so that no zero or saturated one hides an error.
+    Weights are drawn anew, so that no zero or saturated one hides an error: from a pool, as many random
+    numbers take longer than all else here. Its size is a prime, so that no two filters are alike.
     """
-    generator = torch.Generator().manual_seed(0)
+    pool, start = torch.rand(POOL, generator=torch.Generator().manual_seed(0)), 0
 
     def draw(t: Tensor, low: float, high: float) -> None:
-        if t.device.type == "cpu":
-            t.data.uniform_(low, high, generator=generator)
-        else:  # the same numbers on any device
-            t.data.copy_(torch.empty(t.shape).uniform_(low, high, generator=generator))
+        """The pool goes on where the last tensor ended, and from its begin again: the same on any device."""
+        nonlocal start
+        in_place = t.device.type == "cpu" and t.is_contiguous()
+        numbers = t.data if in_place else torch.empty(t.shape)
+        flat, done = numbers.view(-1), 0
+        while done < len(flat):
+            part = flat[done : done + POOL - start]
+            torch.mul(pool[start : start + len(part)], high - low, out=part).add_(low)
+            done, start = done + len(part), (start + len(part)) % POOL
+        if not in_place:
+            t.data.copy_(numbers)
 
     new: dict[int, Tensor] = {}
     for name, p in model.named_parameters():
