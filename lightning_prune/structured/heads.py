@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.overrides import TorchFunctionMode
+from typing_extensions import final
 
 from lightning_prune.structured.multihead import FewerHeads
 from lightning_prune.structured.surgery import Site, forget
@@ -93,6 +94,7 @@ def _batch(example: Any) -> int:
     return next((len(t) for t in tensors_in(example) if t.dim()), 1) or 1
 
 
+@final
 class Watch(TorchFunctionMode):
     """Whether a forward pass that is run inside has products by heads at all."""
 
