@@ -15,7 +15,7 @@ from typing_extensions import final, override
 from lightning_prune.checks import number, whole
 from lightning_prune.masks import bits as bits_of
 from lightning_prune.masks import masks_of, zero_dead_
-from lightning_prune.shards import is_sharded
+from lightning_prune.shards import is_sharded, settle
 
 
 @final
@@ -103,7 +103,7 @@ def attach(
         "scale", scale, "are finite numbers other than 0, such as 1.0", lambda s: math.isfinite(s) and s != 0
     )
     whole("seed", seed, 0)
-    parameters = dict(model.named_parameters())
+    parameters = settle(model)
     places: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(p), []).append(name)

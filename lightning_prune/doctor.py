@@ -8,7 +8,7 @@ from torch import Tensor, nn, optim
 
 from lightning_prune.masks import Masks, alive, bits, count, pack
 from lightning_prune.pruning import budget
-from lightning_prune.shards import like, local
+from lightning_prune.shards import like, local, settle
 
 _CHUNK = 1 << 18  # elements that are looked at together, so that memory stays small
 
@@ -57,7 +57,7 @@ def replaced(
         optimizers: as they are now.
         trained: the ids of the parameters that optimizers held as the fit started.
     """
-    live = {name: p for name, p in model.named_parameters() if name in params}
+    live = settle(model)
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     found: list[str] = []
     for name, p in params.items():

@@ -124,7 +124,7 @@ def differentiable(
     model: nn.Module, names: Mapping[str, Any]
 ) -> Generator[dict[str, nn.Parameter], None, None]:
     """The live parameters of these names, frozen ones too, ready to be differentiated by."""
-    parameters = dict(model.named_parameters())
+    parameters = settle(model)
     live = {name: parameters[name] for name in names}
     frozen = [p for p in live.values() if not p.requires_grad]
     try:
@@ -144,7 +144,7 @@ def gradients(params: Mapping[str, Any], model: nn.Module, loss: Loss, batch: An
     >>> gradients({"weight": model.weight}, model, lambda m, x: m(x).sum(), torch.tensor([[1.0, 3.0]]))
     {'weight': tensor([[1., 3.]])}
     """
-    if any(map(is_sharded, model.parameters())):
+    if any(map(is_sharded, settle(model).values())):
         return _gradients_of_shards(params, model, loss, batch)
     with differentiable(model, params) as live:
         value = _scalar(loss(model, batch))
@@ -169,8 +169,7 @@ def _gradients_of_shards(
     By a backward pass, as FSDP2 computes with copies of the weights; it leaves in `.grad` the mean over the
     processes that have other data.
     """
-    settle(model)
-    live = dict(model.named_parameters())
+    live = settle(model)
     if frozen := [name for name in params if not live[name].requires_grad]:
         raise ValueError(
             f"requires_grad=False: {', '.join(frozen)} frozen, and where weights are sharded over processes "
@@ -216,7 +215,8 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, No
     Put back: buffers, train/eval mode, gradients, `requires_grad`, submodules, hooks, the global generators,
     and what modules keep as attributes: numbers, tensors of any kind, arrays, generators, and what is in
     lists, dicts and sets, however deeply nested. What is new is removed. The elements of parameters, and
-    what objects of other classes hold, are not put back.
+    what objects of other classes hold, are not put back. Of FSDP2 a model shows its shards, before and
+    afterwards.
 
     >>> model = nn.BatchNorm1d(2)
     >>> with undisturbed(model):
@@ -229,6 +229,7 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, No
         seed: seeds the global generators for the time inside.
     """
     generators = rng.capture()
+    settle(model)  # or what was gathered would be put back, without the memory that it has now
     put_back = remember(*(vars(module) for module in model.modules() if not _is_lazy(module)))
     try:
         if seed is not None:
@@ -236,6 +237,7 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Generator[None, No
         yield
     finally:
         try:
+            settle(model)
             put_back()
         finally:
             rng.restore(generators)

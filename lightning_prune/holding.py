@@ -328,8 +328,7 @@ def hold(model: nn.Module, optimizer: optim.Optimizer | Sequence[optim.Optimizer
         raise ValueError(
             f"masks={masks!r}: allowed are masks by name, as lightning_prune.prune returns them. Give those."
         )
-    settle(model)
-    parameters = dict(model.named_parameters())
+    parameters = settle(model)
     masks, optimizers = masks_of(parameters, masks, "model's"), _optimizers(optimizer)
     # A plain loop may clip at any place between backward and step, so gradients are always masked here.
     return Handle({name: parameters[name] for name in masks}, masks, optimizers, gradients=True)

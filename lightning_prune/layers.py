@@ -167,7 +167,7 @@ def prunable(
     >>> list(prunable(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))))
     ['0.weight']
     """
-    parameters = dict(model.named_parameters())
+    parameters = settle(model)
     rows = targets(model, layers, include, exclude)
     return {row.parameter: parameters[row.parameter] for row in rows if row.prunable}
 

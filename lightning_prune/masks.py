@@ -145,8 +145,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         ValueError: when a name is not that of a parameter, or a mask does not fit it. The model is then as it
             was.
     """
-    settle(model)
-    parameters = dict(model.named_parameters())
+    parameters = settle(model)
     for name, mask in masks_of(parameters, masks, "model's").items():
         zero_dead_(parameters[name], bits(mask, like=parameters[name]))
 

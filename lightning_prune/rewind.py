@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from lightning_prune.checks import number, whole
 from lightning_prune.copies import copied, put_back
 from lightning_prune.masks import Masks, count
-from lightning_prune.shards import is_sharded, like
+from lightning_prune.shards import is_sharded, like, settle
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def hamming(a: Masks, b: Masks) -> float:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     # a sparse tensor and its `detach()` do not see what is written into the other
-    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    tensors = {**settle(model), **dict(model.named_buffers())}
     return {name: p.detach() if p.layout == torch.strided else p for name, p in tensors.items()}
 
 

@@ -359,8 +359,14 @@ def _unfit(tensors: Mapping[str, Tensor]) -> Exception | None:
 # ------------------------------------------------------------------------------------------ models of shards
 
 
-def settle(model: nn.Module) -> None:
-    """Let a model show its shards, of which FSDP2 may have left some gathered after a forward.
+def settle(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by name, its shards, of which FSDP2 may have left some gathered by a forward.
+
+    Whoever reads parameters of a model has them from here: those that were gathered lose their memory as soon
+    as somebody else lets the model show its shards.
+
+    >>> list(settle(nn.Linear(2, 1)))
+    ['weight', 'bias']
 
     Raises:
         ValueError: when the model is sharded in a way in which its parameters are no longer there.
@@ -371,9 +377,11 @@ def settle(model: nn.Module) -> None:
             raise ValueError(f"the model is wrapped in {found[0]}, {_INSTEAD}")
         if "FSDPModule" in kinds:
             module.reshard()  # type: ignore[operator]
-    for name, p in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, p in parameters.items():
         if hasattr(p, "ds_id"):  # of DeepSpeed's ZeRO-3
             raise ValueError(f"{name} is a parameter of DeepSpeed's ZeRO, {_INSTEAD}")
+    return parameters
 
 
 _FLAT = {"FullyShardedDataParallel", "DeepSpeedEngine"}

@@ -11,6 +11,7 @@ import warnings
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune import granularity
+from lightning_prune.adapters import attach
 from lightning_prune.allocation import (
     OWL,
     AtLeast,
@@ -38,7 +40,9 @@ from lightning_prune.allocation import (
     per_output,
     uniform,
 )
-from lightning_prune.shards import Shards, is_sharded, like, local, placed, whole
+from lightning_prune.deploy import pieces
+from lightning_prune.evidence import undisturbed
+from lightning_prune.shards import Shards, is_sharded, like, local, placed, settle, whole
 from tests.networks import dead_are_zero, fitter, same
 
 RUNS = {}
@@ -81,6 +85,12 @@ def both(model):
 def hybrid(model):
     """Replicas of shards."""
     return fsdp(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+
+
+def rooted(model):
+    """The first layer is a group of its own, and the model one of all others: FSDP2 leaves it gathered."""
+    fully_shard(model[0])
+    return fully_shard(model)
 
 
 WAYS = {2: (fsdp, tensor_parallel), 4: (fsdp, tensor_parallel, both, hybrid)}
@@ -411,12 +421,84 @@ def put_on(world, rank, folder):
     again = fsdp(linears())
     shards = {n: like(masks[n], p) for n, p in again.named_parameters() if n in masks}
     lp.apply_masks(again, shards)
-    # after a forward without a backward, FSDP2 leaves some gathered
-    with torch.no_grad():
-        again(torch.ones(1, 6))
-    lp.apply_masks(again, masks)
     zero = dead_are_zero(weights_of(again), masks)
     return {"rows": rows, "same": same(weights_of(model), weights_of(plain)), "zero": zero}
+
+
+@run
+def gathered(world, rank, folder):
+    """Whoever reads weights, after a forward without a backward, which leaves the root's gathered."""
+    torch.manual_seed(2)
+    plain, x, data = linears(), torch.ones(1, 6), [(torch.ones(1, 6), 0)]
+    masks = lp.prune(deepcopy(plain), sparsity=0.5)
+    mine = folder / f"gathered-{rank}.safetensors"
+    lp.save_sparse(linears().state_dict(), mine)
+    wrong = {}
+
+    def forward(model):
+        with torch.no_grad():
+            model(x)
+        return sum(not is_sharded(p) for p in model.parameters())
+
+    def holds(model):
+        optimizer = torch.optim.SGD(parameters[id(model)], lr=0.1)
+        lp.hold(model, optimizer, masks)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    def rewinds(model):
+        snapshot = lp.rewind.Snapshot.take(model)
+        with torch.no_grad():
+            for p in parameters[id(model)]:
+                p.zero_()
+        forward(model)
+        snapshot.restore(model)
+
+    def saves(model):
+        lp.save_sparse(model.state_dict(), path := folder / f"gathered-{id(model) in whole_ones}.safetensors")
+        distributed.barrier()
+        return lp.load_sparse(path)
+
+    def disturbs(model):
+        with undisturbed(model):
+            model(x).sum().backward()
+        return {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+
+    of_data = {name: getattr(lp.criteria, name) for name in ("snip", "taylor", "wanda")}
+    acts = {
+        "prune": lambda m: lp.prune(m, 0.5),
+        **{n: lambda m, c=c: lp.prune(m, 0.5, c, data=data, loss=mean) for n, c in of_data.items()},
+        "apply_masks": lambda m: lp.apply_masks(m, masks),
+        "targets": lambda m: {row.parameter: torch.tensor(row.shape) for row in lp.targets(m)},
+        "load_pruned": lambda m: lp.load_pruned(m, mine) and None,
+        **{act.__name__: act for act in (holds, rewinds, saves, disturbs)},
+    }
+    for name, act in acts.items():
+        one, many = deepcopy(plain), rooted(deepcopy(plain))
+        parameters = {id(m): list(m.parameters()) for m in (one, many)}
+        whole_ones = {id(one)}
+        expected = act(one)
+        n, found = forward(many), act(many)
+        settle(many)
+        if n != 4 or not same(wholes(found or {}), expected or {}):
+            wrong[name] = f"{n} gathered, {found}, not {expected}"
+        if not same(weights_of(many), weights_of(one)):
+            wrong[name] = "other weights"
+    refuse = {
+        "summarize": lambda m: lp.summarize(m, x),
+        "accelerate": lambda m: lp.accelerate(m, x),
+        "prune_channels": lambda m: lp.prune_channels(m, 0.5, x),
+    }
+    for name, act in refuse.items():
+        forward(many := rooted(deepcopy(plain)))
+        if f"ValueError: {name} does not work on weights that are sharded" not in (
+            words := said(lambda act=act, model=many: act(model))
+        ):
+            wrong[name] = words
+    forward(many)
+    if "sharded; allowed are whole weights" not in (words := said(lambda: attach(many, masks))):
+        wrong["attach"] = words
+    return wrong
 
 
 def said(act):
@@ -494,6 +576,9 @@ class Whole(LightningModule):
     def configure_model(self):
         if self.way is not None and not any(map(is_sharded, self.parameters())):
             mesh = self._device_mesh
+            if self.way == "root":
+                rooted(self.net)
+                return
             if self.way != "fsdp":
                 columns = ColwiseParallel(output_layouts=Replicate())
                 plan = {"0": columns, "1": RowwiseParallel(input_layouts=Replicate())}
@@ -510,7 +595,7 @@ class Whole(LightningModule):
     @property
     def share(self):
         """Shards of the data are averaged, and each has so much less of them."""
-        return {"fsdp": self.trainer.world_size, "both": 2}.get(self.way, 1)
+        return {"fsdp": self.trainer.world_size, "root": self.trainer.world_size, "both": 2}.get(self.way, 1)
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.net(batch[0]), sync_dist=True)
@@ -564,19 +649,28 @@ class Dies(Callback):
 
 
 def fit(
-    way, world, folder=None, ckpt_path=None, fail_at=None, save=False, pruning=None, others=(), **options
+    way,
+    world,
+    folder=None,
+    ckpt_path=None,
+    fail_at=None,
+    save=False,
+    pruning=None,
+    to_step=2,
+    others=(),
+    **options,
 ):
-    """A lottery ticket in three rounds of two epochs, rewound to step 2."""
+    """A lottery ticket in three rounds of two epochs, rewound to a step."""
     pruner = lp.IterativeMagnitudePruning(
         lp.schedules.Geometric(0.4), **{"rounds": 2, "every_n_epochs": 2, **(pruning or {})}
     )
     looks = Looks(pruner)
-    callbacks = [pruner, lp.LotteryTicketRewind(2), looks, *others]
+    callbacks = [pruner, lp.LotteryTicketRewind(to_step), looks, *others]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1))
         options["enable_checkpointing"] = True
     if way is not None:
-        sizes = {"fsdp": (world, 1), "tensor": (1, world), "both": (2, world // 2)}[way]
+        sizes = {"fsdp": (world, 1), "root": (world, 1), "tensor": (1, world), "both": (2, world // 2)}[way]
         options |= {"devices": world, "use_distributed_sampler": False}
         options["strategy"] = ModelParallelStrategy(
             *sizes, save_distributed_checkpoint=save, process_group_backend="gloo"
@@ -620,6 +714,13 @@ def tickets_of_gradients(world, rank, folder):
     pruning = {"criterion": lp.criteria.snip, "score_batches": 2, "allocate": per_output}
     ways = {way: fit(way, world, pruning=pruning) for way in LIGHTNING[world]}
     return {"alone": fit(None, 1, pruning=pruning), **ways}
+
+
+@run
+def tickets_of_activations(world, rank, folder):
+    """The criterion is tried, and the snapshot taken, after a validation that leaves the root's gathered."""
+    options = {"pruning": {"criterion": lp.criteria.wanda}, "to_step": 0, "num_sanity_val_steps": 2}
+    return {"alone": fit(None, 1, **options), "root": fit("root", world, **options)}
 
 
 @run
@@ -688,6 +789,27 @@ def stored(world, rank, folder):
     names = (f"whole-{world}-{rank}", f"shards-{world}")
     one, other = ((folder / f"{name}.safetensors").read_bytes() for name in names)
     return one == other
+
+
+@run
+def spoilt_files(world, rank, folder):
+    """What processes hear where the first one cannot write, at the beginning, in the middle, after a fit."""
+    state = dict(fsdp(linears()).state_dict())
+    missing, calls, encode = folder / "missing" / "weights", itertools.count(), pieces.encode
+
+    def fills_up(*args):
+        if next(calls) == 2:
+            raise OSError("no space left")
+        return encode(*args)
+
+    words = {"missing": said(lambda: lp.save_sparse(state, missing))}
+    with patch.object(pieces, "encode", fills_up):
+        words["full"] = said(lambda: lp.save_sparse(state, folder / "full"))
+    words["left"] = (folder / "full").exists()
+    words["fit"] = said(lambda: fit("fsdp", world, pruning={"save_sparse": "/proc/missing/weights"}))
+    torch.save(linears((6, 8, 5, 3)).state_dict(), cut := folder / f"cut-{rank}.pt")
+    words["cut"] = said(lambda: lp.load_pruned(fsdp(linears()), cut))
+    return words
 
 
 # ------------------------------------------------------------------------------------------------ processes

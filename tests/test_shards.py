@@ -23,6 +23,7 @@ from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_
 FAST = [
     *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
     *("stored", "drawn", "driven", "refused_fits", "tickets_of_gradients", "documented"),
+    *("gathered", "tickets_of_activations", "spoilt_files"),
 ]
 SLOW = [
     name for name in RUNS if name not in ("cases", "driven", "documented", "refused_fits", "resumed_from_two")
@@ -150,6 +151,19 @@ def test_no_process_waits_for_one_that_failed(two):
     assert "the weight 0.weight holds NaN" in last["nan"]
 
 
+def test_no_process_waits_for_the_first_one_that_cannot_write(two):
+    first, last = two["spoilt_files"]
+    for name, wrong in (("missing", "No such file"), ("full", "no space left"), ("fit", "No such file")):
+        assert re.match(f"(OSError|FileNotFoundError): .*{wrong}", first[name])
+        assert re.search(f"0 failed, and all .*are needed. Look at its error: .*{wrong}", last[name])
+        assert not first["left"]
+
+
+def test_a_cut_network_is_not_loaded_onto_shards(two):
+    for rank in two["spoilt_files"]:
+        assert "0.weight is (8, 6) there and (9, 6) in the model, which is sharded" in rank["cut"]
+
+
 def test_older_ways_to_shard_are_refused_in_plain_calls(two):
     for rank in two["refused"]:
         words = [text for name, text in rank.items() if name.startswith("fsdp1")]
@@ -176,6 +190,14 @@ def test_a_lottery_ticket_on_shards_is_that_of_one_process(two):
 
 def test_a_lottery_ticket_by_gradients_on_shards_is_that_of_one_process(two):
     check_tickets(two["tickets_of_gradients"])
+
+
+def test_a_lottery_ticket_by_activations_is_that_of_one_process_where_validation_leaves_weights_gathered(two):
+    check_tickets(two["tickets_of_activations"])
+
+
+def test_weights_that_a_forward_left_gathered_are_read_as_shards(two):
+    assert two["gathered"] == [{}, {}]
 
 
 def check_resumed(of_ranks):

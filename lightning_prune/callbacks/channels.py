@@ -22,7 +22,7 @@ from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.pruning import trained_by
-from lightning_prune.callbacks.ranks import together
+from lightning_prune.callbacks.ranks import decided, together
 from lightning_prune.callbacks.rounds import Rounds
 from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
@@ -449,13 +449,10 @@ class StructuredChannelPruning(MaskedTraining):
 
     def _speed(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> float:
         """How many times as fast the network is with these units, as the first process measures it."""
-        found = 0.0
-        if trainer.is_global_zero:
-            if self._measure is None:
-                example = self._example(trainer, pl_module)
-                self._measure = speed(pl_module, example, self._couplings, self._left)
-            found = self._measure(units)
-        return float(trainer.strategy.broadcast(found))
+        if (measure := self._measure) is None:  # by all processes, which draw the example together
+            example = self._example(trainer, pl_module)
+            measure = self._measure = speed(pl_module, example, self._couplings, self._left)
+        return float(decided(trainer, lambda: measure(units) if trainer.is_global_zero else 0.0))
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the dead channels out of model, optimizers and averages, and tell the other callbacks."""

@@ -21,7 +21,7 @@ from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.ranks import of_ranks, together
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
-from lightning_prune.shards import is_sharded
+from lightning_prune.shards import is_sharded, settle
 
 
 def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
@@ -130,7 +130,7 @@ def first_batches(trainer: Trainer, pl_module: LightningModule, n: int) -> list[
     finally:
         for name, generator in shared.items():
             rng.set_state(generator, states[name])
-    if any(map(is_sharded, pl_module.parameters())):
+    if any(map(is_sharded, settle(pl_module).values())):
         batches = mine[: min(of_ranks(trainer, len(mine)))]
     else:
         batches = [batch for of_one in zip(*of_ranks(trainer, mine), strict=True) for batch in of_one]

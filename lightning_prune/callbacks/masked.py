@@ -534,7 +534,7 @@ class MaskedTraining(Callback, ABC):
                 self._take_back(*before)
             raise
         fit.set(self.masks)
-        for p in pl_module.parameters():
+        for p in settle(pl_module).values():
             p.grad = None  # of another network
         fit.announce, fit.looked, fit.since = True, False, trainer.global_step
         if self.verify:
@@ -650,16 +650,17 @@ class MaskedTraining(Callback, ABC):
             self.history = with_round(self.history, self.round, self._units, steps, *row)
         self._tell_history(trainer)
         self._leave()
-        settle(pl_module)
+        parameters = settle(pl_module)
         for name, mask in self.masks.items():  # whatever other callbacks did when training ended
-            p = pl_module.get_parameter(name)
+            p = parameters[name]
             zero_dead_(p, bits(mask, like=p))
         writes = trainer.is_global_zero or any(map(is_sharded, self.masks.values()))
-        if self.save_sparse is not None and writes and not _lightning.is_a_trial(trainer):
+        if self.save_sparse is not None and not _lightning.is_a_trial(trainer):
             path = self._sparse_path(trainer, self.save_sparse)
-            if trainer.is_global_zero:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            storage.save_sparse(pl_module.state_dict(), path)
+            make = partial(path.parent.mkdir, parents=True, exist_ok=True)
+            together(trainer, lambda: make() if trainer.is_global_zero else None)
+            write = partial(storage.save_sparse, pl_module.state_dict(), path)
+            together(trainer, lambda: write() if writes else None)
         home.write_home(trainer, self, self._home)
 
     def _tell_history(self, trainer: Trainer) -> None:

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_prune.deploy.running import Example, call, calls, density, refuse_training, where
 from lightning_prune.deploy.timing import Ratio, low, ratio, settled, timed
 from lightning_prune.evidence import undisturbed
+from lightning_prune.shards import refuse, settle
 from lightning_prune.tables import table
 
 log = logging.getLogger(__name__)
@@ -97,8 +98,14 @@ def accelerate(model: nn.Module, example_input: Example) -> nn.Module:
             keyword arguments.
 
     Raises:
-        ValueError: when the model is in training mode, or cannot be copied.
+        ValueError: when the model is in training mode, sharded over processes, or cannot be copied.
     """
+    refuse(
+        settle(model).values(),
+        "accelerate",
+        "Allowed are whole weights, as forms of a layer are measured on all of it. Load the checkpoint into "
+        "a model on one device with load_pruned, and accelerate that one.",
+    )
     refuse_training(model, "accelerate")
     with torch.inference_mode(False), torch.no_grad():
         dense = _copied(model).requires_grad_(False)

@@ -8,7 +8,7 @@ values, each compressed with zstd where that helps. The index says where the pie
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_prune.deploy import pieces
 from lightning_prune.deploy.pieces import Piece, UnreadableFile, grown, is_count, is_list, need
 from lightning_prune.files import replacing
-from lightning_prune.shards import is_sharded, whole
+from lightning_prune.shards import Shards, is_sharded, whole
 
 _FORMAT, _VERSION = "lightning_prune.sparse", "1"
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "complex128", "complex64")
@@ -64,17 +64,44 @@ def save_sparse(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
         path: the file to write; one that is there is replaced.
 
     Raises:
-        ValueError: when something in it is no such tensor. Nothing is written then.
+        ValueError: when something in it is no such tensor, and on the other processes when one that has
+            parts of the same tensors fails. Nothing is written then.
+        OSError: when the path cannot be written.
         ModuleNotFoundError: without the extra `storage` (safetensors and zstandard).
     """
+    if any(map(is_sharded, state_dict.values())):
+        _save_together(state_dict, path)
+        return
     tensors = _checked(state_dict)
     libraries()
-    if any(map(is_sharded, tensors.values())) and torch.distributed.get_rank():
-        for tensor in tensors.values():  # this process gives its parts to the first, which writes
-            whole(tensor)
-        return
     with replacing(path) as file:
         write(tensors, file)
+
+
+def _save_together(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write sharded tensors: each process gives its parts, the first one writes, and all hear what fails."""
+    failed: Exception | None = None
+    try:
+        _checked(state_dict)
+        libraries()
+    except Exception as error:
+        failed = error
+    together = Shards({name: t for name, t in state_dict.items() if isinstance(t, Tensor)}, failed)
+    left = {id(tensor): tensor for tensor in state_dict.values() if is_sharded(tensor)}
+
+    def gathered(tensor: Tensor) -> Tensor:
+        left.pop(id(tensor), None)
+        return whole(tensor)
+
+    try:
+        if not torch.distributed.get_rank():
+            with replacing(path) as file:
+                write(state_dict, file, gathered)
+    except Exception as error:
+        failed = error
+    for tensor in left.values():  # of the other processes all; of the first what it could not write
+        whole(tensor)
+    together.agree(failed)
 
 
 def load_sparse(path: str | Path, max_bytes: int | None = None) -> dict[str, Tensor]:
@@ -167,11 +194,18 @@ def memory(tensor: Tensor) -> object:
 
 def plain(tensor: Tensor) -> Tensor:
     """The same elements, contiguous and on the CPU."""
-    return whole(tensor).detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
-def write(state_dict: Mapping[str, Tensor], file: BinaryIO) -> None:
+def write(
+    state_dict: Mapping[str, Tensor], file: BinaryIO, gather: Callable[[Tensor], Tensor] = whole
+) -> None:
     """Write what `save_sparse` writes to an open file that is empty.
+
+    Args:
+        state_dict: tensors by name.
+        file: that is written.
+        gather: makes a tensor whole.
 
     Raises:
         ValueError: as `save_sparse`.
@@ -189,7 +223,7 @@ def write(state_dict: Mapping[str, Tensor], file: BinaryIO) -> None:
             index[name] = earlier
             continue
         rows: list[Piece] = []
-        for words in pieces.cut(pieces.words_of(plain(tensor))):
+        for words in pieces.cut(pieces.words_of(plain(gather(tensor)))):
             piece, streams = pieces.encode(words, pieces.turns_of(tensor.dtype), compressor.compress)
             file.writelines(streams)
             rows.append(piece)

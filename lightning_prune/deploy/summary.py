@@ -16,7 +16,7 @@ from lightning_prune.deploy.running import Example, call, calls, density, refuse
 from lightning_prune.deploy.sizes import size
 from lightning_prune.deploy.timing import Ratio, alternated, low, parts, timed, yardstick
 from lightning_prune.evidence import undisturbed
-from lightning_prune.shards import refuse
+from lightning_prune.shards import refuse, settle
 from lightning_prune.tables import table
 
 _SECONDS = 0.05  # to time a layer; the whole model gets ten times as long
@@ -119,13 +119,13 @@ def summarize(model: nn.Module, example_input: Example) -> Summary:
 
     Reference: Blalock et al. (2020), arXiv:2003.03033, section 6, for both ratios.
     """
-    refuse_training(model, "summarize")
     refuse(
-        model.parameters(),
+        settle(model).values(),
         "summarize",
         "Allowed are whole weights, since processes would measure other numbers of runs. Load the checkpoint "
         "into a model on one device with load_pruned, and summarize that one.",
     )
+    refuse_training(model, "summarize")
     owners, everything = _owners(model)
     modules = {name: model.get_submodule(name) for name in owners}
     with undisturbed(model), torch.inference_mode():

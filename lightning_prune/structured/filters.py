@@ -23,6 +23,7 @@ from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import score
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import Keep, Scores
+from lightning_prune.shards import refuse, settle
 from lightning_prune.structured.calibration import calibrate as recalibrated
 from lightning_prune.structured.discovery import discover
 from lightning_prune.structured.speed import Faster as Faster
@@ -192,9 +193,14 @@ def prune_channels(
         calibrate: set the statistics of batch normalizations to those of `data` after the cut.
 
     Raises:
-        ValueError: when the model has no channels that can go, or an argument is not one of these. The model
-            is then as it was.
+        ValueError: when the model has no channels that can go or is sharded over processes, or an argument
+            is not one of these. The model is then as it was.
     """
+    refuse(
+        settle(model).values(),
+        "prune_channels",
+        "Allowed are whole weights, of which channels are cut out. Prune before the model is sharded.",
+    )
     whole("round_to", round_to, 1, such_as=8)
     whole("at_least", at_least, 1, such_as=1)
     if not callable(sparsity):

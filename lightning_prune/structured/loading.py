@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune import folders
 from lightning_prune.deploy.storage import load_sparse
 from lightning_prune.files import check_archive, is_archive
+from lightning_prune.shards import is_sharded, like, settle
 from lightning_prune.structured import surgery
 from lightning_prune.structured.trial import first_line
 from lightning_prune.structured.units import after, cut_of, has_state, of_state, parameter
@@ -30,7 +31,8 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
     (torch.compile).
 
     Args:
-        model: the model as it was built before pruning; changed in place.
+        model: the model as it was built before pruning; changed in place. Of one that is sharded over
+            processes each of them takes its part of the file, which must not be of a cut network.
         path: a Lightning checkpoint, a file with a `state_dict`, or one of `save_sparse`. With
             weights_only=False also the folder that several processes wrote their shards to.
         weights_only: False allows a checkpoint with other objects in it than tensors and plain containers,
@@ -46,7 +48,8 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
     """
     stored = _read(Path(path), weights_only)
     state = _without_the_dead(_state_dict(stored, path), stored)
-    state = _renamed(state, model, path)
+    settle(model)
+    state = _lying_as(model.state_dict(), _renamed(state, model, path), path)
     reshape(model, state)
     model.load_state_dict(state)
     return model
@@ -146,6 +149,19 @@ def _renamed(state: dict[str, Any], model: nn.Module, path: str | Path) -> dict[
         f"prefix in common. The first in the file is {next(iter(state))}, in the model {next(iter(own))}. "
         "Load one, or rename them."
     )
+
+
+def _lying_as(own: Mapping[str, Any], state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The state with each tensor sharded as that of the model is, of which each process takes its part."""
+    shards = {name: tensor for name, tensor in own.items() if is_sharded(tensor)}
+    for name, tensor in shards.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"path={str(path)!r}: {name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} "
+                "in the model, which is sharded over processes. Allowed are weights of its shapes, since "
+                "channels are cut out of whole weights. Load it before the model is sharded."
+            )
+    return state | {name: like(state[name].to(tensor.device), tensor) for name, tensor in shards.items()}
 
 
 def _plain(name: str) -> str:
