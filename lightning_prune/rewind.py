@@ -221,8 +221,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _lying(tensor: Tensor, like_this: Tensor) -> Tensor:
-    fits = is_sharded(like_this) and tensor.shape == like_this.shape
-    return copied(like(tensor, like_this)) if fits else tensor
+    differ = is_sharded(tensor) or is_sharded(like_this)
+    return copied(like(tensor, like_this)) if differ and tensor.shape == like_this.shape else tensor
 
 
 def _cut(state: dict[str, Any], optimizer: optim.Optimizer) -> dict[str, Any]:
@@ -230,8 +230,6 @@ def _cut(state: dict[str, Any], optimizer: optim.Optimizer) -> dict[str, Any]:
     keys = [key for group in state.get("param_groups", ()) for key in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     known = dict(zip(keys, params, strict=False))
-    if not any(map(is_sharded, params)):
-        return state
     cut = {
         key: {w: _lying(v, known[key]) if isinstance(v, Tensor) else v for w, v in values.items()}
         for key, values in state["state"].items()

@@ -581,9 +581,11 @@ class Whole(LightningModule):
                 return
             if self.way != "fsdp":
                 columns = ColwiseParallel(output_layouts=Replicate())
-                plan = {"0": columns, "1": RowwiseParallel(input_layouts=Replicate())}
+                plan = {"0": columns}  # the other layer stays whole
+                if self.way != "columns":
+                    plan["1"] = RowwiseParallel(input_layouts=Replicate())
                 parallelize_module(self.net, mesh["tensor_parallel"], plan)
-            if self.way != "tensor":
+            if self.way not in ("tensor", "columns"):
                 fsdp(self.net, mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
@@ -670,7 +672,7 @@ def fit(
         callbacks.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1))
         options["enable_checkpointing"] = True
     if way is not None:
-        sizes = {"fsdp": (world, 1), "root": (world, 1), "tensor": (1, world), "both": (2, world // 2)}[way]
+        sizes = {"fsdp": (world, 1), "root": (world, 1), "both": (2, world // 2)}.get(way, (1, world))
         options |= {"devices": world, "use_distributed_sampler": False}
         options["strategy"] = ModelParallelStrategy(
             *sizes, save_distributed_checkpoint=save, process_group_backend="gloo"
@@ -763,7 +765,7 @@ def resumed_folders(world, rank, folder):
 @run
 def resumed_from_two(world, rank, folder):
     """What two processes wrote, on other numbers of them, and sharded in another way."""
-    ways = {2: ("tensor",), 4: ("fsdp", "both")}[world]
+    ways = {2: ("tensor", "columns"), 4: ("fsdp", "both")}[world]
     return [fit(way, world, ckpt_path=folder / "folders" / "step=8.ckpt", save=True) for way in ways]
 
 
