@@ -15,7 +15,7 @@ from lightning_prune.structured import discover, speed, targets
 from lightning_prune.structured import units as structure
 from lightning_prune.structured.surgery import cut
 from tests.naming import in_words
-from tests.networks import same
+from tests.networks import Net, fitter, same
 from tests.test_channels import IMAGE, Residual, randomized
 
 
@@ -355,3 +355,41 @@ def test_statistics_are_those_of_the_data_after_a_cut():
     assert (model[1].momentum, model[1].training, int(model[1].num_batches_tracked)) == (0.1, True, 0)
     with pytest.raises(ValueError, match="calibrate=True: data=None"):
         prune_channels(model, 0.5, [2, 4], calibrate=True)
+
+
+BAD = (float("nan"), -0.5, "half", None, True)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    ("target", "argument"),
+    [(filters.Removed, "schedule"), (filters.Smaller, "bytes"), (filters.Faster, "times")],
+)
+def test_what_a_schedule_of_a_target_says_is_checked(target, argument, bad):
+    before = deepcopy(model := randomized(Residual()))
+    with pytest.raises(ValueError, match=rf"{argument}\(1\)={bad!r}: allowed are"):
+        prune_channels(model, target(lambda round: bad), torch.randn(IMAGE))
+    with pytest.raises(ValueError, match=rf"{argument}: its signature is \(\)"):
+        prune_channels(model, target(lambda: 0.5), torch.randn(IMAGE))
+    assert same(dict(model.state_dict()), dict(before.state_dict()))
+
+
+def test_a_plain_schedule_is_checked_too():
+    with pytest.raises(ValueError, match=r"sparsity=nan: allowed"):
+        prune_channels(randomized(Residual()), lambda round: float("nan"), torch.randn(IMAGE))
+
+
+def test_the_schedule_of_a_target_is_told_the_rounds():
+    last = {}
+
+    def removed(sparsity, of):
+        return sparsity
+
+    for r in (1, 2):
+        last[r] = filters.Removed(lp.schedules.Geometric(to=0.75))(r, removed, rounds=2)
+    assert [round(s, 6) for s in last.values()] == [0.5, 0.75]
+    pruner = lp.StructuredChannelPruning(filters.Removed(lp.schedules.Geometric(to=0.4)), rounds=2)
+    model = Net()
+    count = sum(p.numel() for p in model.parameters())
+    fitter(pruner, epochs=3).fit(model)
+    assert sum(p.numel() for p in model.parameters()) <= 0.6 * count

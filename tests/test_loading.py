@@ -75,6 +75,24 @@ def test_every_checkpoint_of_a_fit_loads_as_the_network_that_was_validated(remov
     assert same(dict(end.state_dict()), dict(model.state_dict()))
 
 
+class Twice(networks.Net):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.body
+
+
+def test_a_layer_of_two_names_is_cut_under_both(tmp_path):
+    pruner = lp.StructuredChannelPruning(lp.schedules.OneShot(0.5), rounds=1)
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fitter(saver, pruner, epochs=2, enable_checkpointing=True).fit(model := Twice())
+    loaded = load_pruned(Twice(), tmp_path / "epoch=1.ckpt").eval()
+    assert loaded.again is loaded.body
+    assert loaded.body.out_features == 8
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+
+
 PREFIXES = ("net.", "model.", "module.", "_orig_mod.", "net._orig_mod.", "net.module.")
 
 

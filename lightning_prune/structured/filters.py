@@ -20,7 +20,7 @@ from lightning_prune.checks import check_callable, number, whole
 from lightning_prune.criteria import Criterion, magnitude
 from lightning_prune.evidence import asked, call, inputs, runs_model, undisturbed
 from lightning_prune.masks import Masks, alive
-from lightning_prune.pruning import score
+from lightning_prune.pruning import score, sparsity_in, told
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import Keep, Scores
 from lightning_prune.shards import refuse, settle
@@ -222,8 +222,12 @@ def prune_channels(
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
     with undisturbed(model) if runs_model(criterion) else nullcontext():
         scores = unit_scores(couplings, criterion, parameters(couplings, model), **evidence)
+    wanted = sparsity
     if callable(sparsity):
-        sparsity = partial(sparsity, 1) if asked(sparsity) else sparsity(1)
+        sparsity = told(sparsity, 1)
+        sparsity = partial(sparsity, 1) if asked(sparsity) else sparsity_in(sparsity, 1, "sparsity")
+    if not callable(sparsity):
+        number("sparsity", sparsity, "is 0 (dense) to below 1, such as 0.5", lambda v: 0 <= v < 1)
     dense = all_units(couplings)
     sizes = cache(partial(elements, model, example_input, couplings))  # of each quantity
     units = next_units(
@@ -239,7 +243,7 @@ def prune_channels(
     )
     if sparsity and alive(units) == alive(dense):
         warnings.warn(
-            f"sparsity={sparsity}: nothing goes of {alive(dense)} units with round_to={round_to}, "
+            f"sparsity={wanted}: nothing goes of {alive(dense)} units with round_to={round_to}, "
             f"at_least={at_least}. Ask for more, or for smaller ones of these.",
             stacklevel=2,
         )

@@ -49,7 +49,8 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
     stored = _read(Path(path), weights_only)
     state = _without_the_dead(_state_dict(stored, path), stored)
     settle(model)
-    state = _lying_as(model.state_dict(), _renamed(state, model, path), path)
+    state = _alike(model, _renamed(state, model, path))
+    state = _lying_as(model.state_dict(), state, path)
     reshape(model, state)
     model.load_state_dict(state)
     return model
@@ -149,6 +150,21 @@ def _renamed(state: dict[str, Any], model: nn.Module, path: str | Path) -> dict[
         f"prefix in common. The first in the file is {next(iter(state))}, in the model {next(iter(own))}. "
         "Load one, or rename them."
     )
+
+
+def _alike(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The state where a tensor of several names, as of a layer used twice, is cut under all of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            names.setdefault(id(tensor), []).append(name)
+    least = {
+        name: min((state[each] for each in own), key=lambda tensor: tensor.numel())
+        for own in names.values()
+        if len(own) > 1
+        for name in own
+    }
+    return state | least
 
 
 def _lying_as(own: Mapping[str, Any], state: dict[str, Any], path: str | Path) -> dict[str, Any]:

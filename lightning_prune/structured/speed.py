@@ -14,11 +14,13 @@ from lightning_prune.checks import number
 from lightning_prune.deploy.timing import ratio, settled, timed
 from lightning_prune.masks import Masks
 from lightning_prune.structured import surgery
+from lightning_prune.structured.targets import aim
 from lightning_prune.structured.trial import as_input, copied, run
 from lightning_prune.structured.units import Couplings, cut_of
 
 log = logging.getLogger(__name__)
 SECONDS = 0.3  # that the alternated runs of a measurement take; more on a busy machine
+RATIOS = "are ratios from 1 on, such as 2.0"
 HALVINGS = 7  # of what is left of the sparsities: to within a hundredth
 
 
@@ -44,10 +46,11 @@ class Faster:
 
     def __post_init__(self) -> None:
         if not callable(self.times):
-            number("times", self.times, "are ratios from 1 on, such as 2.0", lambda v: v >= 1)
+            number("times", self.times, RATIOS, lambda v: v >= 1)
 
-    def __call__(self, round: int, faster: Callable[[float], float]) -> float:
-        target = self.times(round) if callable(self.times) else self.times if round else 1.0
+    def __call__(self, round: int, faster: Callable[[float], float], rounds: int | None = None) -> float:
+        target = aim("times", self.times, round, rounds, 1.0)
+        number(f"times({round})", target, RATIOS, lambda v: v >= 1)
         if target <= 1:
             return 0.0
         faster = cache(faster)

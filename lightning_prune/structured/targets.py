@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_prune.allocation import Allocation, AtLeast, global_rank
-from lightning_prune.checks import number
+from lightning_prune.checks import check_callable, number
 from lightning_prune.deploy.summary import multiply_adds as all_multiply_adds
 from lightning_prune.evidence import asked, call, undisturbed
 from lightning_prune.masks import Masks, alive
-from lightning_prune.pruning import Sparsity, budget
+from lightning_prune.pruning import Sparsity, budget, told
 from lightning_prune.selection import DEAD, Scores, keep_top, only, select
 from lightning_prune.structured.surgery import Site
 from lightning_prune.structured.trial import as_input, run
@@ -35,6 +35,8 @@ from lightning_prune.structured.units import (
 # of weights by name, and of a site whose indices count besides: the shape, and how often each element counts
 Elements = Mapping[str | Site, tuple[Sequence[int], float]]
 Quantity = Literal["parameters", "multiply_adds", "bytes"]
+FRACTIONS = "are schedules and fractions from 0 to below 1, such as 0.5"
+SIZES = "are sizes in bytes, above 0, such as 5_000_000"
 REST = ""  # what is counted of no weight and no site
 
 
@@ -64,12 +66,13 @@ class Removed:
         if self.of not in ("parameters", "multiply_adds"):
             raise ValueError(f"of={self.of!r}: allowed are 'parameters' and 'multiply_adds'. Give one.")
         if not callable(self.schedule):
-            number(
-                "schedule", self.schedule, "are schedules and fractions, such as 0.5", lambda v: 0 <= v < 1
-            )
+            number("schedule", self.schedule, FRACTIONS, lambda v: 0 <= v < 1)
 
-    def __call__(self, round: int, removed: Callable[[float, Quantity], float]) -> float:
-        target = self.schedule(round) if callable(self.schedule) else self.schedule * bool(round)
+    def __call__(
+        self, round: int, removed: Callable[[float, Quantity], float], rounds: int | None = None
+    ) -> float:
+        target = aim("schedule", self.schedule, round, rounds, 0.0)
+        number(f"schedule({round})", target, FRACTIONS, lambda v: 0 <= v < 1)
         if not target:
             return 0.0
         if (most := removed(1.0, self.of)) < target:
@@ -102,10 +105,11 @@ class Smaller:
 
     def __post_init__(self) -> None:
         if not callable(self.bytes):
-            number("bytes", self.bytes, "are sizes in bytes, such as 5_000_000", lambda v: v > 0)
+            number("bytes", self.bytes, SIZES, lambda v: v > 0)
 
-    def __call__(self, round: int, stored: Callable[[float], float]) -> float:
-        target = self.bytes(round) if callable(self.bytes) else self.bytes if round else math.inf
+    def __call__(self, round: int, stored: Callable[[float], float], rounds: int | None = None) -> float:
+        target = aim("bytes", self.bytes, round, rounds, math.inf)
+        number(f"bytes({round})", target, SIZES, lambda v: v > 0)
         if stored(0.0) <= target:
             return 0.0
         if (least := stored(1.0)) > target:
@@ -115,6 +119,32 @@ class Smaller:
                 "Raise it."
             )
         return _least(lambda sparsity: stored(sparsity) <= target)
+
+
+def aim(
+    argument: str, given: Callable[..., Any] | float, round: int, rounds: int | None, dense: float
+) -> Any:
+    """What a target says of a round: a number of all rounds but 0, or what its schedule says.
+
+    >>> aim("bytes", 100, 0, None, math.inf), aim("bytes", lambda round: 100 - round, 2, None, math.inf)
+    (inf, 98)
+
+    Args:
+        argument: that the target was given as.
+        given: the number, or round -> number.
+        round: the round.
+        rounds: how many there are, for schedules that ask for it.
+        dense: what holds in round 0, if a number was given.
+
+    Raises:
+        ValueError: when the schedule does not take a round alone.
+    """
+    if not callable(given):
+        return given if round else dense
+    check_callable(argument, given, 1)
+    given = told(given, rounds)
+    target = given(round)
+    return target.item() if isinstance(target, Tensor) and target.numel() == 1 else target
 
 
 def _least(reached: Callable[[float], bool]) -> float:
