@@ -1,9 +1,13 @@
 """Arguments of a kind, such as numbers: an error says what was given, what is allowed, and what to do."""
 
+import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PurePath
+
+from torch import Tensor
 
 # Of what an argument may be given.
 _ROOMS = {"allocate": "allocation", "granularity": "granularity", "policy": "rewind"}
@@ -148,3 +152,49 @@ def check_path(name: str, value: object) -> None:
         raise ValueError(
             f"{name}={str(value)!r}: {wrong} is a file, and a folder is needed. Choose another path."
         )
+
+
+def named(value: object) -> str:
+    """What a value is called, the same in every process: no address in memory is part of it.
+
+    >>> from lightning_prune import allocation, rewind
+    >>> named(rewind.weights), named(functools.partial(pow, exp=2)), named(allocation.AtLeast(1))
+    ('weights', 'pow(exp=2)', 'AtLeast(n=1, of=global_rank)')
+    """
+    if isinstance(value, functools.partial):
+        given = [*map(named, value.args), *(f"{key}={named(v)}" for key, v in value.keywords.items())]
+        return f"{named(value.func)}({', '.join(given)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f"{field.name}={named(getattr(value, field.name))}" for field in dataclasses.fields(value)]
+        return f"{type(value).__qualname__}({', '.join(fields)})"
+    if isinstance(value, PurePath):
+        return repr(str(value))
+    if isinstance(value, Mapping):
+        if any(isinstance(v, Tensor) for v in value.values()):
+            return f"a mapping of {', '.join(map(str, value))}"
+        return f"{{{', '.join(f'{key!r}: {named(v)}' for key, v in value.items())}}}"
+    if (name := getattr(value, "__qualname__", None)) is not None:
+        return name
+    return type(value).__qualname__ if " at 0x" in repr(value) else repr(value)
+
+
+def check_alike(of_processes: Sequence[Mapping[str, str]]) -> None:
+    """Make sure that several processes were given the same.
+
+    >>> check_alike([{"sparsity": "0.5"}, {"sparsity": "0.6"}])
+    Traceback (most recent call last):
+    ValueError: sparsity: process 1 has 0.6, and process 0 has 0.5; allowed is the same on all. Give all ...
+
+    Args:
+        of_processes: what each of them was given, in words, by name.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    first, *others = of_processes
+    for rank, theirs in enumerate(others, 1):
+        if wrong := [name for name in first if theirs.get(name) != first[name]]:
+            shown = "; ".join(
+                f"{n}: process {rank} has {theirs.get(n)}, and process 0 has {first[n]}" for n in wrong
+            )
+            raise ValueError(f"{shown}; allowed is the same on all. Give all processes the same.")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.checks import number, whole
+from lightning_prune.checks import named, number, whole
 from lightning_prune.evidence import call
 from lightning_prune.layers import Layout
 from lightning_prune.selection import DEAD
@@ -51,8 +51,8 @@ def units(granularity: Granularity, scores: Tensor, layout: Layout | None = None
     found: Any = call(granularity, scores, layout=layout or Layout())
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
         raise ValueError(
-            f"granularity: {granularity} gave {type(found).__name__}; a pair (scores of the units, function "
-            "from a mask of the units to one of the weights) is needed. Return both."
+            f"granularity: {named(granularity)} gave {type(found).__name__}; a pair (scores of the "
+            "units, function from a mask of the units to one of the weights) is needed. Return both."
         )
     of_units, expand = found
 
@@ -60,7 +60,8 @@ def units(granularity: Granularity, scores: Tensor, layout: Layout | None = None
         weights: Tensor = expand(mask)
         if weights.shape != scores.shape or weights.dtype != torch.bool:
             raise ValueError(
-                f"granularity: {granularity} expands to {weights.dtype} of the shape {tuple(weights.shape)}; "
+                f"granularity: {named(granularity)} expands to {weights.dtype} of the shape "
+                f"{tuple(weights.shape)}; "
                 f"a bool mask of the weight's shape {tuple(scores.shape)} is needed. Mend its expand."
             )
         return weights

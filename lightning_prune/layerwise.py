@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_prune.allocation import Allocation, AtLeast, apportion
+from lightning_prune.checks import named
 from lightning_prune.criteria import Criterion, SparseGPT
 from lightning_prune.evidence import asked, call
 from lightning_prune.granularity import NM, Granularity, single
@@ -134,19 +135,21 @@ def _check(
         )
     if needed := {"loss", "grads"} & {name for name, must in asked(criterion).items() if must}:
         raise ValueError(
-            f"layer_by_layer=True: {criterion} asks for {', '.join(sorted(needed))}, of the whole network, "
+            f"layer_by_layer=True: {named(criterion)} asks for {', '.join(sorted(needed))}, of the "
+            "whole network, "
             "and here only the layer in hand is run. Allowed are criteria of the weights and of what reaches "
             "them, such as wanda. Use one, or layer_by_layer=False."
         )
     solver = isinstance(criterion, SparseGPT)
     if solver and not (granularity is single or isinstance(granularity, NM)):
         raise ValueError(
-            f"granularity: {granularity} with {criterion}; allowed are single weights and NM. Use one of "
-            "these."
+            f"granularity: {named(granularity)} with {named(criterion)}; allowed are single weights "
+            "and NM. Use one of these."
         )
     if not solver and update is None and not {"batches", "forward", "model"} & asked(criterion).keys():
         warnings.warn(
-            f"layer_by_layer=True has no effect: {criterion} does not look at what reaches a layer, and "
+            f"layer_by_layer=True has no effect: {named(criterion)} does not look at what reaches a "
+            "layer, and "
             "nothing is updated. Leave it out, or give update=.",
             stacklevel=5,
         )
@@ -191,8 +194,8 @@ def budgets(
         )
         if (given := sum(map(survivors, found[-1].values()))) != total:
             raise ValueError(
-                f"allocate: {allocate} gave {given} survivors; allowed are the {total} that were asked for. "
-                "Make its counts add up."
+                f"allocate: {named(allocate)} gave {given} survivors; allowed are the {total} that "
+                "were asked for. Make its counts add up."
             )
     if any(
         not torch.equal(torch.as_tensor(a), torch.as_tensor(found[1][name])) for name, a in found[0].items()
@@ -245,8 +248,8 @@ def _surgery(
     """A weight by SparseGPT: the updated one, and the mask."""
     if isinstance(keep, Tensor):
         raise ValueError(
-            f"allocate: it counts the survivors of each output, and {criterion} compares all outputs in a "
-            "block of inputs. Allowed are counts per layer, such as those of uniform. Use that."
+            f"allocate: it counts the survivors of each output, and {named(criterion)} compares all "
+            "outputs in a block of inputs. Allowed are counts per layer, such as those of uniform. Use that."
         )
     dense, there = matrices(weight.to(hessians.dtype), layout), matrices(mask, layout)
     parts, choose = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
-from lightning_prune.checks import check_callable, check_takes, number
+from lightning_prune.checks import check_callable, check_takes, named, number
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, asked, call, mean_gradients, parameters_of, run, undisturbed
 from lightning_prune.granularity import Granularity, single, within_outputs
@@ -22,7 +22,19 @@ from lightning_prune.layerwise import prune_in_order
 from lightning_prune.masks import Masks, alive, bits, count, integer, masks_of, zero_dead_
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import DEAD, Scores, Together, counted, only, select
-from lightning_prune.shards import Part, Shards, cut, is_sharded, like, local, placed, refuse
+from lightning_prune.shards import (
+    Part,
+    Shards,
+    check_given,
+    cut,
+    in_words,
+    is_sharded,
+    like,
+    local,
+    placed,
+    refuse,
+    settle,
+)
 from lightning_prune.updates import Update
 
 Scheduled = list[tuple[list[str], Schedule]]  # names of weights, and the schedule that drives them
@@ -55,12 +67,12 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
         sparsity = sparsity_in(schedule, r)
         if not 0 <= sparsity < 1:
             raise ValueError(
-                f"schedule: {schedule} gives sparsity {sparsity} in round {r}; "
+                f"schedule: {named(schedule)} gives sparsity {sparsity} in round {r}; "
                 "allowed is from 0 up to, and not including, 1. Change the schedule, or rounds."
             )
         if sparsity < reached:
             raise ValueError(
-                f"schedule: {schedule} falls from sparsity {reached} to {sparsity} in round {r}; "
+                f"schedule: {named(schedule)} falls from sparsity {reached} to {sparsity} in round {r}; "
                 "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
             )
         reached = sparsity
@@ -79,8 +91,8 @@ def sparsity_in(schedule: Schedule, round: int, argument: str = "schedule") -> f
         return _number(schedule(round), argument)
     except LookupError as error:  # of a table's __getitem__
         raise ValueError(
-            f"{argument}: {schedule} has no sparsity for round {round}, and each round needs one. Give "
-            "more, or lower rounds."
+            f"{argument}: {named(schedule)} has no sparsity for round {round}, and each round needs "
+            "one. Give more, or lower rounds."
         ) from error
 
 
@@ -312,21 +324,23 @@ def check_shards(
         outputs, _ = laid_out.get(name, Layout()).axes(weight.dim())
         if cut(weight) and not (within_outputs(granularity) and cut(weight) <= {*outputs}):
             raise ValueError(
-                f"granularity: {granularity} puts weights of {name} together that may lie on several "
+                f"granularity: {named(granularity)} puts weights of {name} together that may lie on several "
                 f"processes, over which dimension {min(cut(weight))} is divided. Allowed are single weights, "
-                "and units within one output, such as NM, where whole outputs lie on a process. Prune these, "
-                "or before you shard it."
+                "and, where whole outputs lie on a process, NM, Kernel, Filter(dim=0) and Block(rows=1), of "
+                "which it is known that their units lie within one output. Use one, or prune before sharding."
             )
     if criterion is criteria.large_init_large_final:
         raise ValueError(
-            f"criterion: {criterion} ranks all weights of a layer, and they are sharded over processes, each "
+            f"criterion: {named(criterion)} ranks all weights of a layer, and they are sharded over "
+            "processes, each "
             "of which has a part. Allowed are criteria that score each weight by itself, such as movement. "
             "Use one of these."
         )
     wanted = (OF_A_RUN & asked(criterion).keys()) - {"grads"}
     if wanted and criterion not in (criteria.taylor, criteria.wanda):
         raise ValueError(
-            f"criterion: {criterion} asks for {', '.join(sorted(wanted))}, to run the model in a way of its "
+            f"criterion: {named(criterion)} asks for {', '.join(sorted(wanted))}, to run the model "
+            "in a way of its "
             "own, and weights are sharded over processes, which must put together what they find. Allowed "
             "are criteria of the weights, of `grads`, such as snip, and taylor and wanda. Use one, or prune "
             "before you shard the model."
@@ -377,7 +391,7 @@ def chosen(
         size = sum(counted({name: s.numel() for name, s in group.items()}, together).values())
         if not size and any(masks[name].numel() for name in names):
             warnings.warn(
-                f"granularity: {granularity} finds no unit in {', '.join(names)}, which stay dense. "
+                f"granularity: {named(granularity)} finds no unit in {', '.join(names)}, which stay dense. "
                 "Use another.",
                 stacklevel=2,
             )
@@ -427,15 +441,15 @@ def score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, 
     scores = call(criterion, weights, **evidence)
     if changed := [name for name, w in weights.items() if _version(w) != versions[name]]:
         raise ValueError(
-            f"criterion: {criterion} changed {', '.join(changed)} in place; allowed is to read "
+            f"criterion: {named(criterion)} changed {', '.join(changed)} in place; allowed is to read "
             "weights. Make it change copies, and load the weights again."
         )
     for name, w in weights.items():
         values = scores.get(name) if isinstance(scores, Mapping) else None
         if not isinstance(values, Tensor) or values.shape != w.shape or not values.is_floating_point():
             raise ValueError(
-                f"criterion: {criterion} must give floating point scores of {name}'s shape {tuple(w.shape)}. "
-                "Return one score for each weight."
+                f"criterion: {named(criterion)} must give floating point scores of {name}'s shape "
+                f"{tuple(w.shape)}. Return one score for each weight."
             )
     return {name: scores[name].detach() for name in weights}
 
@@ -523,6 +537,20 @@ def prune(
             leaves nothing, masks are not those of the weights, or the criterion asks for something that is
             not given. The model is then as it was.
     """
+    if any(map(is_sharded, settle(model).values())):
+        axes = {
+            "sparsity": sparsity,
+            "criterion": criterion,
+            "allocate": allocate,
+            "granularity": granularity,
+        }
+        which = {"layers": layers, "include": include, "exclude": exclude}
+        how = {"loss": loss, "layer_by_layer": layer_by_layer, "update": update}
+        given = {name: named(value) for name, value in {**axes, **which, **how}.items()}
+        given |= {name: in_words(t or {}) for name, t in (("initial", initial), ("masks", masks))}
+        if callable(criterion) and "generator" in asked(criterion):
+            given["torch.manual_seed"] = f"{torch.initial_seed()}"
+        check_given(given)  # what is looked at below goes wrong on all processes or on none
     params = prunable(model, layers, include, exclude)
     if layer_by_layer:
         refuse(
@@ -550,7 +578,7 @@ def prune(
         ((_, far),) = sparsities_of(scheduled(list(params), schedule, 1), 1)
         if callable(far):
             raise ValueError(
-                f"layer_by_layer=True: {sparsity} reads the scores of all layers, which do not exist "
+                f"layer_by_layer=True: {named(sparsity)} reads the scores of all layers, which do not exist "
                 "together here. Allowed are numbers, and schedules that do not read scores. Give one."
             )
         size = sum(p.numel() for p in params.values())
@@ -563,8 +591,8 @@ def prune(
             return prune_in_order(model, params, there, far, *axes, next_masks, evidence)
     if update is not None:
         raise ValueError(
-            f"update: {update} needs what reaches a layer. Allowed with layer_by_layer=True and data. Give "
-            "both."
+            f"update: {named(update)} needs what reaches a layer. Allowed with layer_by_layer=True "
+            "and data. Give both."
         )
     allocate = allocate or allocation.global_rank
     wanted = asked(criterion).keys() | asked(allocate, 2).keys()
@@ -587,8 +615,8 @@ def prune(
 
 def _nothing_left(schedule: Schedule, size: int) -> ValueError:
     return ValueError(
-        f"sparsity: {schedule} leaves none of {size} weights, and one is needed. Nothing was pruned. Give a "
-        "schedule that leaves some."
+        f"sparsity: {named(schedule)} leaves none of {size} weights, and one is needed. Nothing was "
+        "pruned. Give a schedule that leaves some."
     )
 
 

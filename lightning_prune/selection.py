@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import final
 
+from lightning_prune.checks import named
 from lightning_prune.evidence import asked, call
 from lightning_prune.layers import Layout
 from lightning_prune.masks import Masks, count, integer
@@ -116,8 +117,8 @@ def select(
     keep = counts_by(allocate, ranked, budget, together=together, layouts=layouts, **evidence)
     if (given := sum(map(survivors, keep.values()))) != budget:
         raise ValueError(
-            f"allocate: {allocate} gave {given} survivors; allowed are the {budget} that were asked for. "
-            "Make its counts add up."
+            f"allocate: {named(allocate)} gave {given} survivors; allowed are the {budget} that "
+            "were asked for. Make its counts add up."
         )
     there = counted({name: count(candidates[name]) for name in ranked}, together)
     near, chosen = getattr(keep, "near", None), Masks()
@@ -145,8 +146,8 @@ def counts_by(allocate: Allocation, scores: Scores, budget: int, **evidence: Any
     keep = call(allocate, scores, budget, **evidence)
     if not isinstance(keep, Mapping) or keep.keys() != scores.keys():
         raise ValueError(
-            f"allocate: {allocate} gave {keep!r}; allowed are dicts of how many each of {', '.join(scores)} "
-            "keeps. Return one."
+            f"allocate: {named(allocate)} gave {keep!r}; allowed are dicts of how many each of "
+            f"{', '.join(scores)} keeps. Return one."
         )
     return keep
 
@@ -154,7 +155,7 @@ def counts_by(allocate: Allocation, scores: Scores, budget: int, **evidence: Any
 def _check_count(allocate: Allocation, name: str, keep: int, there: int) -> None:
     if keep > there:
         raise ValueError(
-            f"allocate: {allocate} gave {name} {keep} survivors; allowed are {there}, what it has "
+            f"allocate: {named(allocate)} gave {name} {keep} survivors; allowed are {there}, what it has "
             "alive. Cap its counts."
         )
 
@@ -167,14 +168,15 @@ def survivors(counts: int | Tensor) -> int:
 def _check_per_output(allocate: Allocation, name: str, keep: Tensor, there: Tensor) -> None:
     if keep.shape != there.shape or keep.is_floating_point() or keep.is_complex():
         raise ValueError(
-            f"allocate: {allocate} gave {name} counts of the shape {tuple(keep.shape)} and of {keep.dtype}; "
+            f"allocate: {named(allocate)} gave {name} counts of the shape {tuple(keep.shape)} and "
+            f"of {keep.dtype}; "
             f"allowed are whole numbers, one for each of its {len(there)} outputs. Give these, or one number."
         )
     if bool(((keep < 0) | (keep > there.to(keep.device))).any()):
         row = int(((keep < 0) | (keep > there.to(keep.device))).nonzero()[0])
         raise ValueError(
-            f"allocate: {allocate} gave output {row} of {name} {int(keep[row])} survivors; allowed are 0 to "
-            f"{int(there[row])}, what it has alive. Cap its counts."
+            f"allocate: {named(allocate)} gave output {row} of {name} {int(keep[row])} survivors; "
+            f"allowed are 0 to {int(there[row])}, what it has alive. Cap its counts."
         )
 
 
@@ -216,7 +218,8 @@ def check_together(allocate: Allocation, together: Together | None) -> None:
     """
     if together is not None and "together" not in asked(allocate, 2):
         raise ValueError(
-            f"allocate: {allocate} does not ask for `together`, so it cannot count over ranks that hold "
+            f"allocate: {named(allocate)} does not ask for `together`, so it cannot count over "
+            "ranks that hold "
             "parts of the tensors. Allowed are allocations with that keyword, such as `global_rank`. Use one."
         )
 

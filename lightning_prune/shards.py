@@ -11,10 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypeIs, final
+
+from lightning_prune.checks import check_alike
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -354,6 +357,35 @@ def _unfit(tensors: Mapping[str, Tensor]) -> Exception | None:
                 "and replicas. Make it one of them with its `redistribute`."
             )
     return None
+
+
+def check_given(arguments: Mapping[str, str]) -> None:
+    """Make sure that all processes make a call with the same arguments. All of them must call it.
+
+    Raises:
+        ValueError: on every process, naming those that differ.
+    """
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, dict(arguments))
+    check_alike(of_ranks)
+
+
+def in_words(tensors: Mapping[str, Any]) -> str:
+    """What tells apart other tensors of the same names; of shards where they lie, as each process has others.
+
+    >>> in_words({"w": torch.ones(2)}) == in_words({"w": torch.ones(2).bool()})
+    False
+    """
+    checksum = 0
+    for name, tensor in tensors.items():
+        said = f"{name} {type(tensor).__name__}"
+        if isinstance(tensor, Tensor):
+            said = f"{name} {tensor.dtype} {tuple(tensor.shape)} {getattr(tensor, 'placements', '')}"
+            if not is_sharded(tensor) and tensor.layout == torch.strided and not tensor.is_meta:
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                checksum = crc32(flat.view(torch.uint8).numpy().data, checksum)
+        checksum = crc32(said.encode(), checksum)
+    return f"{len(tensors)} tensors of the checksum {checksum:08x}"
 
 
 # ------------------------------------------------------------------------------------------ models of shards

@@ -284,7 +284,7 @@ def other_masks_on_every_rank(world, rank, folder):
     masks = {n: m for n, m in masks.items() if m.dim() > 1}
     try:
         return fit(pruning(masks=masks), model=model, world=world)
-    except RuntimeError as error:
+    except ValueError as error:
         return {"error": str(error)}
 
 

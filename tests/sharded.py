@@ -794,6 +794,38 @@ def stored(world, rank, folder):
 
 
 @run
+def given_otherwise(world, rank, folder):
+    """Each argument in turn is another one on each process."""
+    model, other = fsdp(linears()), bool(rank)
+    before = weights_of(model)
+
+    def own(params, generator):
+        return lp.criteria.magnitude(params)
+
+    masks = {n: torch.full(p.shape, other) for n, p in linears().named_parameters() if p.dim() > 1}
+    options = {
+        "sparsity": {"sparsity": 0.5 + 0.1 * rank},
+        "criterion": {"criterion": lp.criteria.Random(rank)},
+        "allocate": {"allocate": uniform if other else global_rank},
+        "granularity": {"granularity": lp.granularity.NM(1 + rank, 4)},
+        "exclude": {"exclude": ["0.*"] if other else None},
+        "layers": {"layers": ["Linear"] if other else ["Linear", "Conv1d"]},
+        "masks": {"masks": masks},
+        "initial": {"initial": {n: p + rank for n, p in before.items()}},
+        "loss": {"loss": mean if other else None},
+    }
+    words = {name: said(lambda o=option: lp.prune(model, **o)) for name, option in options.items()}
+    torch.manual_seed(rank)
+    words["torch.manual_seed"] = said(lambda: lp.prune(model, 0.5, own))
+    words["unchanged"] = same(weights_of(model), before)
+    masks = {"net.0.weight": torch.full((12, 8), other)}
+    for changed in ({"criterion": lp.criteria.Random(rank)}, {"rounds": 1 + rank}, {"masks": masks}):
+        words[f"fit {next(iter(changed))}"] = said(lambda o=changed: fit("fsdp", world, pruning=o))
+    words["fit to_step"] = said(lambda: fit("fsdp", world, to_step=rank))
+    return words
+
+
+@run
 def spoilt_files(world, rank, folder):
     """What processes hear where the first one cannot write, at the beginning, in the middle, after a fit."""
     state = dict(fsdp(linears()).state_dict())

@@ -23,7 +23,7 @@ from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_
 FAST = [
     *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
     *("stored", "drawn", "driven", "refused_fits", "tickets_of_gradients", "documented"),
-    *("gathered", "tickets_of_activations", "spoilt_files"),
+    *("gathered", "tickets_of_activations", "spoilt_files", "given_otherwise"),
 ]
 SLOW = [
     name for name in RUNS if name not in ("cases", "driven", "documented", "refused_fits", "resumed_from_two")
@@ -115,11 +115,11 @@ REFUSED = {
     "columns": "ValueError: granularity: NM(n=2, m=4) puts weights of 2.weight together",
     "run": "ValueError: criterion: SynFlow",
     "twice": "ValueError: criterion: GraSP",
-    "ranks": "ValueError: criterion: <function large_init_large_final",
+    "ranks": "ValueError: criterion: large_init_large_final ranks",
     "batches": "ValueError: batches: processes have 1, 2 of them",
     "summarize": "ValueError: summarize does not work on weights that are sharded",
     "schedule": "ValueError: schedule: it reads the scores",
-    "allocation": "ValueError: allocate: <function refused.<locals>.<lambda>",
+    "allocation": "ValueError: allocate: refused.<locals>.<lambda> does",
     "layer_by_layer": "ValueError: layer_by_layer=True does not work on weights that are sharded",
 }
 
@@ -129,6 +129,15 @@ def test_what_shards_cannot_do_is_refused_by_name(what, two):
     for rank in two["refused"]:
         assert rank[what].startswith(REFUSED[what])
         assert rank["unchanged"] is True
+
+
+def test_arguments_that_differ_between_processes_are_refused_by_name(two):
+    first, last = two["given_otherwise"]
+    assert first == last
+    assert first.pop("unchanged") is True
+    assert len(first) == 14
+    for name, words in first.items():
+        assert re.match(f"ValueError: {name.removeprefix('fit ')}: process 1 has .*and process 0 has ", words)
 
 
 def test_fits_that_shards_cannot_do_are_refused_by_name(two):

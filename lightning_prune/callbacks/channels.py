@@ -273,6 +273,10 @@ class StructuredChannelPruning(MaskedTraining):
             together(trainer, lambda: self._scores(trainer, pl_module, self.round + 1, batches=1))
 
     @override
+    def _given(self) -> dict[str, str]:
+        return {**super()._given(), "example_input": "any"}  # one of a process's own data is as good
+
+    @override
     def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         # A dead channel's weights get gradients, and their noise reaches living ones through a clipped norm.
         return True

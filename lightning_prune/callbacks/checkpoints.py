@@ -15,9 +15,11 @@ from typing_extensions import final, override
 
 from lightning_prune import folders
 from lightning_prune.callbacks import _lightning
+from lightning_prune.checks import named
 from lightning_prune.copies import gathered
 from lightning_prune.files import check_archive, is_archive, replacing
 from lightning_prune.masks import Masks, pack_one, unpack
+from lightning_prune.shards import in_words
 
 
 @final
@@ -153,6 +155,13 @@ def first_masks(given: str | Path | Mapping[str, Tensor] | None, params: Mapping
     if given == "zeros":
         return {name: p.detach() != 0 for name, p in params.items()}
     return dict(given) if isinstance(given, Mapping) else load_masks(given)
+
+
+def first_in_words(given: str | Path | Mapping[str, Tensor] | None) -> str:
+    """What `masks=` is, to be compared between processes, on each of which a file may have another name."""
+    if isinstance(given, Mapping):
+        return in_words(given)
+    return named(given) if given in (None, "zeros") else "a path"
 
 
 def load_masks(path: str | Path) -> Masks:

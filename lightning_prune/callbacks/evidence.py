@@ -19,6 +19,7 @@ from lightning_prune import rng
 from lightning_prune.callbacks import _lightning, generators
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.ranks import of_ranks, together
+from lightning_prune.checks import named
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
 from lightning_prune.shards import is_sharded, settle
@@ -34,7 +35,8 @@ def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
         needed := {"loss", "forward", "grads"} & asked(criterion).keys()
     ):
         raise ValueError(
-            f"criterion: {criterion} asks for {', '.join(sorted(needed))}, from training_step; that of "
+            f"criterion: {named(criterion)} asks for {', '.join(sorted(needed))}, from "
+            "training_step; that of "
             f"{type(pl_module).__name__} steps its optimizers itself (automatic_optimization=False). Allowed "
             "here are criteria of the weights alone. Use one of them."
         )

@@ -14,16 +14,15 @@ from typing_extensions import final, override
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast, EvenOutputs, may_empty
 from lightning_prune.callbacks import _lightning
-from lightning_prune.callbacks.checkpoints import first_masks
+from lightning_prune.callbacks.checkpoints import first_in_words, first_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.pruning import trained
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
 from lightning_prune.callbacks.rounds import Rounds
-from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import check_callable, check_takes, number, whole
+from lightning_prune.checks import check_callable, check_takes, named, number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import asked, mean_gradients
 from lightning_prune.granularity import NM, Granularity, single
@@ -470,6 +469,11 @@ class DynamicSparseTraining(MaskedTraining):
     @override
     def _settings(self) -> dict[str, Any]:
         return {"every_n_train_steps": self.every_n_train_steps, "until_step": self.until_step}
+
+    @override
+    def _given(self) -> dict[str, str]:
+        masks = first_in_words(self._start_from)
+        return {**super()._given(), "sparsity": named(self.target), "masks": masks}
 
     @override
     def _begun_with(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,12 +33,12 @@ from lightning_prune.callbacks.learning_rates import steps_per_epoch
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.networks import taken_up
 from lightning_prune.callbacks.patience import RoundPatience, exhausted
-from lightning_prune.callbacks.ranks import check_ranks, decided, decided_masks, together
+from lightning_prune.callbacks.ranks import check_arguments, check_ranks, decided, decided_masks, together
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
 from lightning_prune.callbacks.shortfall import ended_early, without_room
 from lightning_prune.callbacks.state import VERSION, check_begun, check_settings, check_version
-from lightning_prune.checks import check_path, whole, yes_or_no
+from lightning_prune.checks import check_path, named, whole, yes_or_no
 from lightning_prune.deploy import storage
 from lightning_prune.masks import Masks, alive, bits, pack_whole, unpack, zero_dead_
 from lightning_prune.shards import is_sharded, like, settle
@@ -270,6 +271,11 @@ class MaskedTraining(Callback, ABC):
         """What a resumed run must not change: plain values, kept in the checkpoint."""
         return {"every_n_epochs": self.every_n_epochs, "every_n_train_steps": self.every_n_train_steps}
 
+    def _given(self) -> dict[str, str]:
+        """The arguments in words, to be compared between processes; files may have another name on each."""
+        given = {name: named(getattr(self, name, None)) for name in signature(type(self)).parameters}
+        return {**given, "save_sparse": "None" if self.save_sparse is None else "a path"}
+
     def _begun_with(self) -> dict[str, str]:
         """What only the beginning of a fit reads, in words: it has no effect on a resumed run."""
         return {}
@@ -282,6 +288,7 @@ class MaskedTraining(Callback, ABC):
         if stage != "fit":
             return
         check_free(type(self).__name__, self._fit and self._fit.trainer, trainer)
+        check_arguments(trainer, self._given())
         if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
             self._fit.leave()
         self._interrupted = None
@@ -298,8 +305,7 @@ class MaskedTraining(Callback, ABC):
             check_path("save_sparse", self._sparse_path(trainer, self.save_sparse))
         fit.params = together(trainer, lambda: self._prepare(trainer, pl_module))
         if self.verify:
-            if not fit.sharded:  # else each process has a part
-                check_ranks(trainer, self.masks)
+            check_ranks(trainer, {name: m for name, m in self.masks.items() if not is_sharded(m)})
             advice = "Masks and weights of this checkpoint are not of one training; resume from another."
             found = doctor.awake(fit.params, self.masks, advice) if self.resumption else []
             together(trainer, lambda: doctor.report(found))

@@ -13,16 +13,15 @@ from typing_extensions import final, override
 from lightning_prune import allocation, criteria, doctor
 from lightning_prune.allocation import Allocation, may_empty
 from lightning_prune.callbacks import _lightning
-from lightning_prune.callbacks.checkpoints import first_masks
+from lightning_prune.callbacks.checkpoints import first_in_words, first_masks
 from lightning_prune.callbacks.evidence import check_run, evidence_of
 from lightning_prune.callbacks.following import following, look_like_copies
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.shortfall import cut_off, without_effect
-from lightning_prune.callbacks.state import named
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import by_name, check_callable, number, whole
+from lightning_prune.checks import by_name, check_callable, named, number, whole
 from lightning_prune.copies import copied
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import asked, runs_model
@@ -279,6 +278,10 @@ class IterativeMagnitudePruning(MaskedTraining):
             )
         else:
             log.info(f"{type(self).__name__}: {why} Name them in include= to prune them.")
+
+    @override
+    def _given(self) -> dict[str, str]:
+        return {**super()._given(), "masks": first_in_words(self._start_from)}
 
     @override
     def _begun_with(self) -> dict[str, str]:

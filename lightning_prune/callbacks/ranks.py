@@ -1,11 +1,12 @@
 """What the processes of a distributed training tell each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from torch import distributed
 
+from lightning_prune.checks import check_alike
 from lightning_prune.doctor import digest
 from lightning_prune.masks import Masks, pack, unpack
 
@@ -63,10 +64,21 @@ def together(trainer: Trainer, make: Callable[[], T]) -> T:
     if mine is not None:
         raise mine
     if (wrong := next((rank for rank, error in enumerate(failed) if error), None)) is not None:
-        raise RuntimeError(
-            f"rank {wrong} failed, and all ranks are needed. Look at its error: {failed[wrong]}"
-        )
+        raise RuntimeError(f"process {wrong} failed, and all are needed. Look at its error: {failed[wrong]}")
     return value
+
+
+def check_arguments(trainer: Trainer, given: Mapping[str, str]) -> None:
+    """Make sure that a callback has the same arguments on all processes, which take decisions by them.
+
+    Args:
+        trainer: of the fit.
+        given: the arguments in words, by name.
+
+    Raises:
+        ValueError: on every process, naming those that differ.
+    """
+    check_alike(of_ranks(trainer, dict(given)))
 
 
 def check_ranks(trainer: Trainer, masks: Masks) -> None:
@@ -80,7 +92,7 @@ def check_ranks(trainer: Trainer, masks: Masks) -> None:
     first, *others = of_ranks(trainer, digest(masks))
     if wrong := [rank for rank, other in enumerate(others, 1) if other != first]:
         raise RuntimeError(
-            f"masks differ between processes: those of rank {', '.join(map(str, wrong))} are not those of "
-            "rank 0. Give all the same masks=, change none in on_prune, and draw random numbers from the "
-            "`generator` that a criterion may ask for: all must come to the same."
+            f"masks differ between processes: those of process {', '.join(map(str, wrong))} are not those "
+            "of process 0. Give all the same masks=, change none in on_prune, and draw random "
+            "numbers from the `generator` that a criterion may ask for: all must come to the same."
         )

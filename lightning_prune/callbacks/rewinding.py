@@ -16,10 +16,11 @@ from lightning_prune.callbacks.fits import check_free
 from lightning_prune.callbacks.learning_rates import Rates, steps_per_epoch
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.one_round import OneRound
+from lightning_prune.callbacks.ranks import check_arguments
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
-from lightning_prune.callbacks.state import VERSION, check_settings, check_version, named
+from lightning_prune.callbacks.state import VERSION, check_settings, check_version
 from lightning_prune.callbacks.strategies import check_optimizers
-from lightning_prune.checks import check_callable, whole, yes_or_no
+from lightning_prune.checks import check_callable, named, whole, yes_or_no
 from lightning_prune.evidence import asked, call, check_asked
 from lightning_prune.masks import Masks, pack_whole, unpack
 from lightning_prune.rewind import EarlyBird, Policy, Snapshot, copied
@@ -124,6 +125,7 @@ class LotteryTicketRewind(Callback):
             self._limits.leave()
             self._limits = None
         check_free(type(self).__name__, self._trainer, trainer)
+        check_arguments(trainer, {name: named(value) for name, value in self._settings().items()})
         self._before, self._trainer = dict(vars(self)), trainer
         pruner = _pruner(trainer)
         check_callable("policy", self.policy, 1)

@@ -1,9 +1,6 @@
 """State: what is checked before a callback takes over what a checkpoint holds of it."""
 
-import dataclasses
-import functools
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from lightning_prune.callbacks.messages import warn
@@ -63,26 +60,3 @@ def check_begun(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
             f"{name}({key}={here[key]}) has no effect: ckpt_path= goes on with a fit that has begun with "
             f"{key}={there[key]}. Start another fit, without ckpt_path=, for it to have one."
         )
-
-
-def named(value: object) -> str:
-    """What a value is called, the same in every process: no address in memory is part of it.
-
-    >>> import functools
-    >>> from lightning_prune import allocation, rewind
-    >>> named(rewind.weights), named(functools.partial(pow, exp=2)), named(allocation.AtLeast(1))
-    ('weights', 'pow(exp=2)', 'AtLeast(n=1, of=global_rank)')
-    """
-    if isinstance(value, functools.partial):
-        given = [*map(named, value.args), *(f"{key}={named(v)}" for key, v in value.keywords.items())]
-        return f"{named(value.func)}({', '.join(given)})"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f"{field.name}={named(getattr(value, field.name))}" for field in dataclasses.fields(value)]
-        return f"{type(value).__qualname__}({', '.join(fields)})"
-    if isinstance(value, PurePath):
-        return repr(str(value))
-    if isinstance(value, Mapping):
-        return f"a mapping of {', '.join(map(str, value))}"
-    if (name := getattr(value, "__qualname__", None)) is not None:
-        return name
-    return type(value).__qualname__ if " at 0x" in repr(value) else repr(value)
