@@ -60,17 +60,27 @@ OmegaConf.register_new_resolver(
 )
 
 
-def updates(rounds: int, steps_per_round: int, every: int) -> int:
+def all_steps(rounds: int, steps_per_round: int | None) -> int | None:
+    """How many steps a training has; None of what is not trained.
+
+    >>> all_steps(4, 1500)
+    7500
+    """
+    return None if steps_per_round is None else (rounds + 1) * steps_per_round
+
+
+def updates(rounds: int, steps_per_round: int | None, every: int) -> int | None:
     """How many updates a training has whose masks grow for three quarters of its steps.
 
     >>> updates(0, 1500, 100)
     11
     """
-    return max(1, updates_before(int(0.75 * (rounds + 1) * steps_per_round), every))
+    steps = all_steps(rounds, steps_per_round)
+    return None if steps is None else max(1, updates_before(int(0.75 * steps), every))
 
 
 OmegaConf.register_new_resolver("updates", updates, replace=True)
-OmegaConf.register_new_resolver("all_steps", lambda rounds, steps: (rounds + 1) * steps, replace=True)
+OmegaConf.register_new_resolver("all_steps", all_steps, replace=True)
 OmegaConf.register_new_resolver("as_dense", as_dense, replace=True)
 
 
