@@ -35,7 +35,7 @@ GRID = [(e, axis, option) for e in EXPERIMENTS for axis, options in OPTIONS.item
 OPEN = {"rewind=step": "rewind.to_step", "rewind=epoch": "rewind.to_epoch", "data=npz": "data.path"}
 LONGER = {f"{kind}-{length}" for kind in ("rigl", "static") for length in ("5x", "equal")}
 GROWN = ({*OPTIONS["growth"]} & {*OPTIONS["kind"]}) | LONGER
-REMEDY = r"[Gg]ive|[Aa]llowed|[Cc]hoose|[Ll]eave"
+REMEDY = r"[Gg]ive|[Nn]ame some|[Aa]llowed|[Cc]hoose|[Ll]eave"
 
 
 def composed(*overrides):

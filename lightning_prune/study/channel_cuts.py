@@ -48,7 +48,7 @@ def sweep(cfg: DictConfig, folder: Path) -> None:
         with replacing(trained) as file:
             torch.save(task.state_dict(), file)
     x = test[0][0][: cfg.latency_batch]
-    some = batches.splits.train[0].split(cfg.batch_size)[: cfg.calibration_batches]
+    some = batches.splits.train[0].split(batches.batch_size)[: cfg.calibration_batches]
     levels = sorted({level for method in methods.values() for level in method.levels})
     for kind, method in methods.items():
         for level in method.levels:

@@ -13,7 +13,7 @@ from lightning_prune.study.names import FREE, PLACED
 
 # What the functions of this package read of a config by name. They read all else through these.
 READ = (
-    *("batches", "evaluate_every", "latency_batch", "methods", "monitor"),
+    *("batches", "calibration_batches", "evaluate_every", "latency_batch", "methods", "monitor"),
     *("oneshot", "order_seed", "pruner", "retraining", "retraining_steps", "rewind", "rounds", "run"),
     *("sparsities", "steps_per_round", "task", "threads", "trainer"),
 )
