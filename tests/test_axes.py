@@ -18,6 +18,7 @@ from lightning_prune.callbacks.checkpoints import load_masks
 from lightning_prune.callbacks.growing import DynamicSparseTraining
 from lightning_prune.callbacks.pruning import IterativeMagnitudePruning
 from lightning_prune.study import configs, training
+from lightning_prune.study.densities import at, steps_of
 from lightning_prune.study.records import read
 from lightning_prune.study.report import report
 from lightning_prune.study.round_masks import masks_of
@@ -291,6 +292,15 @@ def test_masks_grow_once_for_each_density_beside_the_rounds_of_a_ticket(experime
         assert sum(int(mask.sum()) for mask in masks[row["round"]].values()) == row["alive"]
         assert 1 - row["sparsity"] <= row["metrics"]["explored"] <= 1
     assert not list(folder.glob("round-*"))
+
+
+def test_a_training_whose_masks_grow_is_as_long_as_its_kind_says_and_so_is_its_schedule():
+    steps = {"rigl": [1500] * 4, "rigl-5x": [7500] * 4, "static-equal": [7500, 15_000, 30_000, 75_000]}
+    for kind, expected in steps.items():
+        cfg = composed("experiment=dst_mnist1d", f"kind={kind}", "task=one_cycle")
+        assert [*steps_of(cfg).values()] == expected
+        assert [at(cfg, k).task.scheduler.total_steps for k in steps_of(cfg)] == expected
+    assert composed("experiment=dst_mnist1d", "task=one_cycle").task.scheduler.total_steps == 1500
 
 
 def test_a_density_that_was_cut_short_goes_on_and_those_before_it_are_left_alone(tmp_path, monkeypatch):

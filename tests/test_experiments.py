@@ -290,6 +290,18 @@ def test_an_arrays_file_is_a_data_set():
     assert [len(y) for _, y in (few.train, few.val, few.test)] == [200, 100, 300]
 
 
+def test_images_become_smaller_by_means_of_their_pixels(tmp_path):
+    x = np.arange(12 * 3 * 4 * 4, dtype=np.float32).reshape(12, 3, 4, 4)
+    labels = np.zeros(12)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+    small = data.npz(str(tmp_path / "x.npz"), validation=2, pixels=2).test[0]
+    slow = x.reshape(12, 3, 2, 2, 2, 2).mean((3, 5))
+    torch.testing.assert_close(small, torch.from_numpy(slow))
+    for pixels in (3, 0, 8):
+        with pytest.raises(ValueError, match=rf"data\.pixels={pixels}: .*allowed are divisors"):
+            data.npz(str(tmp_path / "x.npz"), validation=2, pixels=pixels)
+
+
 def test_missing_data_names_the_path_and_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.root=.*Set data\.root to a folder"):
         data.mnist(str(tmp_path), download=False)

@@ -283,13 +283,15 @@ def trains_plainly(trainer: Trainer) -> bool:
     Then nobody has a hook within the step or round the transfer of a batch, and there is no mixed precision,
     clipping, accumulation or profiler.
     """
-    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    # Lightning sets these two without declaring them.
+    data, profiler = (getattr(trainer, name) for name in ("datamodule", "profiler"))
+    module = trainer.lightning_module
     return (
         module.automatic_optimization
         and type(trainer.strategy) is SingleDeviceStrategy
         and trainer.strategy.root_device.type == "cpu"
         and type(trainer.precision_plugin) is Precision
-        and type(trainer.profiler) is PassThroughProfiler  # type: ignore[attr-defined]
+        and type(profiler) is PassThroughProfiler
         and trainer.accumulate_grad_batches == 1
         and not trainer.gradient_clip_val
         and not lets_module_fetch(trainer)

@@ -161,7 +161,7 @@ def _alike(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     least = {
         name: min((state[each] for each in own), key=lambda tensor: tensor.numel())
         for own in names.values()
-        if len(own) > 1
+        if len({state[each].shape for each in own}) > 1
         for name in own
     }
     return state | least

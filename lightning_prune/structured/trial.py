@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_prune import rng
 from lightning_prune.masks import Masks
 from lightning_prune.structured.surgery import Cut, Prepared, smaller, within, zeroed
 from lightning_prune.structured.units import Couplings, cut_of, is_maker, out_dimension
@@ -255,7 +256,7 @@ def first_line(error: Exception) -> str:
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    torch.manual_seed(0)  # the generators are put back by the caller
+    rng.seed(0)  # the generators are put back by the caller
     found = tensors_in(run(model, example))
     return [(torch.view_as_real(t) if t.is_complex() else t).double() for t in found]
 
