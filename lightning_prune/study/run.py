@@ -60,13 +60,13 @@ OmegaConf.register_new_resolver(
 )
 
 
-def all_steps(rounds: int, steps_per_round: int | None) -> int | None:
-    """How many steps a training has; None of what is not trained.
+def schedule_steps(grows: str | None, rounds: int, steps_per_round: int | None) -> int | None:
+    """How long a learning rate schedule lasts: a round, or all of a training whose masks grow.
 
-    >>> all_steps(4, 1500)
-    7500
+    >>> schedule_steps(None, 4, 1500), schedule_steps("rigl", 4, 1500)
+    (1500, 7500)
     """
-    return None if steps_per_round is None else (rounds + 1) * steps_per_round
+    return (rounds + 1) * steps_per_round if grows and steps_per_round else steps_per_round
 
 
 def updates(rounds: int, steps_per_round: int | None, every: int) -> int | None:
@@ -75,12 +75,13 @@ def updates(rounds: int, steps_per_round: int | None, every: int) -> int | None:
     >>> updates(0, 1500, 100)
     11
     """
-    steps = all_steps(rounds, steps_per_round)
-    return None if steps is None else max(1, updates_before(int(0.75 * steps), every))
+    if steps_per_round is None:
+        return None  # nothing is trained
+    return max(1, updates_before(int(0.75 * (rounds + 1) * steps_per_round), every))
 
 
 OmegaConf.register_new_resolver("updates", updates, replace=True)
-OmegaConf.register_new_resolver("all_steps", all_steps, replace=True)
+OmegaConf.register_new_resolver("schedule_steps", schedule_steps, replace=True)
 OmegaConf.register_new_resolver("as_dense", as_dense, replace=True)
 
 
