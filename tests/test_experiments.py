@@ -652,6 +652,16 @@ def test_several_fractions_are_judged_by_the_worst():
     assert "25.0% left" in found.numbers
 
 
+def test_a_claim_names_the_kinds_that_were_not_run():
+    rows = [record("rigl", 1, 1, 0.1, acc=0.9)]
+    found = claims.Difference("c", "s", "acc", "rigl", [0.1, 0.05], 0.0, "set").check(rows)
+    assert (found.verdict, found.numbers) == ("undecided", "not run: set")
+    found = claims.Difference("c", "s", "acc", "granet", [0.1], 0.0, "set").check(rows)
+    assert found.numbers == "not run: granet, set"
+    found = claims.Difference("c", "s", "acc", "rigl", [0.5], 0.0).check(rows)
+    assert found.numbers == "no records at 50.0% left"
+
+
 def test_the_report_has_a_row_a_round_and_a_figure(runs, tmp_path, capsys):
     report.report(runs["ticket"].parent, out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()

@@ -600,6 +600,21 @@ def test_a_chart_of_one_dot_has_a_tick_that_says_the_value(value, shown):
     assert [text for text in written if text[0].isdigit()] == ["100", shown]
 
 
+def test_an_axis_of_fractions_ends_at_what_a_fraction_can_be():
+    rows = [{"kind": "ticket", "round": i, "x": i, "y": 0.5, "low": -0.4, "high": 1.2 - i} for i in (0, 1)]
+    x, y = figures.Axis("round"), figures.axis_of("test_acc", "accuracy")
+
+    def shown(rows):
+        chart = figures.lines(rows, ["ticket"], x, y, "accuracy").to_dict()
+        return [layer["encoding"]["y"]["scale"].get("domain") for layer in chart["layer"]]
+
+    assert set(map(tuple, shown(rows))) == {(0, 1)}
+    assert set(map(tuple, shown([{**rows[0], "high": 0.7}]))) == {(0, 0.7)}
+    assert set(shown([{**row, "low": 0.3, "high": 0.9 + row["x"] / 99} for row in rows])) == {None}
+    differences = [{**rows[0], "y": -0.2}, {**rows[1], "y": 0.1}]
+    assert set(shown(differences)) == {None}
+
+
 def test_seeds_are_what_means_are_taken_over_and_no_axis(swept, capsys):
     for key in ("seed", "order_seed"):
         with pytest.raises(SystemExit):

@@ -152,6 +152,10 @@ class Comparison(ABC):
         bound = self.at_least if self.at_most is None else self.at_most
         assert bound is not None
         source = cited(self.source, self.margin_from, bound != self._equal() or self.tolerance > 0)
+        ran = {r["kind"] for r in records}
+        absent = [kind for kind in (self.of, self.against) if kind is not None and kind not in ran]
+        if absent:
+            return Verdict(self.name, source, "undecided", f"not run: {', '.join(absent)}")
         found = [(*self._judged(*self._values(records, left), bound), left) for left in self.left]
         verdict, _, numbers, left = max(found) if self.at_one else min(found)
         if len(found) > 1:
@@ -265,7 +269,8 @@ class Ladder:
         ]
         source = cited(self.source, self.margin_from, True)
         if not off:
-            return Verdict(self.name, source, "undecided", "no records")
+            numbers = "not run" if self.of is None else f"not run: {self.of}"
+            return Verdict(self.name, source, "undecided", numbers)
         verdict = "held" if max(off) <= self.within else "not held"
         numbers = (
             f"largest deviation {max(off):.3%} over {len(off)} rounds (all of them count); claimed <= "

@@ -45,11 +45,11 @@ PALETTE = (
     "#008060",
     "#b0518d",
     "#9a6700",
-    "#3a8fc7",
     "#6e6e6e",
     "#882255",
     "#7a7a1f",
     "#6a51a3",
+    "#3a8fc7",
 )
 DARK = (
     "#4aa8e0",
@@ -57,11 +57,11 @@ DARK = (
     "#2ec99b",
     "#e39ac4",
     "#f0b429",
-    "#8fd0f5",
     "#a8a8a8",
     "#e0709c",
     "#c9c95a",
     "#ab98e0",
+    "#8fd0f5",
 )
 DIFFERENCES = (-80, -40, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40)  # ticks, in points
 HEIGHT, WIDTH = 240, 320
@@ -250,6 +250,7 @@ def lines(
     high = [row[key] for row in rows for key in ("y", "low", "high") if key in row]
     x = _apart(x, [row["x"] for row in rows])
     y = _apart(y, [*high, *beside, *([] if dense is None else [dense])])
+    y = _possible(y, [row["y"] for row in rows], high)
     inside, beyond = _split(rows, y.limits)
     base = alt.Chart(alt.Data(values=rows))
     where = {"x": alt.X("x:Q", **x.options())}
@@ -312,6 +313,20 @@ def lines(
         said = f"triangles lie beyond the axis, up to {furthest['y']:.3g} ({furthest['kind']})"
         return alt.layer(*layers, title=alt.TitleParams(text=title, subtitle=said), height=HEIGHT)
     return alt.layer(*layers, title=title, height=HEIGHT)
+
+
+def _possible(axis: Axis, means: Sequence[float], ends: Sequence[float]) -> Axis:
+    """The axis of a fraction, cut off at 0 and at 1 where only an interval goes on beyond them.
+
+    >>> _possible(Axis("accuracy", "~%"), [0.1, 0.6], [-0.3, 0.1, 0.6, 0.8]).limits
+    (0.0, 0.8)
+    """
+    impossible = min(ends, default=0.0) < 0 or max(ends, default=0.0) > 1
+    if axis.limits is not None or axis.format != "~%" or not impossible:
+        return axis
+    if min(means) < 0 or max(means) > 1:  # no fraction, but a difference of two
+        return axis
+    return replace(axis, limits=(max(0.0, min(ends)), min(1.0, max(ends))))
 
 
 def _apart(axis: Axis, values: Sequence[float]) -> Axis:
