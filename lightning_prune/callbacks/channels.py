@@ -48,7 +48,7 @@ from lightning_prune.structured.targets import (
     uses,
     with_shapes,
 )
-from lightning_prune.structured.trial import Through, as_input, kept_graphs, run
+from lightning_prune.structured.trial import Through, input_of, kept_graphs, run
 from lightning_prune.structured.units import (
     after,
     all_units,
@@ -330,7 +330,7 @@ class StructuredChannelPruning(MaskedTraining):
     def _examples(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         """Inputs to try: the one that is given, or else what a batch of training may be."""
         if self.example_input is not None:
-            return [as_input(self.example_input)]
+            return [input_of(pl_module, self.example_input)]
         if pl_module.example_input_array is not None:
             return [pl_module.example_input_array]
         trainer.fit_loop.setup_data()

@@ -33,14 +33,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     with undisturbed(model), torch.no_grad():
         model.eval()
         for norm in norms:
-            norm.reset_running_stats()
+            for name, tensor in list(norm.named_buffers(recurse=False)):
+                # not in place: an expanded tensor has one element for all, inference tensors are not written
+                fresh = torch.ones if name == "running_var" else torch.zeros
+                setattr(norm, name, fresh(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+                if name != "num_batches_tracked":
+                    found.append((tensor, norm.get_buffer(name)))
             norm.momentum, norm.training = None, True  # the average of all batches
         for batch in batches if norms else ():
             forward(model, batch)
-        for norm in norms:
-            for tensor in (norm.running_mean, norm.running_var):
-                assert tensor is not None
-                found.append((tensor, tensor.clone()))
     for tensor, value in found:
-        tensor.copy_(value)
+        if tensor.is_inference() or 0 in tensor.stride():
+            tensor.data = value
+        else:
+            tensor.copy_(value)
     return len(norms)

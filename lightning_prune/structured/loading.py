@@ -52,7 +52,8 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
     state = _alike(model, _renamed(state, model, path))
     state = _lying_as(model.state_dict(), state, path)
     reshape(model, state)
-    model.load_state_dict(state)
+    with torch.inference_mode(any(t.is_inference() for t in (*model.parameters(), *model.buffers()))):
+        model.load_state_dict(state)
     return model
 
 
@@ -199,6 +200,8 @@ def _prefixes(longer: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
 def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Give a full-size model the shapes of a cut one's `state_dict`; what the new tensors hold is undefined.
 
+    An expanded tensor, whose elements are one in memory, gets memory into which a `state_dict` can be loaded.
+
     >>> model = nn.Linear(3, 2)
     >>> reshape(model, {"weight": torch.zeros(2, 1)})
     >>> model
@@ -212,7 +215,7 @@ def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in own:
         there = state_dict.get(name)
-        if not isinstance(there, Tensor) or there.shape == tensor.shape:
+        if not isinstance(there, Tensor) or (there.shape == tensor.shape and not _is_expanded(tensor)):
             continue
         if there.dim() != tensor.dim() or any(a > b for a, b in zip(there.shape, tensor.shape, strict=True)):
             raise ValueError(
@@ -223,3 +226,7 @@ def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         layout = surgery.memory_format(tensor)
         new[id(tensor)] = (tensor, torch.empty_like(tensor.new_empty(there.shape), memory_format=layout))
     surgery.prepare(model, new, {}).commit()
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested and 0 in tensor.stride()

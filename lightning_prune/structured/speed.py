@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_prune.checks import number
 from lightning_prune.deploy.timing import ratio, settled, timed
 from lightning_prune.masks import Masks
 from lightning_prune.structured import surgery
 from lightning_prune.structured.targets import aim
-from lightning_prune.structured.trial import as_input, copied, run
+from lightning_prune.structured.trial import copied, input_of, run, runs_itself
 from lightning_prune.structured.units import Couplings, cut_of
 
 log = logging.getLogger(__name__)
@@ -92,9 +91,10 @@ def speed(model: nn.Module, example: Any, couplings: Couplings, left: Masks) -> 
         couplings: in the coordinates of the full-size network.
         left: the units that the model still has.
     """
-    device = next(model.parameters()).device
-    x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, as_input(example))
+    x = input_of(model, example)
     dense = full_size(model, cut_of(couplings, left))
+    with torch.inference_mode(), runs_itself(dense):
+        run(dense, x)
 
     @torch.inference_mode()
     def measure(units: Masks) -> float:

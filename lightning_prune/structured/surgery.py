@@ -42,12 +42,20 @@ class Prepared:
     def commit(self) -> None:
         for tensor, data, grad in self.tensors:
             tensor.grad = None  # one of the old shape would refuse the new data
-            tensor.data = data
+            tensor.data = _of_kind(data, tensor)
             tensor.grad = grad
         for module, values in self.attributes:
             for name, value in values.items():
                 setattr(module, name, value)
             forget(module)
+
+
+def _of_kind(data: Tensor, tensor: Tensor) -> Tensor:
+    """The data as an inference tensor where it is for one, else not as one: a mixture cannot be read."""
+    if data.is_inference() == tensor.is_inference():
+        return data
+    with torch.inference_mode(tensor.is_inference()):
+        return data.clone()
 
 
 def forget(module: nn.Module) -> None:
@@ -90,12 +98,13 @@ def cut(
     optimizers = list(optimizers)
     check_optimizers(optimizers)
     prepared: list[Prepared] = []
-    for module in (model, *copies):
-        kept = _kept(module, what)
-        new = {id(t): (t, _sliced(t, dims)) for t, dims in kept.values()}
-        grads = {id(t): _sliced(t.grad, dims) for t, dims in kept.values() if t.grad is not None}
-        prepared.append(prepare(module, new, grads))
-    states = _cut_states(optimizers, _kept(model, what))
+    with torch.inference_mode(False):  # or nobody could train what was cut in it
+        for module in (model, *copies):
+            kept = _kept(module, what)
+            new = {id(t): (t, _sliced(t, dims)) for t, dims in kept.values()}
+            grads = {id(t): _sliced(t.grad, dims) for t, dims in kept.values() if t.grad is not None}
+            prepared.append(prepare(module, new, grads))
+        states = _cut_states(optimizers, _kept(model, what))
     for ready in prepared:
         ready.commit()
     for state, values in states:

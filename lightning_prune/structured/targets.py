@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_prune.allocation import Allocation, AtLeast, global_rank
 from lightning_prune.checks import check_callable, number
@@ -21,7 +20,7 @@ from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Sparsity, budget, told
 from lightning_prune.selection import DEAD, Scores, keep_top, only, select
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import as_input, run
+from lightning_prune.structured.trial import input_of, run, runs_itself
 from lightning_prune.structured.units import (
     HEADS,
     Coupling,
@@ -225,10 +224,9 @@ def uses(model: nn.Module, example: Any, couplings: Couplings | None = None) -> 
         elements[name] = module.weight.numel()
 
     handles = [layer.register_forward_hook(count) for layer in layers]
-    device = next(model.parameters()).device
-    here = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, as_input(example))
+    here = input_of(model, example)
     try:
-        with torch.no_grad(), undisturbed(model):
+        with torch.no_grad(), undisturbed(model), runs_itself(model):
             model.eval()
             counts = all_multiply_adds(model, here, run)
     finally:

@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_prune import rng
+from lightning_prune.copies import put_back
 from lightning_prune.masks import Masks
 from lightning_prune.structured.surgery import Cut, Prepared, smaller, within, zeroed
 from lightning_prune.structured.units import Couplings, cut_of, is_maker, out_dimension
@@ -66,21 +67,25 @@ def _uncompiled(copy: nn.Module) -> nn.Module:
 
 def kept_graphs(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Tensors with a graph that modules keep, as attributes or in lists and dicts, and the names of these."""
-    return [
-        (f"{name}.{attribute}".lstrip("."), t)
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if isinstance(value, (Tensor, list, tuple, dict)) and attribute[:1] != "_"
-        for t in tree_flatten(value)[0]
-        if isinstance(t, Tensor) and not t.is_leaf
-    ]
+    return [(name, t) for name, t in _attributes(model) if not t.is_leaf]
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules keep as attributes or in lists and dicts, and the names of these."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, (Tensor, list, tuple, dict)) and attribute[:1] != "_":
+                for t in tree_flatten(value)[0]:
+                    if isinstance(t, Tensor):
+                        yield f"{name}.{attribute}".lstrip("."), t
 
 
 def synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
     """A copy in full precision, all of it trained, with random weights; and the example to go with it.
 
     Weights are drawn anew, so that no zero or saturated one hides an error: from a pool, as many random
-    numbers take longer than all else here. Its size is a prime, so that no two filters are alike.
+    numbers take longer than all else here. Its size is a prime, so that no two filters are alike. The example
+    of a model in another precision is one for which forward's own casts are to full precision, too.
     """
     pool, start = torch.rand(POOL, generator=torch.Generator().manual_seed(0)), 0
 
@@ -107,15 +112,19 @@ def synthetic(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
             draw(new[id(p)], -bound, bound)
         else:
             draw(new[id(p)], *((0.5, 1.5) if name.endswith("weight") else (-0.2, 0.2)))
-    drawn = copied(model, new).float()
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            new[id(buffer)] = torch.empty(buffer.shape, device=buffer.device)
+            draw(new[id(buffer)], *((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
+    own = (*model.parameters(), *model.buffers(), *(t for _, t in _attributes(model)))
+    others = [t for t in own if t.is_floating_point() and t.dtype != torch.float32]
+    kept = {id(t): t.detach().float() for t in others if not isinstance(t, nn.Parameter)}
+    drawn = copied(model, {**kept, **new}).float()
     for p in drawn.parameters():
         p.requires_grad_(p.is_floating_point())
-    for name, buffer in drawn.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            draw(buffer, *((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
     device = next(drawn.parameters()).device
     here = tree_map(lambda t: t.detach().to(device) if isinstance(t, Tensor) else t, example)
-    return drawn, _floating(here, torch.float32)
+    return drawn, InOneDtype(here, torch.float32) if others else _floating(here, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------ running it
@@ -130,8 +139,7 @@ def as_input(example: Any) -> Any:
     Raises:
         ValueError: when a size in a shape is below 1.
     """
-    is_shape = isinstance(example, Sequence) and len(example) > 0 and not isinstance(example, str)
-    if not is_shape or not all(isinstance(size, int) for size in example):
+    if not _is_shape(example):
         return example
     sizes = [int(size) for size in example]
     if min(sizes) < 1:
@@ -140,6 +148,39 @@ def as_input(example: Any) -> Any:
             "batch, such as [2, 3, 32, 32]."
         )
     return torch.rand(sizes, generator=torch.Generator().manual_seed(0))
+
+
+def _is_shape(example: Any) -> bool:
+    is_one = isinstance(example, Sequence) and len(example) > 0 and not isinstance(example, str)
+    return is_one and all(isinstance(size, int) for size in example)
+
+
+def input_of(model: nn.Module, example: Any) -> Any:
+    """An example input on the model's device; where a shape is given, numbers of the precision of its weights.
+
+    >>> input_of(nn.Linear(4, 2).half(), [3, 4]).dtype
+    torch.float16
+    """
+    first = next(model.parameters())
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    here = _floating(as_input(example), dtype) if _is_shape(example) else example
+    return tree_map(lambda t: t.to(first.device) if isinstance(t, Tensor) else t, here)
+
+
+@contextmanager
+def runs_itself(model: nn.Module) -> Generator[None, None, None]:
+    """Inside, a model runs itself, not a copy in full precision; an error is one of the example input.
+
+    Raises:
+        ValueError: when it does not run.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a forward raises
+        raise ValueError(
+            f"example_input: {type(model).__name__} does not run on it ({first_line(error)}). Allowed is what "
+            "its forward takes, in the precision of its weights. Give that, or a shape."
+        ) from error
 
 
 class Through(NamedTuple):
@@ -152,8 +193,18 @@ class Through(NamedTuple):
     batch: Any
 
 
+class InOneDtype(NamedTuple):
+    """An example for a copy of another precision than its model's: where forward casts, it casts to that."""
+
+    example: Any
+    dtype: torch.dtype
+
+
 def run(model: nn.Module, example: Any, training: bool = False) -> Any:
     """Run the model; in training its branches are those of training, its layers still those of evaluation."""
+    if isinstance(example, InOneDtype):
+        with _Casts(example.dtype):
+            return run(model, _floating(example.example, example.dtype), training)
     training = training or isinstance(example, Through)
     for module in model.modules():
         module.training = training and any(True for _ in module.children())
@@ -186,6 +237,27 @@ class _WithoutDropout(TorchFunctionMode):
         elif "dropout" in name and (args or "input" in kwargs):
             return args[0] if args else kwargs["input"]
         return func(*args, **kwargs)
+
+
+class _Casts(TorchFunctionMode):
+    """Whatever dtype of floats a function is asked for, it gives this one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("half", "bfloat16", "float", "double"):
+            func, args = Tensor.to, (args[0], self.dtype)
+        out = func(*map(self._mine, args), **{key: self._mine(v) for key, v in (kwargs or {}).items()})
+        is_new = isinstance(out, Tensor) and name != "__get__" and not name.endswith("_")
+        return out.to(self.dtype) if is_new and out.is_floating_point() else out
+
+    def _mine(self, value: Any) -> Any:
+        return self.dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 def tensors_in(output: Any) -> list[Tensor]:
@@ -327,7 +399,7 @@ class _Trials:
                 if own[name] is not value:
                     own[name] = _plain_copy(value)
         for buffer, before in self._buffers:
-            buffer.copy_(before)
+            put_back(buffer, before)
 
     def fails(self, couplings: Couplings) -> tuple[str, set[str]]:
         """Why the network fails without some of the units, or nothing; and the module where it goes wrong."""
@@ -360,8 +432,7 @@ class _Trials:
             rounded = far < ROUNDING or not suspects  # which may decide what is selected after the last layer
             if rounded and next(self.model.parameters()).dtype != torch.float64:
                 with suppress(Exception):
-                    exact = _floating(self.example, torch.float64)
-                    return _Trials(copied(self.model).double(), exact).fails(couplings)
+                    return _Trials(copied(self.model).double(), _exact(self.example)).fails(couplings)
             return "a network without some of them is not that in which they are zero", suspects
         return self._in_training(ready), set()
 
@@ -449,6 +520,10 @@ def _part(name: str, units: int) -> int:
 def _floating(example: Any, dtype: torch.dtype) -> Any:
     of = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
     return tree_map(of, example)
+
+
+def _exact(example: Any) -> InOneDtype:
+    return InOneDtype(example.example if isinstance(example, InOneDtype) else example, torch.float64)
 
 
 def _relative(want: list[Tensor], got: list[Tensor]) -> float:
