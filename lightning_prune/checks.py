@@ -95,7 +95,7 @@ def check_callable(name: str, given: object, takes: int) -> None:
     """
     if isinstance(given, type):
         raise ValueError(
-            f"{name}={given.__name__}: a class is given; allowed are its instances. Give {given.__name__}()."
+            f"{name}={given.__name__}: a class is given; allowed are its instances. Give {_instance(given)}."
         )
     if not callable(given):
         raise ValueError(
@@ -104,6 +104,23 @@ def check_callable(name: str, given: object, takes: int) -> None:
             "from a Hydra config with `_target_: hydra.utils.get_method`."
         )
     check_takes(name, given, takes)
+
+
+def _instance(kind: type) -> str:
+    """How an instance of a class is made, with the arguments that it must have.
+
+    >>> from lightning_prune import filters, schedules
+    >>> _instance(filters.Smaller), _instance(schedules.Geometric)
+    ('Smaller(bytes)', 'Geometric()')
+    """
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except ValueError:  # as of some builtins
+        return f"{kind.__name__}()"
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return f"{kind.__name__}({', '.join(needed)})"
 
 
 def check_takes(name: str, function: Callable[..., object], takes: int) -> None:

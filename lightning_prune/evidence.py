@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune import rng
+from lightning_prune.checks import named
 from lightning_prune.copies import remember
 from lightning_prune.shards import is_sharded, like, settle
 
@@ -99,7 +100,7 @@ def call(function: Callable[..., Any], *args: Any, **evidence: Any) -> Any:
     Raises:
         ValueError: when it must have something that is not there.
     """
-    who, wanted = getattr(function, "__name__", repr(function)), asked(function, len(args))
+    who, wanted = named(function), asked(function, len(args))
     check_asked(who, function, len(args))
     for name, needed in wanted.items():
         if needed and evidence.get(name) is None:

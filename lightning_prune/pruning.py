@@ -14,7 +14,16 @@ from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
 from lightning_prune.checks import check_callable, check_takes, named, number
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import OF_A_RUN, asked, call, mean_gradients, parameters_of, run, undisturbed
+from lightning_prune.evidence import (
+    OF_A_RUN,
+    asked,
+    call,
+    check_asked,
+    mean_gradients,
+    parameters_of,
+    run,
+    undisturbed,
+)
 from lightning_prune.granularity import Granularity, single, within_outputs
 from lightning_prune.granularity import units as units_of
 from lightning_prune.layers import LAYERS, Layout, layouts, matching, prunable
@@ -41,38 +50,52 @@ Scheduled = list[tuple[list[str], Schedule]]  # names of weights, and the schedu
 Sparsity = float | Callable[..., float]
 
 
-def check_schedule(schedule: Schedule, rounds: int) -> None:
+def by_argument(schedule: Schedule | Mapping[str, Schedule]) -> dict[str, Schedule]:
+    """Schedules by the argument that gives them: one for all, or one for each pattern.
+
+    >>> by_argument(max), by_argument({"*": max})
+    ({'schedule': <built-in function max>}, {"schedule['*']": <built-in function max>})
+    """
+    if isinstance(schedule, Mapping):
+        return {f"schedule[{pattern!r}]": one for pattern, one in schedule.items()}
+    return {"schedule": schedule}
+
+
+def check_schedule(schedule: Schedule, rounds: int, argument: str = "schedule") -> None:
     """Refuse a schedule that leaves [0, 1), or falls, within these rounds.
+
+    Args:
+        schedule: given.
+        rounds: from 0 to this one.
+        argument: that gives it.
 
     Raises:
         ValueError: then.
     """
     if isinstance(schedule, type):
-        raise ValueError(
-            f"schedule={schedule.__name__}: a class is given; allowed are its instances. Give "
-            f"{schedule.__name__}()."
-        )
+        check_callable(argument, schedule, 1)
     if not callable(schedule):
         raise ValueError(
-            f"schedule: {schedule!r} is given; allowed are callables round -> sparsity. "
+            f"{argument}: {schedule!r} is given; allowed are callables round -> sparsity. "
             "Give one of lightning_prune.schedules; from a Hydra config set `_convert_: all` beside "
             "the callback's `_target_`."
         )
-    check_takes("schedule", schedule, 1)
+    check_takes(argument, schedule, 1)
+    schedule = told(schedule, rounds)
+    check_asked(f"{argument}={named(schedule)}", schedule, 1)
     if asked(schedule):
         return  # it reads the scores, and there are none yet
-    schedule = told(schedule, rounds)
     reached = 0.0
     for r in range(rounds + 1):
-        sparsity = sparsity_in(schedule, r)
+        sparsity = sparsity_in(schedule, r, argument)
         if not 0 <= sparsity < 1:
             raise ValueError(
-                f"schedule: {named(schedule)} gives sparsity {sparsity} in round {r}; "
+                f"{argument}: {named(schedule)} gives sparsity {sparsity} in round {r}; "
                 "allowed is from 0 up to, and not including, 1. Change the schedule, or rounds."
             )
         if sparsity < reached:
             raise ValueError(
-                f"schedule: {named(schedule)} falls from sparsity {reached} to {sparsity} in round {r}; "
+                f"{argument}: {named(schedule)} falls from sparsity {reached} to {sparsity} in round {r}; "
                 "allowed is one that does not fall, as masks only shrink. Change it, or rounds."
             )
         reached = sparsity

@@ -80,9 +80,10 @@ def test_rates_outside_0_and_1(rate):
         ({"schedule": lambda r: -0.1}, r"schedule: .* gives sparsity -0.1 in round 0; allowed"),
         ({"schedule": lambda r: float("nan")}, r"schedule: .* gives sparsity nan in round 0; allowed"),
         ({"schedule": lambda r: 0.5 - r / 10}, r"schedule: .* falls from sparsity 0.5 to 0.4 in round 1"),
-        ({"schedule": {"*": lambda r: r / 2}}, r"schedule: .* gives sparsity 1.0 in round 2"),
+        ({"schedule": {"*": lambda r: r / 2}}, r"schedule\['\*'\]: .* gives sparsity 1.0 in round 2"),
         ({"schedule": 0.5}, r"schedule: 0.5 is given; allowed are callables"),
-        ({"schedule": {"*": 0.5}}, r"schedule: 0.5 is given; allowed are callables"),
+        ({"schedule": lambda r, x: 0.5}, r"schedule=.* asks for `x`, which nobody has; allowed are"),
+        ({"schedule": {"*": 0.5}}, r"schedule\['\*'\]: 0.5 is given; allowed are callables"),
     ],
     ids=in_words,
 )

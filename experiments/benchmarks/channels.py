@@ -6,10 +6,8 @@
 import argparse
 import logging
 import warnings
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from importlib.util import find_spec
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,10 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 import lightning_prune as lp
-from experiments.benchmarks import architectures
 from experiments.benchmarks.step import Task
 from lightning_prune.deploy.timing import alternated, low, machine, ratio, seconds, timed
-from lightning_prune.structured.trial import run
 from lightning_prune.study.channel_cuts import torch_pruning
 from lightning_prune.study.models import ResNet20
 
@@ -115,54 +111,6 @@ def half_width(rounds: int) -> None:
     print(f"  {shown}: {ratio(times['dense'], times['cut'])} as fast (aim: 2.5x)")
 
 
-def bert() -> tuple[nn.Module, Any]:
-    """Four layers of half of BERT-base's width, and sequences of 128 words."""
-    from transformers import BertConfig, BertModel
-
-    sizes: dict[str, Any] = {
-        "hidden_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "intermediate_size": 1536,
-    }
-    return BertModel(BertConfig(**sizes)), {"input_ids": torch.randint(0, 30000, (4, 128))}
-
-
-def networks() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
-    """What users have, as far as its library is installed."""
-    import timm
-
-    found: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-        "BERT": bert,
-        "ResNet-18": lambda: (timm.create_model("resnet18"), torch.rand(4, 3, 128, 128)),
-        "ResNet-50 with group normalization": lambda: (
-            timm.create_model("resnet50_gn"),
-            torch.rand(4, 3, 128, 128),
-        ),
-    }
-    others = architectures.models()
-    if find_spec("diffusers"):
-        found["diffusion UNet"] = others["diffusers UNet2DModel"]
-    if find_spec("ultralytics"):
-        found["YOLOv8n"] = others["ultralytics yolov8n"]
-    return found
-
-
-def narrower(rounds: int) -> None:
-    """Other people's networks without half of their channels, against dense."""
-    for name, make in networks().items():
-        dense, x = make()
-        net = deepcopy(dense.eval())
-        lp.prune_channels(net, 0.5, x)
-        with torch.inference_mode():
-            works = {
-                key: timed(partial(run, network, x)) for key, network in (("dense", dense), ("cut", net))
-            }
-            times = alternated(works, rounds, at_least=2, warm_up=2)
-        left = sum(p.numel() for p in net.parameters()) / sum(p.numel() for p in dense.parameters())
-        print(f"{name}: {left:.0%} of the parameters, {ratio(times['dense'], times['cut'])} as fast")
-
-
 def shrinking(batches: int) -> None:
     """The steps of each epoch of a ResNet-20 that loses a quarter of its channels after each."""
     watch, schedule = EpochSteps(), lp.schedules.Linear(sparsity=0.75, rounds=3)
@@ -186,7 +134,6 @@ def main() -> None:
     for name, aim in (("resnet50", 2), ("mixnet_s", 5), ("skresnet18", 5)):
         plan_and_cut(name, aim, rounds)
     half_width(rounds)
-    narrower(rounds)
     shrinking(rounds)
 
 

@@ -26,11 +26,11 @@ from lightning_prune.callbacks.ranks import decided, together
 from lightning_prune.callbacks.rounds import Rounds
 from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import by_name, check_callable, number, whole
+from lightning_prune.checks import by_name, check_callable, named, number, whole
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import asked, inputs, runs_model, undisturbed
+from lightning_prune.evidence import inputs, runs_model, undisturbed
 from lightning_prune.masks import Masks
-from lightning_prune.pruning import check_schedule, scheduled, sparsities_of
+from lightning_prune.pruning import by_argument, check_schedule, scheduled, sparsities_of
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.selection import Scores
 from lightning_prune.structured import Couplings, cut, cut_of, discover
@@ -41,12 +41,15 @@ from lightning_prune.structured.speed import speed
 from lightning_prune.structured.surgery import Site, check_optimizers, in_a_graph
 from lightning_prune.structured.targets import (
     Quantity,
+    Wanted,
     check_widths,
     cost,
     held,
+    memories,
     next_units,
     uses,
     with_shapes,
+    without_measuring,
 )
 from lightning_prune.structured.trial import Through, input_of, kept_graphs, run
 from lightning_prune.structured.units import (
@@ -72,13 +75,16 @@ class StructuredChannelPruning(MaskedTraining):
     cut when the fit ends; with `remove="each_round"` they are cut as a round begins, from the model, the
     optimizers, the averaged weights of `WeightAveraging` and the snapshot of `LotteryTicketRewind`.
     Parameters keep their identity. A checkpoint resumes with the same command, whatever its shapes;
-    `lightning_prune.load_pruned` loads it anywhere.
+    `lightning_prune.load_pruned` loads it anywhere. Planning runs copies of the module, and on these the
+    forward hooks that are registered on it.
 
     Args:
         schedule: round (and scores of units) -> fraction of channels removed, by default `OneShot(0.3)`; or a
             dict {pattern over weight names: schedule}. `filters.Removed(schedule)` is a target on parameters
             or multiply-adds instead, `filters.Smaller(5_000_000)` one on the bytes of the weights, and
-            `filters.Faster(2.0)` one on the measured speed on the example input.
+            `filters.Faster(2.0)` one on the measured speed on the example input. Of several patterns each
+            `Removed` counts what its own channels remove of the whole network; `Smaller` and `Faster` are of
+            the whole network, and each goes on from what the patterns before it leave.
         rounds: number of prunings, 0 or more.
         every_n_epochs: length of a round in epochs.
         criterion: which channels: the mean of these scores over the weights that make a channel (`magnitude`:
@@ -166,9 +172,9 @@ class StructuredChannelPruning(MaskedTraining):
             key={},
         )
         self.schedule = OneShot(0.3) if schedule is None else schedule
-        for one in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
-            check_schedule(one, rounds)
-            if said := cut_off(one, rounds):
+        for argument, one in by_argument(self.schedule).items():
+            check_schedule(one, rounds, argument)
+            if said := cut_off(one, rounds, argument):
                 warn(said)
         check_callable("criterion", criterion, 1)
         check_callable("allocate", allocate, 2)
@@ -188,6 +194,7 @@ class StructuredChannelPruning(MaskedTraining):
         self._left: Masks = {}  # the units that are still in the network
         self._uses: dict[str | Site, float] = {}  # of each weight's elements in a forward pass
         self._measure: Callable[[Masks], float] | None = None  # the speed, in the round that begins
+        self._idle: set[str] = set()  # arguments of which it was said that nothing goes
         self._hooks: list[Any] = []
 
     @property
@@ -258,14 +265,11 @@ class StructuredChannelPruning(MaskedTraining):
         criterion = criteria.magnitude if runs_model(self.criterion) else self.criterion
         params = parameters(here, pl_module)
         found = unit_scores(here, criterion, params, masks=self.masks, generator=generator)
+        self._idle = set()
         for round in dict.fromkeys((self.round + 1, self.rounds)):
-            sparsities = [
-                (names, s)
-                for names, s in self._sparsities(round)
-                if not (callable(s) and "faster" in asked(s, 0))
-            ]
             if round <= self.rounds:
-                self._drawn_of(trainer, pl_module, found, sparsities)
+                sparsities = without_measuring(self._sparsities(round))
+                self._drawn_of(trainer, pl_module, found, sparsities, says=round == self.rounds)
 
     @override
     def _try(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -369,17 +373,20 @@ class StructuredChannelPruning(MaskedTraining):
 
     @override
     def _begins_pruned(self) -> bool:
-        return any(callable(sparsity) or sparsity for _, sparsity in self._sparsities(0))
+        return any(callable(wanted.sparsity) or wanted.sparsity for wanted in self._sparsities(0))
 
-    def _sparsities(self, round: int) -> list[tuple[list[str], Any]]:
+    def _sparsities(self, round: int) -> list[Wanted]:
         """The couplings of each schedule, with what it says of a round."""
-        return sparsities_of(scheduled(list(self._couplings), self.schedule, self.rounds), round)
+        groups = scheduled(list(self._couplings), self.schedule, self.rounds)
+        arguments = by_argument(self.schedule) if isinstance(self.schedule, dict) else [""]
+        wanted = zip(sparsities_of(groups, round), arguments, strict=True)
+        return [Wanted(names, sparsity, argument) for (names, sparsity), argument in wanted]
 
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
         found = self._scores(trainer, pl_module, round, self.score_batches)
         self._measure = None
-        return self._drawn_of(trainer, pl_module, found, self._sparsities(round))
+        return self._drawn_of(trainer, pl_module, found, self._sparsities(round), says=round == self.rounds)
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule, round: int, batches: int) -> Scores:
         """Those of the units left. A criterion that reads data gets so many batches from each rank."""
@@ -394,9 +401,10 @@ class StructuredChannelPruning(MaskedTraining):
         trainer: Trainer,
         pl_module: LightningModule,
         found: Scores,
-        sparsities: Sequence[tuple[list[str], Any]],
+        sparsities: Sequence[Wanted],
+        says: bool,
     ) -> Masks:
-        """The units of a round, by the scores of those that are left."""
+        """The units of a round, by the scores of those left; it may say which schedule takes none."""
         scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
@@ -410,7 +418,15 @@ class StructuredChannelPruning(MaskedTraining):
             self.at_least,
             partial(self._cost, trainer, pl_module),
             partial(self._speed, trainer, pl_module),
+            self._say_that_nothing_goes if says else None,
         )
+
+    def _say_that_nothing_goes(self, argument: str, said: str) -> None:
+        """Say once in a fit that a schedule has no effect, not even in the last round."""
+        if argument not in self._idle:
+            schedule = by_argument(self.schedule)[argument or "schedule"]
+            warn(f"{argument or 'schedule'}={named(schedule)}: {said}. Ask for more, or leave it out.")
+        self._idle.add(argument)
 
     @override
     def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:
@@ -441,6 +457,7 @@ class StructuredChannelPruning(MaskedTraining):
     def _cost(self, trainer: Trainer, pl_module: LightningModule, units: Masks, of: Quantity) -> float:
         """Parameters, multiply-adds or bytes of the network with these units."""
         own = held(pl_module, of)
+        taken = memories(pl_module) if of == "bytes" else ()
         shapes: dict[str | Site, list[int]] = {name: list(t.shape) for name, (t, _) in own.items()}
         if of == "multiply_adds" and not self._uses:
             self._uses = uses(pl_module, self._example(trainer, pl_module), self._here())
@@ -449,7 +466,7 @@ class StructuredChannelPruning(MaskedTraining):
                 shapes[name][site[2]] += len(gone)  # as it was in the full-size network
         counts: dict[str | Site, float] = {name: count for name, (_, count) in own.items()}
         often = self._uses if of == "multiply_adds" else counts
-        return cost(self._couplings, units, with_shapes(often, shapes, self._couplings))
+        return cost(self._couplings, units, with_shapes(often, shapes, self._couplings), taken)
 
     def _speed(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> float:
         """How many times as fast the network is with these units, as the first process measures it."""

@@ -513,26 +513,26 @@ def _check_granularity(
         return
     if not isinstance(granularity, (NM, FanIn)):
         raise ValueError(
-            f"granularity={granularity!r}: allowed here are single, NM and growth.FanIn, within which "
+            f"granularity={named(granularity)}: allowed here are single, NM and growth.FanIn, within which "
             "connections are exchanged. Give one of them, such as growth.FanIn()."
         )
     if callable(sparsity):
         raise ValueError(
-            f"sparsity={sparsity}, granularity={granularity}: its masks stay as sparse as they are, and "
-            "allowed is a number. Give one, such as 0.9."
+            f"sparsity={named(sparsity)}, granularity={named(granularity)}: its masks stay as sparse as they "
+            "are, and allowed is a number. Give one, such as 0.9."
         )
     if not isinstance(granularity, NM):
         return
     of_pattern = 1 - granularity.n / granularity.m
     if abs(sparsity - of_pattern) > 1e-9 and not begins_with_masks:
         raise ValueError(
-            f"sparsity={sparsity}, granularity={granularity}: this pattern is as sparse as it is, and "
+            f"sparsity={sparsity}, granularity={named(granularity)}: this pattern is as sparse as it is, and "
             f"allowed is {of_pattern:g}. Give that, or another pattern."
         )
     if allocate is not allocation.erk:
         raise ValueError(
-            f"allocate={allocate}, granularity={granularity}: the pattern says how many are alive where, and "
-            "no allocation is allowed beside it. Leave it out, or give growth.FanIn()."
+            f"allocate={named(allocate)}, granularity={named(granularity)}: the pattern says how many are "
+            "alive where, and no allocation is allowed beside it. Leave it out, or give growth.FanIn()."
         )
 
 

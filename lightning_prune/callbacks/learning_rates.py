@@ -13,6 +13,7 @@ from torch import Tensor, optim
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_prune.callbacks.messages import warn
+from lightning_prune.checks import named
 
 Rates = list[list[dict[str, Any]]]  # of each optimizer's groups: all of their settings
 
@@ -49,7 +50,7 @@ def check_held(trainer: Trainer, policy: Any) -> None:
     """
     if trainer.lr_scheduler_configs and not trainer.lightning_module.automatic_optimization:
         raise ValueError(
-            f"policy={policy}: it holds the learning rates, and "
+            f"policy={named(policy)}: it holds the learning rates, and "
             f"{type(trainer.lightning_module).__name__} steps its schedulers itself "
             "(automatic_optimization=False). Allowed are modules without schedulers, or with automatic "
             "optimization. Use one of these, or another policy."

@@ -32,6 +32,7 @@ from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import (
     Sparsity,
     budget,
+    by_argument,
     check_schedule,
     check_shards,
     next_masks,
@@ -156,9 +157,9 @@ class IterativeMagnitudePruning(MaskedTraining):
         for metric, lowest in (stop_below or {}).items():
             number(f"stop_below[{metric!r}]", lowest, "are numbers, such as 0.9", lambda v: v == v)
         self.schedule = dict(schedule) if isinstance(schedule, Mapping) else schedule or Geometric(0.2)
-        for one in self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]:
-            check_schedule(one, rounds)
-            if said := cut_off(one, rounds):
+        for argument, one in by_argument(self.schedule).items():
+            check_schedule(one, rounds, argument)
+            if said := cut_off(one, rounds, argument):
                 warn(said)
         for name, function, takes in (
             ("criterion", criterion, 1),

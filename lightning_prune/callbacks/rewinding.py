@@ -378,8 +378,8 @@ class LotteryTicketRewind(Callback):
         state = call(self.policy, self.snapshot, final=final)
         if not isinstance(state, Snapshot):
             raise ValueError(
-                f"policy={self.policy!r}: it returned {state!r}; allowed are snapshots. Return the one that "
-                "it was called with, or a changed copy."
+                f"policy={named(self.policy)}: it returned {state!r}; allowed are snapshots. Return the one "
+                "that it was called with, or a changed copy."
             )
         state.restore(*parts)
         if state.schedulers is None:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from lightning.pytorch import Trainer
 
 from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
+from lightning_prune.checks import named
 from lightning_prune.schedules import Schedule
 from lightning_prune.structured.targets import Removed
 
 
-def cut_off(schedule: Schedule | float, rounds: int) -> str | None:
+def cut_off(schedule: Schedule | float, rounds: int, argument: str = "schedule") -> str | None:
     """What to say of a schedule that goes on after the last round; None where it does not.
 
     >>> from lightning_prune.schedules import Cubic
@@ -20,6 +21,7 @@ def cut_off(schedule: Schedule | float, rounds: int) -> str | None:
     Args:
         schedule: of a callback. One that does not say which is its `last` round is taken to end in time.
         rounds: of the callback.
+        argument: that gives the schedule.
     """
     if isinstance(schedule, Removed):
         schedule = schedule.schedule
@@ -30,8 +32,9 @@ def cut_off(schedule: Schedule | float, rounds: int) -> str | None:
     if reached >= asked:
         return None
     return (
-        f"schedule: in round {rounds}, the last one, {schedule} is at sparsity {reached:.4g}, and it reaches "
-        f"{asked:.4g} only in round {last}. Give the callback rounds={last}, or a schedule that ends sooner."
+        f"{argument}: in round {rounds}, the last one, {named(schedule)} is at sparsity {reached:.4g}, and "
+        f"it reaches {asked:.4g} only in round {last}. Give the callback rounds={last}, or a schedule "
+        "that ends sooner."
     )
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_prune.allocation import Allocation, apportion, candidates_per_tensor, global_rank, uniform
-from lightning_prune.checks import check_callable, number, whole
+from lightning_prune.checks import check_callable, named, number, whole
 from lightning_prune.criteria import Criterion, magnitude
-from lightning_prune.evidence import asked, call, inputs, runs_model, undisturbed
-from lightning_prune.masks import Masks, alive
-from lightning_prune.pruning import score, sparsity_in, told
+from lightning_prune.evidence import asked, call, check_asked, inputs, runs_model, undisturbed
+from lightning_prune.masks import Masks
+from lightning_prune.pruning import Sparsity, score, sparsity_in, told
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import Keep, Scores
 from lightning_prune.shards import refuse, settle
@@ -31,7 +31,7 @@ from lightning_prune.structured.speed import speed
 from lightning_prune.structured.surgery import Site, check_optimizers, cut
 from lightning_prune.structured.targets import Removed as Removed
 from lightning_prune.structured.targets import Smaller as Smaller
-from lightning_prune.structured.targets import check_widths, cost, elements, next_units
+from lightning_prune.structured.targets import check_widths, cost, elements, memories, next_units
 from lightning_prune.structured.targets import uses as uses
 from lightning_prune.structured.units import Coupling, Couplings, all_units, cut_of, parameter, parameters
 
@@ -62,8 +62,8 @@ def unit_scores(
     for name, coupling in couplings.items():
         if name not in found or found[name].shape != (coupling.units,):
             raise ValueError(
-                f"criterion: {criterion} must give {coupling.units} scores of {name}, one for each unit. "
-                "Return {name: tensor} with a name for each of `channels`."
+                f"criterion: {named(criterion)} must give {coupling.units} scores of {name}, one for each "
+                "unit. Return {name: tensor} with a name for each of `channels`."
             )
     return {name: found[name].detach().float() for name in couplings}
 
@@ -164,6 +164,8 @@ def prune_channels(
 ) -> Masks:
     """Cut channels out of any module once, in place, without training. Returns which units are alive.
 
+    A cut is tried on copies of the model first, on which its own forward hooks run, too.
+
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> _ = prune_channels(model, 0.5, example_input=[1, 2])
     >>> model
@@ -177,7 +179,8 @@ def prune_channels(
         model: any module; parameters keep their identity and their names.
         sparsity: fraction of the channels to remove, in [0, 1); or a target on parameters or multiply-adds,
             `filters.Removed(0.5)`, on the bytes of the weights, `filters.Smaller(5_000_000)`, or on the
-            speed, `filters.Faster(2.0)`; or any schedule, of which this is round 1.
+            speed, `filters.Faster(2.0)`; or any schedule, of which this is round 1. Where nothing goes, a
+            warning says why.
         example_input: an input: a tensor, its shape, a tuple of arguments or a dict of keyword arguments.
         criterion: which channels; see `StructuredChannelPruning`. One that needs data runs the model in the
             mode it is in, and leaves it and the random number generators as they were.
@@ -189,7 +192,7 @@ def prune_channels(
         data: batches, pairs (input, target) or inputs, on the model's device; all of it is held in memory.
         loss: (output, target) -> scalar.
         initial: {name: weight at initialization} for criteria that compare with it.
-        optimizer: one that has stepped the model; what it keeps for the weights is cut along.
+        optimizer: one that has stepped the model, or a part of it; what it keeps is cut along.
         calibrate: set the statistics of batch normalizations to those of `data` after the cut.
 
     Raises:
@@ -203,13 +206,13 @@ def prune_channels(
     )
     whole("round_to", round_to, 1, such_as=8)
     whole("at_least", at_least, 1, such_as=1)
-    if not callable(sparsity):
-        number("sparsity", sparsity, "is 0 (dense) to below 1, such as 0.5", lambda v: 0 <= v < 1)
+    _check_sparsity(sparsity)
     check_callable("criterion", criterion, 1)
     check_callable("allocate", allocate, 2)
     if calibrate and data is None:
         raise ValueError("calibrate=True: data=None; batches are needed. Give some that stand for all.")
-    check_optimizers([optimizer] if optimizer else [])
+    if optimizer is not None:
+        _check_optimizer(optimizer, model)
     couplings = discover(model, example_input, include, exclude)
     check_widths(couplings, round_to, at_least)
     evidence: dict[str, Any] = {"initial": initial, "model": model}
@@ -222,32 +225,83 @@ def prune_channels(
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
     with undisturbed(model) if runs_model(criterion) else nullcontext():
         scores = unit_scores(couplings, criterion, parameters(couplings, model), **evidence)
-    wanted = sparsity
-    if callable(sparsity):
-        sparsity = told(sparsity, 1)
-        sparsity = partial(sparsity, 1) if asked(sparsity) else sparsity_in(sparsity, 1, "sparsity")
-    if not callable(sparsity):
-        number("sparsity", sparsity, "is 0 (dense) to below 1, such as 0.5", lambda v: 0 <= v < 1)
+    wanted: Sparsity = told(sparsity, 1) if callable(sparsity) else sparsity
+    if callable(wanted):
+        wanted = partial(wanted, 1) if asked(wanted) else sparsity_in(wanted, 1, "sparsity")
+    if not callable(wanted):
+        number("sparsity", wanted, "is 0 (dense) to below 1, such as 0.5", lambda v: 0 <= v < 1)
     dense = all_units(couplings)
     sizes = cache(partial(elements, model, example_input, couplings))  # of each quantity
+    written = cache(partial(memories, model))
     units = next_units(
         couplings,
         {name: values.cpu() for name, values in scores.items()},
         dense,
-        [(list(couplings), sparsity)],
+        [(list(couplings), wanted)],
         allocate,
         round_to,
         at_least,
-        lambda units, of: cost(couplings, units, sizes(of)),
+        lambda units, of: cost(couplings, units, sizes(of), written() if of == "bytes" else ()),
         lambda units: speed(model, example_input, couplings, dense)(units),
+        lambda _, said: warnings.warn(f"sparsity={named(sparsity)}: {said}. Ask for more.", stacklevel=4),
     )
-    if sparsity and alive(units) == alive(dense):
-        warnings.warn(
-            f"sparsity={wanted}: nothing goes of {alive(dense)} units with round_to={round_to}, "
-            f"at_least={at_least}. Ask for more, or for smaller ones of these.",
-            stacklevel=2,
-        )
+    if optimizer is not None:
+        _say_what_it_does_not_hold(optimizer, parameters(_cut_ones(couplings, units), model))
     cut(model, cut_of(couplings, units), [optimizer] if optimizer else [])
     if calibrate:
         recalibrated(model, evidence["batches"], evidence["forward"])
     return units
+
+
+def _check_sparsity(sparsity: Any) -> None:
+    """Refuse what says no sparsity, before anything is looked at."""
+    if isinstance(sparsity, Mapping):
+        raise ValueError(
+            f"sparsity={named(sparsity)}: a schedule for each pattern is given; allowed is one for all "
+            "channels that go. Call it once for each pattern, with include=[pattern]."
+        )
+    if callable(sparsity):
+        check_callable("sparsity", sparsity, 1)
+        check_asked(f"sparsity={named(sparsity)}", told(sparsity, 1), 1)
+    else:
+        number("sparsity", sparsity, "is 0 (dense) to below 1, such as 0.5", lambda v: 0 <= v < 1)
+
+
+def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse what does not train this model."""
+    if isinstance(optimizer, type) or not (
+        hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")
+    ):
+        given = named(optimizer) if isinstance(optimizer, (type, str)) else f"a {type(optimizer).__name__}"
+        raise ValueError(
+            f"optimizer: {given} is given; allowed is one that has stepped the model, such as "
+            "torch.optim.SGD(model.parameters(), lr=0.1). Give it, or none."
+        )
+    check_optimizers([optimizer])
+    own, held = {id(p) for p in model.parameters()}, _held_by(optimizer)
+    if not own & held:
+        raise ValueError(
+            f"optimizer: none of the {len(held)} parameters of this {type(optimizer).__name__} is one of "
+            f"{type(model).__name__}; allowed is one that trains it. Make it of model.parameters(), or give "
+            "none."
+        )
+
+
+def _held_by(optimizer: optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _cut_ones(couplings: Couplings, units: Masks) -> Couplings:
+    return {name: coupling for name, coupling in couplings.items() if not units[name].all()}
+
+
+def _say_what_it_does_not_hold(optimizer: optim.Optimizer, smaller: Mapping[str, nn.Parameter]) -> None:
+    """Say which trained weights become smaller for which another optimizer may keep something."""
+    held = _held_by(optimizer)
+    if left := [name for name, p in smaller.items() if p.requires_grad and id(p) not in held]:
+        warnings.warn(
+            f"optimizer: {', '.join(left)} lose channels and are not in it. If another optimizer trains "
+            "them, what it keeps for them no longer fits; make that one after the cut. Freeze them to "
+            "silence this.",
+            stacklevel=3,
+        )

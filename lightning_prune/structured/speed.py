@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import final, override
 
 from lightning_prune.checks import number
 from lightning_prune.deploy.timing import ratio, settled, timed
 from lightning_prune.masks import Masks
 from lightning_prune.structured import surgery
-from lightning_prune.structured.targets import aim
+from lightning_prune.structured.targets import Now, Target, aim, check_aim
 from lightning_prune.structured.trial import copied, input_of, run, runs_itself
 from lightning_prune.structured.units import Couplings, cut_of
 
@@ -23,13 +24,15 @@ RATIOS = "are ratios from 1 on, such as 2.0"
 HALVINGS = 7  # of what is left of the sparsities: to within a hundredth
 
 
+@final
 @dataclass(frozen=True)
-class Faster:
+class Faster(Target):
     """A schedule of how many times as fast the network becomes, measured on this machine by alternated runs.
 
     Inference on the example input is timed, of the full-size network and of cut copies. The least sparsity
     that reaches the target is found by bisection, to a hundredth; the ratio that it reaches is logged. What
-    is measured differs from run to run by some percent.
+    is measured differs from run to run by some percent. It is the speed of the whole network: where each of
+    several patterns has a schedule, each goes on from what those before it leave.
 
     >>> Faster(2.0)(1, faster=lambda sparsity: 1 / (1 - 0.75 * sparsity))
     0.671875
@@ -44,13 +47,10 @@ class Faster:
     times: Callable[[int], float] | float
 
     def __post_init__(self) -> None:
-        if not callable(self.times):
-            number("times", self.times, RATIOS, lambda v: v >= 1)
+        check_aim("times", self.times, RATIOS, lambda v: v >= 1)
 
     def __call__(self, round: int, faster: Callable[[float], float], rounds: int | None = None) -> float:
-        target = aim("times", self.times, round, rounds, 1.0)
-        number(f"times({round})", target, RATIOS, lambda v: v >= 1)
-        if target <= 1:
+        if (target := self._of(round, rounds)) <= 1:
             return 0.0
         faster = cache(faster)
         if (most := faster(1.0)) < target:
@@ -68,6 +68,19 @@ class Faster:
             f"{faster(high):.2f} times as fast."
         )
         return high
+
+    @override
+    def comparison(self, round: int, now: Now, rounds: int | None = None) -> str | None:
+        if (target := self._of(round, rounds)) <= 1:
+            return None
+        return (
+            f"{target:g} times as fast is wanted, and it is {now.faster():.2f} times as fast with all of them"
+        )
+
+    def _of(self, round: int, rounds: int | None) -> float:
+        target = aim(self.times, round, rounds, 1.0)
+        number(f"times({round})", target, RATIOS, lambda v: v >= 1)
+        return target
 
 
 def full_size(model: nn.Module, gone: surgery.Cut) -> nn.Module:

@@ -3,24 +3,27 @@
 Budgets, ties and masks are those of weight pruning.
 """
 
+import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import final, override
 
 from lightning_prune.allocation import Allocation, AtLeast, global_rank
-from lightning_prune.checks import check_callable, number
+from lightning_prune.checks import check_callable, named, number
 from lightning_prune.deploy.summary import multiply_adds as all_multiply_adds
-from lightning_prune.evidence import asked, call, undisturbed
+from lightning_prune.evidence import asked, call, parameters_of, undisturbed
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Sparsity, budget, told
 from lightning_prune.selection import DEAD, Scores, keep_top, only, select
 from lightning_prune.structured.surgery import Site
-from lightning_prune.structured.trial import input_of, run, runs_itself
+from lightning_prune.structured.trial import first_line, input_of, run, runs_itself
 from lightning_prune.structured.units import (
     HEADS,
     Coupling,
@@ -39,8 +42,28 @@ SIZES = "are sizes in bytes, above 0, such as 5_000_000"
 REST = ""  # what is counted of no weight and no site
 
 
+class Now(NamedTuple):
+    """The network as it is before a pruning, measured when it is asked for."""
+
+    removed: Callable[[Quantity], float]  # the part of it that is gone
+    stored: Callable[[], float]  # its bytes
+    faster: Callable[[], float]  # how many times as fast it is as with all channels
+
+
+class Target(ABC):
+    """A schedule of what a network is to come to: the sparsity of a round is the least that reaches it.
+
+    Called with a round, it asks for `removed`, `stored` or `faster`, as a schedule may ask for scores.
+    """
+
+    @abstractmethod
+    def comparison(self, round: int, now: Now, rounds: int | None = None) -> str | None:
+        """What is asked for in a round, and what there is now, in words; None where nothing is asked for."""
+
+
+@final
 @dataclass(frozen=True)
-class Removed:
+class Removed(Target):
     """A schedule of what is removed of the parameters or multiply-adds: the least sparsity that reaches it.
 
     Fractions are those of the whole model. Where a schedule is given for each of several patterns, what each
@@ -64,15 +87,12 @@ class Removed:
     def __post_init__(self) -> None:
         if self.of not in ("parameters", "multiply_adds"):
             raise ValueError(f"of={self.of!r}: allowed are 'parameters' and 'multiply_adds'. Give one.")
-        if not callable(self.schedule):
-            number("schedule", self.schedule, FRACTIONS, lambda v: 0 <= v < 1)
+        check_aim("schedule", self.schedule, FRACTIONS, lambda v: 0 <= v < 1)
 
     def __call__(
         self, round: int, removed: Callable[[float, Quantity], float], rounds: int | None = None
     ) -> float:
-        target = aim("schedule", self.schedule, round, rounds, 0.0)
-        number(f"schedule({round})", target, FRACTIONS, lambda v: 0 <= v < 1)
-        if not target:
+        if not (target := self._of(round, rounds)):
             return 0.0
         if (most := removed(1.0, self.of)) < target:
             raise ValueError(
@@ -82,13 +102,30 @@ class Removed:
             )
         return _least(lambda sparsity: removed(sparsity, self.of) >= target)
 
+    @override
+    def comparison(self, round: int, now: Now, rounds: int | None = None) -> str | None:
+        if not (target := self._of(round, rounds)):
+            return None
+        what = self.of.replace("_", "-")
+        return f"{target:g} of the {what} are to be gone, and {now.removed(self.of):.4f} are"
 
+    def _of(self, round: int, rounds: int | None) -> float:
+        target = aim(self.schedule, round, rounds, 0.0)
+        number(f"schedule({round})", target, FRACTIONS, lambda v: 0 <= v < 1)
+        return target
+
+
+@final
 @dataclass(frozen=True)
-class Smaller:
+class Smaller(Target):
     """A schedule of the size that the weights have in a file: the least sparsity that comes down to it.
 
     The size is that of all parameters and persistent buffers, in bytes, as `torch.save(model.state_dict())`
-    stores them; names and places take some hundred bytes a tensor more.
+    stores them: the whole memory of those that are a part of a larger one, once where they share it, and what
+    modules give as `get_extra_state`. Names and places take some hundred bytes a tensor more.
+
+    It is the size of the whole network: where each of several patterns has a schedule, each goes on from what
+    those before it leave.
 
     >>> Smaller(1_000_000)(1, stored=lambda sparsity: 4_000_000 * (1 - sparsity) ** 2)
     0.5
@@ -103,12 +140,10 @@ class Smaller:
     bytes: Callable[[int], float] | float
 
     def __post_init__(self) -> None:
-        if not callable(self.bytes):
-            number("bytes", self.bytes, SIZES, lambda v: v > 0)
+        check_aim("bytes", self.bytes, SIZES, lambda v: v > 0)
 
     def __call__(self, round: int, stored: Callable[[float], float], rounds: int | None = None) -> float:
-        target = aim("bytes", self.bytes, round, rounds, math.inf)
-        number(f"bytes({round})", target, SIZES, lambda v: v > 0)
+        target = self._of(round, rounds)
         if stored(0.0) <= target:
             return 0.0
         if (least := stored(1.0)) > target:
@@ -119,30 +154,66 @@ class Smaller:
             )
         return _least(lambda sparsity: stored(sparsity) <= target)
 
+    @override
+    def comparison(self, round: int, now: Now, rounds: int | None = None) -> str | None:
+        if (target := self._of(round, rounds)) == math.inf:
+            return None
+        return f"at most {target:.0f} bytes are wanted, and the weights take {now.stored():.0f}"
 
-def aim(
-    argument: str, given: Callable[..., Any] | float, round: int, rounds: int | None, dense: float
-) -> Any:
+    def _of(self, round: int, rounds: int | None) -> float:
+        target = aim(self.bytes, round, rounds, math.inf)
+        number(f"bytes({round})", target, SIZES, lambda v: v > 0)
+        return target
+
+
+def check_aim(
+    argument: str, given: Callable[..., Any] | float, allowed: str, within: Callable[[float], bool]
+) -> None:
+    """Refuse what a target cannot aim at: it may be a number within bounds, or a function of a round.
+
+    >>> check_aim("bytes", Smaller(3), SIZES, lambda v: v > 0)
+    Traceback (most recent call last):
+    ValueError: bytes=Smaller(bytes=3): a target is given to a target; allowed are sizes in bytes, ...
+
+    Raises:
+        ValueError: then.
+    """
+    if not callable(given):
+        return number(argument, given, allowed, within)
+    kind = given if isinstance(given, type) else type(given)
+    if issubclass(kind, Target):
+        raise ValueError(
+            f"{argument}={named(given)}: a target is given to a target; allowed {allowed}, and schedules of "
+            "them. Give one, or that target alone."
+        )
+    check_callable(argument, given, 1)
+    rest = list(parameters_of(given).values())[1:]
+    named_ones = [
+        p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "rounds"
+    ]
+    if needed := [p.name for p in named_ones if p.default is p.empty]:
+        raise ValueError(
+            f"{argument}={named(given)}: it asks for `{'`, `'.join(needed)}`, which a target does not have; "
+            "allowed are functions of the round, and of `rounds`. Give one."
+        )
+    return None
+
+
+def aim(given: Callable[..., Any] | float, round: int, rounds: int | None, dense: float) -> Any:
     """What a target says of a round: a number of all rounds but 0, or what its schedule says.
 
-    >>> aim("bytes", 100, 0, None, math.inf), aim("bytes", lambda round: 100 - round, 2, None, math.inf)
+    >>> aim(100, 0, None, math.inf), aim(lambda round: 100 - round, 2, None, math.inf)
     (inf, 98)
 
     Args:
-        argument: that the target was given as.
         given: the number, or round -> number.
         round: the round.
         rounds: how many there are, for schedules that ask for it.
         dense: what holds in round 0, if a number was given.
-
-    Raises:
-        ValueError: when the schedule does not take a round alone.
     """
     if not callable(given):
         return given if round else dense
-    check_callable(argument, given, 1)
-    given = told(given, rounds)
-    target = given(round)
+    target = told(given, rounds)(round)
     return target.item() if isinstance(target, Tensor) and target.numel() == 1 else target
 
 
@@ -155,15 +226,33 @@ def _least(reached: Callable[[float], bool]) -> float:
     return high
 
 
-def cost(couplings: Couplings, alive: Masks, weights: Elements) -> float:
-    """The elements left of all weights, each counted as often as it says, with these units."""
+class Memory(NamedTuple):
+    """Bytes that a file holds as long as one of the tensors of these names is not cut."""
+
+    bytes: int
+    names: frozenset[str]
+
+
+def cost(couplings: Couplings, alive: Masks, weights: Elements, memories: Sequence[Memory] = ()) -> float:
+    """The elements left of all weights, each counted as often as it says, with these units.
+
+    Args:
+        couplings: in the coordinates of the full-size network.
+        alive: the units.
+        weights: as `elements` gives them.
+        memories: what the tensors in them take until they are cut, whatever their elements count.
+    """
     sizes = {name: list(shape) for name, (shape, _) in weights.items()}
+    smaller: set[str | Site] = set()
     for site, gone in cut_of(couplings, alive).items():
+        smaller.add(parameter(site))
         if parameter(site) in sizes:
             sizes[parameter(site)][site[2]] -= len(gone)
         if site in sizes:
             sizes[site][0] -= len(gone)
-    return sum(math.prod(size) * weights[name][1] for name, size in sizes.items())
+    whole = {name for memory in memories for name in memory.names} - smaller
+    counted = sum(math.prod(size) * weights[name][1] for name, size in sizes.items() if name not in whole)
+    return counted + sum(memory.bytes for memory in memories if not memory.names <= smaller)
 
 
 def elements(model: nn.Module, example: Any, couplings: Couplings, of: Quantity) -> Elements:
@@ -182,9 +271,54 @@ def held(model: nn.Module, of: Quantity) -> dict[str, tuple[Tensor, float]]:
     """
     if of != "bytes":
         return {name: (p, 1.0) for name, p in model.named_parameters()}
+    return {name: (t, float(t.element_size())) for name, t in _in_state(model) if _in_plain_memory(t)}
+
+
+def memories(model: nn.Module) -> list[Memory]:
+    """What `torch.save` writes of a model's state dict: memory after memory, and all else as one.
+
+    >>> memories(nn.Linear(3, 2, bias=False))
+    [Memory(bytes=24, names=frozenset({'weight'}))]
+
+    Raises:
+        ValueError: when it cannot write what a module gives as its extra state.
+    """
+    places: dict[tuple[int, str], tuple[int, set[str]]] = {}
+    others: dict[str, Any] = {}
+    for name, value in _in_state(model):
+        if _in_plain_memory(value):
+            memory = value.untyped_storage()
+            place = places.setdefault((memory.data_ptr(), str(value.device)), (memory.nbytes(), set()))
+            place[1].add(name)
+        else:
+            others[name] = value
+    found = [Memory(size, frozenset(names)) for size, names in places.values() if size]
+    return [*found, Memory(_written(others) - _written({}), frozenset({REST}))] if others else found
+
+
+def _in_state(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """What is in a model's state dict, by the names that its tensors have in the model, each tensor once."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    names = {id(t): name for name, t in tensors}
     state = model.state_dict(keep_vars=True)
-    once = {id(t): (name, t) for name, t in reversed(state.items()) if isinstance(t, Tensor)}
-    return {name: (t, float(t.element_size())) for name, t in reversed(once.values())}
+    return {names.get(id(value), key): value for key, value in state.items()}.items()
+
+
+def _in_plain_memory(value: Any) -> bool:
+    """Whether a tensor is its elements, one after the other, in a memory of its own or of others, too."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+
+
+def _written(state: Mapping[str, Any]) -> int:
+    file = io.BytesIO()
+    try:
+        torch.save(dict(state), file)
+    except Exception as error:  # whatever a user's object raises
+        raise ValueError(
+            f"bytes: torch.save cannot write {', '.join(state)} of the state dict ({first_line(error)}), so "
+            "it has no size; allowed is what it can. Let get_extra_state give tensors and plain containers."
+        ) from error
+    return file.tell()
 
 
 def with_shapes(
@@ -258,16 +392,25 @@ def _alone(
     return float(counts[name] - sum(counts[child] for child in children))
 
 
+class Wanted(NamedTuple):
+    """What is wanted of some couplings: a fraction of their units to be gone, or a function that says it."""
+
+    names: Sequence[str]
+    sparsity: Sparsity
+    argument: str = ""  # that says it, for messages
+
+
 def next_units(
     couplings: Couplings,
     scores: Scores,
     masks: Masks,
-    sparsities: Sequence[tuple[Sequence[str], Sparsity]],
+    sparsities: Sequence[tuple[Sequence[str], Sparsity] | Wanted],
     allocate: Allocation = global_rank,
     round_to: int = 1,
     at_least: int = 1,
     cost: Callable[[Masks, Quantity], float] | None = None,
     speed: Callable[[Masks], float] | None = None,
+    say: Callable[[str, str], None] | None = None,
 ) -> Masks:
     """One pruning of units: which are alive after it. Masks only shrink, and no coupling is left empty.
 
@@ -275,16 +418,19 @@ def next_units(
         couplings: from `discover`.
         scores: of the units, from `unit_scores`.
         masks: which of them are alive now.
-        sparsities: pairs of names of couplings and the fraction of their units that is to be gone, or a
-            function that says it of what its signature names: `scores`; `removed`, (sparsity, quantity)
-            -> the part of the whole network that is gone with these couplings alone; `stored`, sparsity ->
-            the bytes of the network then; or `faster`, sparsity -> how many times as fast it is then.
+        sparsities: names of couplings and the fraction of their units that is to be gone, or a function that
+            says it of what its signature names: `scores`; `removed`, (sparsity, quantity) -> the part of the
+            whole network that is gone with these couplings alone; `stored`, sparsity -> the bytes of the
+            network then; or `faster`, sparsity -> how many times as fast it is then. These two are of the
+            network as those before leave it.
         allocate: how many where.
         round_to: the channels left of each coupling are rounded up to a multiple of this; then fewer go than
             `sparsities` say, as they do where else nothing would be left of a tensor.
         at_least: units left of each.
         cost: (units alive, quantity) -> how much of it the network has, for `Removed` and `Smaller`.
         speed: units alive -> how many times as fast the network is with these, for `Faster`.
+        say: is told where something is wanted of couplings that are whole, and nothing goes: the argument
+            that wants it, and why.
 
     Returns:
         The new masks of the names in `sparsities`.
@@ -295,35 +441,66 @@ def next_units(
     if "channels" in asked(allocate, 2):
         allocate = partial(allocate, channels=couplings)
     dense, new = {name: torch.ones_like(mask) for name, mask in masks.items()}, Masks()
-    for names, sparsity in sparsities:
+    for names, wanted, argument in (Wanted(*each) for each in sparsities):
+        own = {name: masks[name] for name in names}
         stay = partial(
             _staying,
             {name: couplings[name] for name in names},
             {name: scores[name] for name in names},
-            {name: masks[name] for name in names},
+            own,
             allocate=allocate,
             round_to=round_to,
             at_least=at_least,
         )
+        others = {**masks, **new}
 
         def removed(sparsity: float, of: Quantity, stay: Callable[[float], Masks] = stay) -> float:
             assert cost is not None
             return 1 - cost({**dense, **stay(sparsity)}, of) / cost(dense, of)
 
-        def stored(sparsity: float, stay: Callable[[float], Masks] = stay) -> float:
+        def stored(sparsity: float, stay: Callable[[float], Masks] = stay, others: Masks = others) -> float:
             assert cost is not None
-            return cost({**dense, **stay(sparsity)}, "bytes")
+            return cost({**others, **stay(sparsity)}, "bytes")
 
-        def faster(sparsity: float, stay: Callable[[float], Masks] = stay) -> float:
+        def faster(sparsity: float, stay: Callable[[float], Masks] = stay, others: Masks = others) -> float:
             assert speed is not None
-            return speed({**dense, **stay(sparsity)})
+            return speed({**others, **stay(sparsity)})
 
-        if callable(sparsity):
+        sparsity = wanted
+        if callable(wanted):
             living = only({name: scores[name] for name in names}, masks)
             by_cost = {"removed": removed, "stored": stored} if cost else {}
-            sparsity = call(sparsity, scores=living, faster=faster if speed else None, **by_cost)
-        new.update(stay(sparsity))
+            try:
+                sparsity = call(wanted, scores=living, faster=faster if speed else None, **by_cost)
+            except ValueError as error:
+                raise ValueError(f"{argument}: {error}" if argument else f"{error}") from error
+        units = stay(sparsity)
+        if say is not None and alive(units) == sum(mask.numel() for mask in own.values()):
+            now = Now(partial(removed, 0.0), partial(stored, 0.0), partial(faster, 0.0))
+            rest = f"round_to={round_to}, at_least={at_least}"
+            if why := _comparison(wanted, sparsity, now, rest):
+                say(argument, f"nothing goes of {alive(units)} units, since {why}")
+        new.update(units)
     return {name: new[name] for name in masks if name in new}
+
+
+def without_measuring(wanted: Sequence[Wanted]) -> list[Wanted]:
+    """Those that need no measured speed, nor the size of what is left after one that does."""
+    found: list[Wanted] = []
+    measured = False
+    for one in wanted:
+        wants = asked(one.sparsity, 0) if callable(one.sparsity) else {}
+        measured |= "faster" in wants
+        if not ("faster" in wants or (measured and "stored" in wants)):
+            found.append(one)
+    return found
+
+
+def _comparison(wanted: Sparsity, sparsity: float, now: Now, rest: str) -> str | None:
+    """What is wanted of couplings that are whole, and what there is, in words; None where nothing is."""
+    if isinstance(wanted, partial) and isinstance(wanted.func, Target):  # and the round
+        return wanted.func.comparison(*wanted.args, now=now, **wanted.keywords)
+    return f"{sparsity:g} of them is less than one with {rest}" if sparsity else None
 
 
 def _staying(

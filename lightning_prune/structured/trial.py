@@ -156,7 +156,7 @@ def _is_shape(example: Any) -> bool:
 
 
 def input_of(model: nn.Module, example: Any) -> Any:
-    """An example input on the model's device; where a shape is given, numbers of the precision of its weights.
+    """An example input on the model's device; of a shape, numbers in the precision of its weights.
 
     >>> input_of(nn.Linear(4, 2).half(), [3, 4]).dtype
     torch.float16
@@ -178,8 +178,8 @@ def runs_itself(model: nn.Module) -> Generator[None, None, None]:
         yield
     except Exception as error:  # whatever a forward raises
         raise ValueError(
-            f"example_input: {type(model).__name__} does not run on it ({first_line(error)}). Allowed is what "
-            "its forward takes, in the precision of its weights. Give that, or a shape."
+            f"example_input: {type(model).__name__} does not run on it ({first_line(error)}). Allowed is "
+            "what its forward takes, in the precision of its weights. Give that, or a shape."
         ) from error
 
 
