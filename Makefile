@@ -44,6 +44,7 @@ bench: $(VENV)/test  ## each claim of speed, against the named peer, as ratios
 	$(RUN) experiments.benchmarks.size
 	$(RUN) experiments.benchmarks.inference
 	$(RUN) experiments.benchmarks.channels
+	$(RUN) experiments.benchmarks.users
 	$(RUN) experiments.benchmarks.calibration
 
 docs: $(VENV)/docs  ## the documentation, into site/; warnings are errors

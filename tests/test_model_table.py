@@ -1,5 +1,6 @@
 """The architectures of torchvision and timm: what is cut computes what was masked, or it is refused."""
 
+import re
 import warnings
 from copy import deepcopy
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
+from experiments.benchmarks import users
 from lightning_prune import allocation, criteria, filters
 from lightning_prune.deploy import summary
 from lightning_prune.structured import discover
@@ -167,12 +169,15 @@ class User(LightningModule):
 
 @pytest.mark.parametrize("make", USERS, ids=lambda make: make.__name__)
 def test_a_users_network_becomes_smaller_with_one_callback_and_loads_again(make, tmp_path):
-    """How much faster is measured by `experiments.benchmarks.channels`."""
+    """How much faster is measured by `experiments.benchmarks.users`."""
+    pytest.importorskip("safetensors")
     torch.manual_seed(0)
     net, x = make()
+    bare = deepcopy(net)
     task, fresh, before = User(net), User(deepcopy(net)), sum(p.numel() for p in net.parameters())
     multiply_adds = summary.multiply_adds(net.eval(), x, run)[""]
-    pruner = lp.StructuredChannelPruning(lp.schedules.OneShot(0.5))
+    file = tmp_path / "small.safetensors"
+    pruner = lp.StructuredChannelPruning(lp.schedules.OneShot(0.5), save_sparse=str(file))
     trainer = fitter(pruner, epochs=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "channels left as they are")
@@ -180,10 +185,23 @@ def test_a_users_network_becomes_smaller_with_one_callback_and_loads_again(make,
     trainer.save_checkpoint(tmp_path / "small.ckpt")
     assert sum(p.numel() for p in net.parameters()) < USERS[make] * before
     assert summary.multiply_adds(net.eval(), x, run)[""] < USERS[make] * multiply_adds
-    again = lp.load_pruned(fresh, tmp_path / "small.ckpt").net.eval()
-    with torch.no_grad():
-        for want, got in zip(tensors_in(run(net, x)), tensors_in(run(again, x)), strict=True):
-            assert torch.equal(want, got)
+    for again in (lp.load_pruned(fresh, tmp_path / "small.ckpt").net, lp.load_pruned(bare, file)):
+        with torch.no_grad():
+            for want, got in zip(tensors_in(run(net, x)), tensors_in(run(again.eval(), x)), strict=True):
+                assert torch.equal(want, got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", users.NETWORKS)
+def test_a_users_network_is_faster_and_loads_in_a_new_process(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            line = users.measured(name, 1.0, tmp_path)
+        except ModuleNotFoundError as error:
+            pytest.skip(str(error))
+    assert "checkpoint: equal, sparse file: equal, torch-pruning not needed" in line
+    assert float(re.search(r"([0-9.]+)x(?: to .*)? as fast", line)[1]) > 1, line
 
 
 @pytest.mark.parametrize("name", table(REFUSED))

@@ -228,7 +228,21 @@ class StructuredChannelPruning(MaskedTraining):
         super().setup(trainer, pl_module, stage)
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         modules = (pl_module, *_lightning.averages_of(trainer))
-        self._hooks = [module.register_load_state_dict_pre_hook(_take_shapes) for module in modules]
+
+        def take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+            given = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+            reshape(module, given, self._full_sizes(module, "" if module is pl_module else "module."))
+
+        self._hooks = [module.register_load_state_dict_pre_hook(take_shapes) for module in modules]
+
+    def _full_sizes(self, module: nn.Module, prefix: str) -> dict[str, list[int]]:
+        """The shapes before any cut, of tensors that a module has: it may be cut already."""
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        shapes = {name.removeprefix(prefix): list(t.shape) for name, t in tensors}
+        for site, gone in cut_of(self._couplings, self._left).items():
+            if (name := parameter(site)) in shapes:
+                shapes[name][site[2]] += len(gone)
+        return {prefix + name: shape for name, shape in shapes.items()}
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Parameter]:
@@ -458,12 +472,10 @@ class StructuredChannelPruning(MaskedTraining):
         """Parameters, multiply-adds or bytes of the network with these units."""
         own = held(pl_module, of)
         taken = memories(pl_module) if of == "bytes" else ()
-        shapes: dict[str | Site, list[int]] = {name: list(t.shape) for name, (t, _) in own.items()}
+        shapes: dict[str | Site, Sequence[int]] = {name: list(t.shape) for name, (t, _) in own.items()}
+        shapes |= self._full_sizes(pl_module, "")
         if of == "multiply_adds" and not self._uses:
             self._uses = uses(pl_module, self._example(trainer, pl_module), self._here())
-        for site, gone in cut_of(self._couplings, self._left).items():
-            if (name := parameter(site)) in shapes:
-                shapes[name][site[2]] += len(gone)  # as it was in the full-size network
         counts: dict[str | Site, float] = {name: count for name, (_, count) in own.items()}
         often = self._uses if of == "multiply_adds" else counts
         return cost(self._couplings, units, with_shapes(often, shapes, self._couplings), taken)
@@ -563,7 +575,3 @@ def _no_example(pl_module: LightningModule, *errors: Exception) -> ValueError:
         f"{step}. Allowed is what forward takes. Give it as example_input=, or set example_input_array of "
         f"{name} to it."
     )
-
-
-def _take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    reshape(module, {name.removeprefix(prefix): value for name, value in state_dict.items()})

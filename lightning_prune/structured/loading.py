@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,9 @@ def _prefixes(longer: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def reshape(
+    model: nn.Module, state_dict: Mapping[str, Any], full: Mapping[str, Sequence[int]] | None = None
+) -> None:
     """Give a full-size model the shapes of a cut one's `state_dict`; what the new tensors hold is undefined.
 
     An expanded tensor, whose elements are one in memory, gets memory into which a `state_dict` can be loaded.
@@ -207,9 +209,14 @@ def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     >>> model
     Linear(in_features=1, out_features=2, bias=True)
 
+    Args:
+        model: any module.
+        state_dict: tensors by name.
+        full: the shapes that tensors had before the model was cut, by name; it may become so large again.
+
     Raises:
-        ValueError: when a tensor is there in other dimensions, or larger than in the model. Nothing is
-            changed then.
+        ValueError: when a tensor is there in other dimensions, or larger than in the full-size model. Nothing
+            is changed then.
     """
     new: dict[int, tuple[Tensor, Tensor]] = {}
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -217,7 +224,8 @@ def reshape(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         there = state_dict.get(name)
         if not isinstance(there, Tensor) or (there.shape == tensor.shape and not _is_expanded(tensor)):
             continue
-        if there.dim() != tensor.dim() or any(a > b for a, b in zip(there.shape, tensor.shape, strict=True)):
+        most = (full or {}).get(name, tensor.shape)
+        if there.dim() != tensor.dim() or any(a > b for a, b in zip(there.shape, most, strict=True)):
             raise ValueError(
                 f"{name} is {tuple(there.shape)} in the checkpoint and {tuple(tensor.shape)} in "
                 f"{type(model).__name__}; allowed is what a cut leaves of it. Use the full-size model that "
