@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,8 @@ def diffusion_unet() -> Example:
 
 def yolo() -> Example:
     """YOLOv8n, from its yaml."""
-    from ultralytics.nn.tasks import DetectionModel
-
-    return DetectionModel("yolov8n.yaml", verbose=False), torch.rand(4, 3, 128, 128)
+    tasks: Any = import_module("ultralytics.nn.tasks")
+    return tasks.DetectionModel("yolov8n.yaml", verbose=False), torch.rand(4, 3, 128, 128)
 
 
 def of_timm(name: str) -> Example:
@@ -115,7 +115,8 @@ def trained(net: nn.Module, x: Any, folder: Path) -> None:
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[pruner], **quiet)
-    trainer.fit(User(net), DataLoader([x], batch_size=None))
+    data: Any = [x]
+    trainer.fit(User(net), DataLoader(data, batch_size=None))
     trainer.save_checkpoint(folder / "small.ckpt")
 
 

@@ -262,7 +262,8 @@ def _check_sparsity(sparsity: Any) -> None:
         )
     if callable(sparsity):
         check_callable("sparsity", sparsity, 1)
-        check_asked(f"sparsity={named(sparsity)}", told(sparsity, 1), 1)
+        schedule: Any = sparsity
+        check_asked(f"sparsity={named(schedule)}", told(schedule, 1), 1)
     else:
         number("sparsity", sparsity, "is 0 (dense) to below 1, such as 0.5", lambda v: 0 <= v < 1)
 

@@ -441,7 +441,8 @@ def next_units(
     if "channels" in asked(allocate, 2):
         allocate = partial(allocate, channels=couplings)
     dense, new = {name: torch.ones_like(mask) for name, mask in masks.items()}, Masks()
-    for names, wanted, argument in (Wanted(*each) for each in sparsities):
+    for each in sparsities:
+        names, wanted, argument = each if isinstance(each, Wanted) else Wanted(*each)
         own = {name: masks[name] for name in names}
         stay = partial(
             _staying,
@@ -466,14 +467,15 @@ def next_units(
             assert speed is not None
             return speed({**others, **stay(sparsity)})
 
-        sparsity = wanted
+        sparsity = 0.0 if callable(wanted) else wanted
         if callable(wanted):
             living = only({name: scores[name] for name in names}, masks)
             by_cost = {"removed": removed, "stored": stored} if cost else {}
             try:
-                sparsity = call(wanted, scores=living, faster=faster if speed else None, **by_cost)
+                found: float = call(wanted, scores=living, faster=faster if speed else None, **by_cost)
             except ValueError as error:
                 raise ValueError(f"{argument}: {error}" if argument else f"{error}") from error
+            sparsity = found
         units = stay(sparsity)
         if say is not None and alive(units) == sum(mask.numel() for mask in own.values()):
             now = Now(partial(removed, 0.0), partial(stored, 0.0), partial(faster, 0.0))
