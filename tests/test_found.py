@@ -53,7 +53,7 @@ def test_evaluation_of_any_checkpoint_after_a_fit_gives_what_was_validated(remov
         assert len(trainer.predict(net, ckpt_path=path)) == 2
 
 
-def test_a_file_that_the_full_size_class_does_not_fit_says_so_and_what_to_call(tmp_path):
+def test_a_cut_checkpoint_does_not_fit_the_bare_class_and_load_pruned_loads_it(tmp_path):
     trainer = fitter(lp.StructuredChannelPruning(schedules.OneShot(0.5)), epochs=2)
     trainer.fit(Net())
     trainer.save_checkpoint(tmp_path / "small.ckpt")

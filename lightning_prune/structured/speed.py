@@ -47,7 +47,10 @@ class Faster(Target):
     times: Callable[[int], float] | float
 
     def __post_init__(self) -> None:
-        check_aim("times", self.times, RATIOS, lambda v: v >= 1)
+        if callable(self.times):
+            check_aim("times", self.times, RATIOS)
+        else:
+            number("times", self.times, RATIOS, lambda v: v >= 1)
 
     def __call__(self, round: int, faster: Callable[[float], float], rounds: int | None = None) -> float:
         if (target := self._of(round, rounds)) <= 1:

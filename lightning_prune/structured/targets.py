@@ -87,7 +87,10 @@ class Removed(Target):
     def __post_init__(self) -> None:
         if self.of not in ("parameters", "multiply_adds"):
             raise ValueError(f"of={self.of!r}: allowed are 'parameters' and 'multiply_adds'. Give one.")
-        check_aim("schedule", self.schedule, FRACTIONS, lambda v: 0 <= v < 1)
+        if callable(self.schedule):
+            check_aim("schedule", self.schedule, FRACTIONS)
+        else:
+            number("schedule", self.schedule, FRACTIONS, lambda v: 0 <= v < 1)
 
     def __call__(
         self, round: int, removed: Callable[[float, Quantity], float], rounds: int | None = None
@@ -140,7 +143,10 @@ class Smaller(Target):
     bytes: Callable[[int], float] | float
 
     def __post_init__(self) -> None:
-        check_aim("bytes", self.bytes, SIZES, lambda v: v > 0)
+        if callable(self.bytes):
+            check_aim("bytes", self.bytes, SIZES)
+        else:
+            number("bytes", self.bytes, SIZES, lambda v: v > 0)
 
     def __call__(self, round: int, stored: Callable[[float], float], rounds: int | None = None) -> float:
         target = self._of(round, rounds)
@@ -166,20 +172,16 @@ class Smaller(Target):
         return target
 
 
-def check_aim(
-    argument: str, given: Callable[..., Any] | float, allowed: str, within: Callable[[float], bool]
-) -> None:
-    """Refuse what a target cannot aim at: it may be a number within bounds, or a function of a round.
+def check_aim(argument: str, given: Callable[..., Any], allowed: str) -> None:
+    """Refuse a function that a target cannot aim at: it may ask for a round, and for `rounds`.
 
-    >>> check_aim("bytes", Smaller(3), SIZES, lambda v: v > 0)
+    >>> check_aim("bytes", Smaller(3), SIZES)
     Traceback (most recent call last):
     ValueError: bytes=Smaller(bytes=3): a target is given to a target; allowed are sizes in bytes, ...
 
     Raises:
         ValueError: then.
     """
-    if not callable(given):
-        return number(argument, given, allowed, within)
     kind = given if isinstance(given, type) else type(given)
     if issubclass(kind, Target):
         raise ValueError(
@@ -196,7 +198,6 @@ def check_aim(
             f"{argument}={named(given)}: it asks for `{'`, `'.join(needed)}`, which a target does not have; "
             "allowed are functions of the round, and of `rounds`. Give one."
         )
-    return None
 
 
 def aim(given: Callable[..., Any] | float, round: int, rounds: int | None, dense: float) -> Any:
@@ -316,7 +317,7 @@ def _written(state: Mapping[str, Any]) -> int:
     except Exception as error:  # whatever a user's object raises
         raise ValueError(
             f"bytes: torch.save cannot write {', '.join(state)} of the state dict ({first_line(error)}), so "
-            "it has no size; allowed is what it can. Let get_extra_state give tensors and plain containers."
+            "it has no size; allowed is what it can. Give tensors and plain containers in get_extra_state."
         ) from error
     return file.tell()
 
@@ -474,7 +475,9 @@ def next_units(
             try:
                 found: float = call(wanted, scores=living, faster=faster if speed else None, **by_cost)
             except ValueError as error:
-                raise ValueError(f"{argument}: {error}" if argument else f"{error}") from error
+                if argument:
+                    error.args = (f"{argument}: {error}",)
+                raise
             sparsity = found
         units = stay(sparsity)
         if say is not None and alive(units) == sum(mask.numel() for mask in own.values()):
