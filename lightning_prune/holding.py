@@ -112,8 +112,8 @@ class Handle:
         pruned = {name: p for name, p in self._params.items() if not bool(local(masks[name]).all())}
         self._bits = {name: bits(masks[name], like=p) for name, p in pruned.items()}
         self._views = []
-        self.apply()
         for name, p in pruned.items():
+            zero_dead_(p.detach(), self._bits[name])
             self._mask_gradient(name)(p)
         self.forget()
 
@@ -137,7 +137,11 @@ class Handle:
         self.apply()
 
     def apply(self) -> None:
-        """Set dead weights to +0.0."""
+        """Set dead weights to +0.0, of all that are held.
+
+        Of the others nothing changes, so a backward pass that is still to come through weights that no
+        optimizer has stepped is as if nothing had been written.
+        """
         for address, at, _, _ in self._views:
             if address() != at:
                 self._views = []
@@ -180,7 +184,9 @@ _View: TypeAlias = tuple[Callable[[], int], int, Tensor, Tensor]
 def _view(p: nn.Parameter, alive_bits: Tensor) -> _View:
     # A shard of a parameter may be another tensor later; a parameter stays itself, whatever its memory is.
     address = (lambda: local(p).data_ptr()) if is_sharded(p) else p.data_ptr
-    return address, address(), local(p).view(alive_bits.dtype), alive_bits
+    # Of `.data`, since autograd counts what is written to views of a parameter as changes of it, and refuses
+    # a backward pass through it. An optimizer that changed it has been counted.
+    return address, address(), local(p).data.view(alive_bits.dtype), alive_bits
 
 
 # Hooks of holds that nobody removed before they died. Python may collect one at any moment, also while torch

@@ -339,3 +339,58 @@ def test_what_is_no_optimizer_and_what_are_no_masks_is_refused_by_hold(given):
     with pytest.raises(ValueError, match=r"masks=.*: allowed are masks by name"):
         hold(model, torch.optim.SGD(model.parameters(), 0.1), given)
     assert not model.weight._post_accumulate_grad_hooks
+
+
+class ByData(torch.optim.SGD):
+    """An optimizer of the old kind: it writes by `.data`, which autograd does not count."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad.data, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, ByData])
+def test_a_graph_through_weights_that_were_not_stepped_can_still_go_backward(kind):
+    def trained(held):
+        torch.manual_seed(0)
+        g, d = nn.Linear(3, 4), nn.Linear(4, 2)
+        shared = nn.Linear(4, 4)  # both optimizers have it, and only G's changes it
+        model = nn.ModuleDict({"g": g, "d": d, "s": shared})
+        masks = lp.prune(model, sparsity=0.5)
+        of_g = kind([*g.parameters(), *shared.parameters()], lr=0.1)
+        of_d = kind([*d.parameters(), *shared.parameters()], lr=0.1)
+        handle = hold(model, [of_g, of_d], masks) if held else None
+        for _ in range(3):
+            for o in (of_d, of_g):  # what G made is used after D was stepped
+                o.zero_grad()
+            made = shared(g(torch.randn(8, 3)))
+            d(made.detach()).square().sum().backward()
+            of_d.step()
+            versions = [p._version for p in (*g.parameters(), *shared.parameters())]
+            of_g.zero_grad()
+            d(made).square().sum().backward()
+            assert versions == [p._version for p in (*g.parameters(), *shared.parameters())]
+            of_g.step()
+            if held:
+                assert all(not bool(model.get_parameter(n)[~m].any()) for n, m in masks.items())
+        if handle:
+            handle.remove()
+        return model
+
+    trained(held=False)  # torch itself allows it
+    trained(held=True)
+
+
+def test_new_masks_count_as_a_change_of_the_weights():
+    model = nn.Linear(3, 2)
+    masks = lp.prune(model, sparsity=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = hold(model, optimizer, masks)
+    x = torch.randn(4, 3, requires_grad=True)
+    out = model(x).sum()
+    handle.set({name: ~mask for name, mask in masks.items()})
+    with pytest.raises(RuntimeError, match="inplace"):
+        out.backward()
+    handle.remove()
