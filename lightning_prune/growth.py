@@ -28,7 +28,9 @@ def updates_before(step: int, every: int) -> int:
     return max(0, -(-step // every) - 1)
 
 
-def exchanged(masks: Masks, number: Mapping[str, int], drop: Scores, grow: Scores) -> Masks:
+def exchanged(
+    masks: Masks, number: Mapping[str, int], drop: Scores, grow: Scores, before: Masks | None = None
+) -> Masks:
     """Exchange connections in each tensor: so many of the living go, and as many of the dead come.
 
     Those of the lowest `drop` scores go, those of the highest `grow` scores come. What just went does not
@@ -43,9 +45,11 @@ def exchanged(masks: Masks, number: Mapping[str, int], drop: Scores, grow: Score
 
     Args:
         masks: who is alive.
-        number: of each tensor; at most as many as are alive, and as are dead.
+        number: of each tensor; at most as `in_exchange` says.
         drop: scores, higher = keep; those of the dead do not matter.
         grow: scores, higher = grow; those of the living do not matter.
+        before: who was alive before the same update made the masks sparser or denser; None: it did not. What
+            it has just taken does not come back, and what has just come does not go.
 
     Returns:
         New masks with as many alive in each tensor as before.
@@ -53,15 +57,22 @@ def exchanged(masks: Masks, number: Mapping[str, int], drop: Scores, grow: Score
     Reference: Mocanu et al. (2018), arXiv:1707.04780 (SET); Evci et al. (2020), arXiv:1911.11134, Algorithm 1
         (RigL).
     """
-    dead = {name: ~mask for name, mask in masks.items()}
+    living, dead = _candidates(masks, before)
     stay = select(
         drop,
-        masks,
-        alive(masks) - sum(number.values()),
-        _as_many({n: count(m) - number[n] for n, m in masks.items()}),
+        living,
+        alive(living) - sum(number.values()),
+        _as_many({n: count(m) - number[n] for n, m in living.items()}),
     )
     come = select(grow, dead, sum(number.values()), _as_many(number))
-    return {name: stay[name] | come[name] for name in masks}
+    return {name: stay[name] | come[name] | (masks[name] & ~living[name]) for name in masks}
+
+
+def _candidates(masks: Masks, before: Masks | None) -> tuple[Masks, Masks]:
+    """Who may go, and who may come: of those only who has been alive, or dead, since before the update."""
+    before = masks if before is None else before
+    may_go = {name: mask & before[name] for name, mask in masks.items()}
+    return may_go, {name: ~(mask | before[name]) for name, mask in masks.items()}
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,8 @@ def exchanged_in_rows(mask: Tensor, number: int, drop: Tensor, grow: Tensor, abl
     """Exchange connections of one layer so that every row that is alive keeps equally many, within one.
 
     The `number` living of the lowest `drop` scores of the layer go. Each row then grows those of its dead
-    with the highest `grow` scores until it is full; what just went comes back only where a row has no others.
-    Of equal scores the one of the lower index lives.
+    with the highest `grow` scores until it is full. Where a row has too few dead for that, those of the
+    highest `drop` scores do not go after all. Of equal scores the one of the lower index lives.
 
     >>> mask = torch.tensor([[True, True, False, False], [True, True, False, False]])
     >>> drop = torch.tensor([[5.0, 1.0, 0.0, 0.0], [4.0, 3.0, 0.0, 0.0]])
@@ -112,7 +123,8 @@ def exchanged_in_rows(mask: Tensor, number: int, drop: Tensor, grow: Tensor, abl
 
     Args:
         mask: who is alive, a matrix: of N:M a row for each group, of constant fan-in one for each output.
-        number: how many go; at most as many as are alive, and as are dead.
+        number: how many go, but for those that their row cannot do without; at most as many as are alive,
+            and as are dead.
         drop: scores, higher = keep; those of the dead do not matter.
         grow: scores, higher = grow; those of the living do not matter.
         ablate: of the fan-in, the living weights of a row that is alive: a row with fewer salient weights
@@ -141,8 +153,8 @@ def exchanged_in_rows(mask: Tensor, number: int, drop: Tensor, grow: Tensor, abl
     missing = wanted - stays.sum(1)
     fresh = missing.minimum((~mask).sum(1))
     come = keep_top_of_rows(grow.masked_fill(mask, DEAD), fresh)
-    back = keep_top_of_rows(drop.masked_fill(~mask | stays, DEAD), missing - fresh)
-    return stays | come | back
+    needed = keep_top_of_rows(drop.masked_fill(~mask | stays, DEAD), missing - fresh)
+    return stays | come | needed
 
 
 def exchanged_within(
@@ -198,17 +210,20 @@ def regrown(living: Masks, total: int, grow: Scores, allocate: Allocation, **evi
     return {name: mask | come[name] for name, mask in living.items()}
 
 
-def in_exchange(masks: Masks, fraction: float) -> dict[str, int]:
+def in_exchange(masks: Masks, fraction: float, before: Masks | None = None) -> dict[str, int]:
     """How many connections of each tensor are exchanged: this fraction of the living, at most all dead.
+
+    Where the update has made the masks sparser or denser, at most as many as were dead, or alive, `before`
+    and still are.
 
     >>> import torch
     >>> in_exchange({"a": torch.arange(10) < 4, "b": torch.arange(10) < 9}, 0.5)
     {'a': 2, 'b': 1}
     """
     numbers: dict[str, int] = {}
+    may_go, may_come = _candidates(masks, before)
     for name, mask in masks.items():
-        living = count(mask)
-        numbers[name] = min(round(fraction * living), mask.numel() - living)
+        numbers[name] = min(round(fraction * count(mask)), count(may_go[name]), count(may_come[name]))
     return numbers
 
 

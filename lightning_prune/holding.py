@@ -244,8 +244,24 @@ class _Wrapped:
             self._optimizer.step = self._before
 
 
+# What begins above zero in the state of a fresh optimizer, and which of its settings says how far: where it
+# were 0, Rprop would never move what grows.
+_FRESH = {optim.Rprop: ("step_size", "lr"), optim.Adagrad: ("sum", "initial_accumulator_value")}
+
+
+def _fresh_of(optimizer: optim.Optimizer, p: Tensor) -> tuple[str, float]:
+    """Which state of a weight begins above zero, and at what."""
+    for kind, (key, setting) in _FRESH.items():
+        if isinstance(optimizer, kind):
+            group = next(g for g in optimizer.param_groups if any(p is other for other in g["params"]))
+            return key, float(group[setting])
+    return "", 0.0
+
+
 def zero_dead_state(optimizer: optim.Optimizer, alive_bits: dict[Tensor, Tensor]) -> None:
-    """Zero what an optimizer keeps for dead weights, where it keeps something of the weight's shape.
+    """Make what an optimizer keeps for dead weights, of the weight's shape, what a fresh one keeps: zero.
+
+    But Rprop's step sizes are its learning rate, and Adagrad's sums its `initial_accumulator_value`.
 
     Args:
         optimizer: any.
@@ -253,10 +269,14 @@ def zero_dead_state(optimizer: optim.Optimizer, alive_bits: dict[Tensor, Tensor]
     """
     state: Any = getattr(optimizer, "state", {})
     for p, living in alive_bits.items():
-        for value in state.get(p, {}).values():
+        kept = state.get(p, {})
+        key, begins = _fresh_of(optimizer, p) if kept else ("", 0.0)
+        for name, value in kept.items():
             if isinstance(value, Tensor) and value.shape == p.shape:
                 here, on = local(value), living.to(local(value).device)
-                if here.is_floating_point() and here.itemsize == on.itemsize:
+                if name == key and begins:
+                    here.masked_fill_(on == 0, begins)
+                elif here.is_floating_point() and here.itemsize == on.itemsize:
                     zero_dead_(here, on)  # much faster
                 else:
                     here.masked_fill_(on == 0, 0)

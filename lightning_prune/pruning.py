@@ -443,8 +443,12 @@ def _as_it_is(mask: Tensor) -> Tensor:
     return mask
 
 
-def score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, Any]) -> Scores:
+def score(
+    criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, Any], argument: str = "criterion"
+) -> Scores:
     """The criterion's scores, of each weight's shape; it gets the evidence that its signature names.
+
+    Errors name it as the `argument` that it was given as.
 
     Raises:
         ValueError: when evidence is missing, or the scores are not one floating point number for each weight.
@@ -464,14 +468,14 @@ def score(criterion: Criterion, weights: dict[str, Tensor], evidence: dict[str, 
     scores = call(criterion, weights, **evidence)
     if changed := [name for name, w in weights.items() if _version(w) != versions[name]]:
         raise ValueError(
-            f"criterion: {named(criterion)} changed {', '.join(changed)} in place; allowed is to read "
+            f"{argument}: {named(criterion)} changed {', '.join(changed)} in place; allowed is to read "
             "weights. Make it change copies, and load the weights again."
         )
     for name, w in weights.items():
         values = scores.get(name) if isinstance(scores, Mapping) else None
         if not isinstance(values, Tensor) or values.shape != w.shape or not values.is_floating_point():
             raise ValueError(
-                f"criterion: {named(criterion)} must give floating point scores of {name}'s shape "
+                f"{argument}: {named(criterion)} must give floating point scores of {name}'s shape "
                 f"{tuple(w.shape)}. Return one score for each weight."
             )
     return {name: scores[name].detach() for name in weights}

@@ -25,11 +25,12 @@ from tests.networks import Net, dead_are_zero, fitter, same, state
 SGD = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)  # noqa: E731
 
 
-def slow_exchange(mask, number, drop, grow):
-    """One tensor by sorting, a connection at a time."""
+def slow_exchange(mask, number, drop, grow, before=None):
+    """One tensor by sorting, a connection at a time; nothing moves twice since `before` the update."""
     flat = mask.flatten().tolist()
-    living = [i for i, m in enumerate(flat) if m]
-    dead = [i for i, m in enumerate(flat) if not m]
+    was = flat if before is None else before.flatten().tolist()
+    living = [i for i, m in enumerate(flat) if m and was[i]]
+    dead = [i for i, m in enumerate(flat) if not m and not was[i]]
     d, g = drop.double().flatten().tolist(), grow.double().flatten().tolist()
     goes = sorted(living, key=lambda i: (d[i], -i))[:number]
     comes = sorted(dead, key=lambda i: (-g[i], i))[:number]
@@ -65,7 +66,35 @@ def erk_masks(model, sparsity, names):
     return {n: slow_exchange(torch.zeros_like(s).bool(), keep[n], s, s) for n, s in scores.items()}
 
 
-def slow_training(model, batches, masks, grow, every, last, fraction, exchange=None, accumulate=1, seen=1):
+def slow_resize(masks, total, drop, grow):
+    """GraNet's shrink, or a regrowth, over all tensors, a connection at a time."""
+    masks = {n: m.clone() for n, m in masks.items()}
+    order = [(n, i) for n in masks for i in range(masks[n].numel())]
+    value = lambda scores, n, i: float(scores[n].flatten()[i])  # noqa: E731
+    while (there := sum(int(m.sum()) for m in masks.values())) != total:
+        shrinks = there > total
+        candidates = [(n, i) for n, i in order if bool(masks[n].flatten()[i]) is shrinks]
+        if shrinks:
+            n, i = min(reversed(candidates), key=lambda at: value(drop, *at))
+        else:
+            n, i = max(candidates, key=lambda at: value(grow, *at))
+        masks[n].view(-1)[i] = not shrinks
+    return masks
+
+
+def slow_training(
+    model,
+    batches,
+    masks,
+    grow,
+    every,
+    last,
+    fraction,
+    exchange=None,
+    accumulate=1,
+    seen=1,
+    alive_at=None,
+):
     """RigL's Algorithm 1 in a plain loop: a sparse start, exchanges, the optimizer forgets what is dead.
 
     But for one thing: what was just dropped is no candidate to grow.
@@ -94,13 +123,21 @@ def slow_training(model, batches, masks, grow, every, last, fraction, exchange=N
                 (model.training_step(batch, 0) / seen).backward()
             for n, b in model.named_buffers():
                 b.copy_(buffers[n])
+            before = dict(masks)
+            if alive_at is not None:
+                magnitude = {n: weights[n].detach().abs() for n in names}
+                gradient = {n: grow(n, step // every, weights[n].grad) for n in names}
+                masks = slow_resize(masks, alive_at(step // every), magnitude, gradient)
             for n in names:
                 w, mask = weights[n].detach(), masks[n]
-                number = min(round(rate * int(mask.sum())), int((~mask).sum()))
+                since = int((mask & before[n]).sum()), int((~mask & ~before[n]).sum())
+                number = min(round(rate * int(mask.sum())), *since)
                 came = grow(n, step // every, weights[n].grad)
                 for value in optimizer.state[weights[n]].values():  # nothing is remembered of the dead
-                    value.mul_(mask)
-                masks[n] = exchange(n, mask, number, w.abs(), came)
+                    value.mul_(before[n])
+                masks[n] = exchange(
+                    n, mask, number, w.abs(), came, *([] if alive_at is None else [before[n]])
+                )
                 for value in optimizer.state[weights[n]].values():
                     value.mul_(masks[n])
             put_on()
@@ -346,6 +383,60 @@ def test_sparsity_may_be_a_schedule_while_connections_are_exchanged():
         any(bool((b[n] & ~a[n]).any()) for n in a) for a, b in zip(watch.masks, watch.masks[1:], strict=False)
     ]
     assert all(moved[:4])  # GraNet grows, too
+
+
+def up_and_down(update):
+    return (0.6, 0.75, 0.7, 0.85, 0.5)[min(update, 4)]
+
+
+@pytest.mark.parametrize(
+    "sparsity", [schedules.Cubic(sparsity=0.9, rounds=5, initial=0.4), up_and_down], ids=in_words
+)
+def test_granet_equals_its_pseudocode_and_what_it_has_just_removed_stays_away(sparsity):
+    """Where the schedule rises or falls, and connections are exchanged in the same update."""
+    torch.manual_seed(0)
+    model, slow = Quiet(), Quiet()
+    slow.load_state_dict(model.state_dict())
+    fresh = []
+
+    class Look(Watch):
+        def on_prune(self, trainer, model, masks):
+            super().on_prune(trainer, model, masks)
+            self.found.append(trainer.global_step)
+
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            super().on_train_batch_start(trainer, model, batch, batch_idx)
+            if self.found and len(self.masks) > 1:
+                for n, p in matrices(model).items():
+                    fresh.append(bool((p.detach()[self.masks[-1][n] & ~self.masks[-2][n]] == 0).all()))
+            self.found = []
+
+    pruner = dst(sparsity=sparsity, allocate=allocation.global_rank, fraction=schedules.CosineDecay(0.5))
+    watch = Look()
+    fitter(pruner, watch, epochs=8).fit(model)
+    steps = len(watch.batches)
+    masks, history = slow_training(
+        *(slow, watch.batches, watch.masks[0], lambda n, update, g: g.abs(), 2, int(0.75 * steps), 0.5),
+        alive_at=lambda update: round((1 - sparsity(update)) * 400),
+    )
+    assert len(history) == pruner.round > 5
+    assert all(same(a, b) for a, b in zip(watch.masks[1:], history, strict=True))
+    assert fresh
+    assert all(fresh)
+    for a, b in zip(model.parameters(), slow.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    for row, before, after in zip(pruner.history[1:], watch.masks, watch.masks[1:], strict=False):
+        shrinks = alive(after) - alive(before)
+        assert row.metrics["grown"] - row.metrics["dropped"] == shrinks
+
+
+def test_a_group_without_other_candidates_keeps_its_best_and_they_count_as_alive():
+    mask = torch.tensor([[True, True, True, False]])
+    drop, grow = torch.tensor([[1.0, 2.0, 3.0, 0.0]]), torch.tensor([[9.0, 8.0, 0.0, 1.0]])
+    found = growth.exchanged_in_rows(mask, 2, drop, grow)
+    assert found.tolist() == [[False, True, True, True]]  # by the drop score, not by the gradient
+    counted = growth.exchange_of({"w": mask}, {"w": found}, {"w": mask})
+    assert counted == {"dropped": 1, "grown": 1, "returned": 0}
 
 
 def test_dense_and_sparse_phases_alternate():

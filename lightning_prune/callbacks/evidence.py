@@ -25,8 +25,17 @@ from lightning_prune.evidence import OF_A_RUN, Loss, asked, undisturbed
 from lightning_prune.shards import is_sharded, settle
 
 
-def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
+class NoEvidence(ValueError):
+    """What a criterion reads is not there at this step of a training, and may be at the next."""
+
+
+def check_run(pl_module: LightningModule, criterion: Criterion, argument: str = "criterion") -> None:
     """Refuse a criterion that needs the loss of a module that steps its optimizers itself.
+
+    Args:
+        pl_module: the module.
+        criterion: that reads it, or does not.
+        argument: what the criterion was given as.
 
     Raises:
         ValueError: then.
@@ -35,7 +44,7 @@ def check_run(pl_module: LightningModule, criterion: Criterion) -> None:
         needed := {"loss", "forward", "grads"} & asked(criterion).keys()
     ):
         raise ValueError(
-            f"criterion: {named(criterion)} asks for {', '.join(sorted(needed))}, from "
+            f"{argument}: {named(criterion)} asks for {', '.join(sorted(needed))}, from "
             "training_step; that of "
             f"{type(pl_module).__name__} steps its optimizers itself (automatic_optimization=False). Allowed "
             "here are criteria of the weights alone. Use one of them."
@@ -94,7 +103,7 @@ def loss_of(trainer: Trainer, pl_module: LightningModule) -> Loss:
             output = pl_module.training_step(batch, 0) if with_index else pl_module.training_step(batch)
         value = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(value, Tensor):
-            raise ValueError(
+            raise (NoEvidence if value is None else ValueError)(
                 f"training_step of {type(pl_module).__name__} gave {value!r} as loss; "
                 "the criterion needs a tensor. Return the loss."
             )

@@ -52,6 +52,7 @@ class Fit:
         announce: whether the round is to be logged with the next batch.
         looked: whether the dead weights were looked at after the first step of the round.
         late: whether the state of a checkpoint came after the fit had started.
+        tried: whether what updates will run was run once, on the first batch.
         explained: whether it was said why there are fewer prunings than were asked for.
         patience: of `EarlyStopping`, where that ends a round.
         cut: whether `EarlyStopping` ended the round before it had its length.
@@ -70,6 +71,7 @@ class Fit:
         self.noted: int | None = None
         self.announce = True
         self.looked = False
+        self.tried = False
         self.explained = False
         self.late = False
         self.patience: RoundPatience | None = None

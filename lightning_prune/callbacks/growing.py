@@ -374,7 +374,7 @@ class DynamicSparseTraining(MaskedTraining):
                 given = params, self.masks, [(list(params), self.sparsity_of(0))], self.criterion
                 return next_masks(*given, allocate, pattern, layouts=self._layouts, **evidence)
         drop = self._scores(trainer, pl_module, self._anew(self.drop, round), params, round)
-        masks, fraction = self.masks, self._fraction_of(round)
+        masks, before, fraction = self.masks, self.masks, self._fraction_of(round)
         if callable(self.target) and total < alive(masks):
             allocate = self.allocate if isinstance(self.allocate, AtLeast) else AtLeast(1, of=self.allocate)
             masks = select(drop, masks, total, allocate, params=params, masks=masks)
@@ -385,7 +385,8 @@ class DynamicSparseTraining(MaskedTraining):
         if falls:
             masks = regrown(masks, total, grow, self.allocate, params=params, masks=masks)
         if not isinstance(pattern := self.granularity, (NM, FanIn)):
-            return exchanged(masks, in_exchange(masks, fraction), drop, grow)
+            number = in_exchange(masks, fraction, before)
+            return exchanged(masks, number, drop, grow, before)
         rows = {name: pattern.rows(mask, self._layouts[name])[0] for name, mask in masks.items()}
         return exchanged_within(pattern, masks, in_exchange(rows, fraction), drop, grow, self._layouts)
 

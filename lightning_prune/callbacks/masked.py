@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
@@ -37,7 +38,7 @@ from lightning_prune.callbacks.ranks import check_arguments, check_ranks, decide
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
 from lightning_prune.callbacks.shortfall import ended_early, without_room
-from lightning_prune.callbacks.state import VERSION, check_begun, check_settings, check_version
+from lightning_prune.callbacks.state import VERSION, check_begun, check_settings, check_version, own
 from lightning_prune.checks import check_path, named, whole, yes_or_no
 from lightning_prune.deploy import storage
 from lightning_prune.masks import Masks, alive, bits, pack_whole, unpack, zero_dead_
@@ -288,6 +289,11 @@ class MaskedTraining(Callback, ABC):
         if stage != "fit":
             return
         check_free(type(self).__name__, self._fit and self._fit.trainer, trainer)
+        if any(isinstance(other, ModelPruning) for other in _lightning.callbacks_of(trainer)):
+            raise ValueError(
+                f"{type(self).__name__}: Lightning's ModelPruning is here, too, which puts other parameters in "
+                "the place of the weights; allowed is one of the two. Leave ModelPruning out."
+            )
         check_arguments(trainer, self._given())
         if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
             self._fit.leave()
@@ -399,9 +405,13 @@ class MaskedTraining(Callback, ABC):
         """Say at the start of a fit that it has no room for all prunings, where that can be known."""
         if _lightning.is_a_trial(trainer) or self._running.varies:
             return
-        if said := without_room(trainer, self._at, self.rounds):
+        if said := self._without_room(trainer):
             self._running.explained = True
             warn(said)
+
+    def _without_room(self, trainer: Trainer) -> str | None:
+        """What to say of a fit that ends before all prunings have come."""
+        return without_room(trainer, self._at, self.rounds)
 
     def _say_if_fewer(self, trainer: Trainer) -> None:
         """Say at the end of a fit that there were fewer prunings than asked for, unless it was said."""
@@ -409,10 +419,12 @@ class MaskedTraining(Callback, ABC):
         if fit.explained or _lightning.is_a_trial(trainer):
             return
         fit.explained = True
-        if said := ended_early(
-            self._at, self.rounds, self.sparsity, fit.begun, trainer.global_step > fit.since
-        ):
+        if said := self._ended_early(fit.begun, trainer.global_step > fit.since):
             warn(said)
+
+    def _ended_early(self, trained: bool, moved: bool) -> str | None:
+        """What to say of a fit that has ended before all prunings have come."""
+        return ended_early(self._at, self.rounds, self.sparsity, trained, moved)
 
     # ----------------------------------------------------------------------------------------- between rounds
 
@@ -732,7 +744,8 @@ class MaskedTraining(Callback, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: hooks and trainers cannot be pickled, and a copy has none."""
-        return {**vars(self), "_at": self._at_now(), "_fit": None, "_network": None, "_interrupted": None}
+        left = {"_fit": None, "_network": None, "_interrupted": None}
+        return {**own(self), "_at": self._at_now(), **left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

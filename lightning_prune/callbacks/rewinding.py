@@ -409,7 +409,7 @@ class LotteryTicketRewind(Callback):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_network": None, "_before": {}, "_trainer": None, "_limits": None}
+        return {**own(self), "_network": None, "_before": {}, "_trainer": None, "_limits": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -60,3 +60,13 @@ def check_begun(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
             f"{name}({key}={here[key]}) has no effect: ckpt_path= goes on with a fit that has begun with "
             f"{key}={there[key]}. Start another fit, without ckpt_path=, for it to have one."
         )
+
+
+def own(callback: object) -> dict[str, Any]:
+    """A callback's attributes without those that Lightning lends it, the `log` of the module of a fit.
+
+    >>> from types import SimpleNamespace
+    >>> own(SimpleNamespace(rounds=3, log=print))
+    {'rounds': 3}
+    """
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
