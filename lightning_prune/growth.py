@@ -227,6 +227,17 @@ def in_exchange(masks: Masks, fraction: float, before: Masks | None = None) -> d
     return numbers
 
 
+def tells_dead_apart(scores: Scores, masks: Masks) -> bool:
+    """Whether the scores of the dead differ in a tensor; so they do where none has two of them.
+
+    >>> masks = {"w": torch.tensor([True, False, False])}
+    >>> [tells_dead_apart({"w": torch.tensor(w)}, masks) for w in ([5.0, 0.0, 0.0], [0.0, 1.0, 2.0])]
+    [False, True]
+    """
+    several = [dead for name, mask in masks.items() if len(dead := scores[name][~mask]) > 1]
+    return not several or any(bool((dead != dead[0]).any()) for dead in several)
+
+
 def exchange_of(before: Masks, after: Masks, ever: Masks) -> dict[str, float]:
     """How many connections an update dropped and grew, and how many of the grown had been alive before.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -415,7 +415,7 @@ def test_granet_equals_its_pseudocode_and_what_it_has_just_removed_stays_away(sp
     watch = Look()
     fitter(pruner, watch, epochs=8).fit(model)
     steps = len(watch.batches)
-    masks, history = slow_training(
+    _, history = slow_training(
         *(slow, watch.batches, watch.masks[0], lambda n, update, g: g.abs(), 2, int(0.75 * steps), 0.5),
         alive_at=lambda update: round((1 - sparsity(update)) * 400),
     )
@@ -441,13 +441,20 @@ def test_a_group_without_other_candidates_keeps_its_best_and_they_count_as_alive
 
 def test_dense_and_sparse_phases_alternate():
     pruner, watch = (
-        dst(sparsity=schedules.Alternating(0.8), fraction=0, allocate=allocation.global_rank),
+        dst(sparsity=schedules.Alternating(0.8), fraction=0, allocate=allocation.global_rank, until_step=16),
         Watch(),
     )
     fitter(pruner, watch, epochs=8).fit(Net(SGD))
-    assert pruner.round == 8
-    assert pruner.sparsity == 0.0  # an even update is a dense phase
-    assert [alive(m) for m in watch.masks] == [80, 400] * 4
+    assert (pruner.round, pruner.sparsity) == (7, 0.8)
+    assert [alive(m) for m in watch.masks] == [
+        80,
+        400,
+        80,
+        400,
+        80,
+        400,
+        80,
+    ]  # an even update is a dense phase
 
 
 def test_with_no_exchange_the_first_masks_stay():
@@ -659,13 +666,13 @@ def test_a_network_that_diverged_is_not_exchanged_by_its_nans():
     "options", [{}, {"sparsity": schedules.Alternating(0.8), "fraction": 0.0}], ids=in_words
 )
 def test_the_history_says_what_each_update_dropped_and_grew_and_how_much_was_explored(options, tmp_path):
-    pruner, watch = dst(until_step=18, **options), Watch()
+    pruner, watch = dst(until_step=20, **options), Watch()
     saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
     fitter(pruner, watch, saving, epochs=8, enable_checkpointing=True).fit(Net(SGD))
     dense = {n: torch.ones_like(m) for n, m in pruner.masks.items()}
     masks = [*([dense] if options else []), *watch.masks]  # a dense beginning is no pruning
     ever = masks[0]
-    assert [row.round for row in pruner.history] == list(range(9))
+    assert [row.round for row in pruner.history] == list(range(10))
     for row, before, after in zip(pruner.history[1:], masks[:-1], masks[1:], strict=True):
         came = {n: after[n] & ~before[n] for n in after}
         assert row.metrics["dropped"] == sum(int((before[n] & ~after[n]).sum()) for n in after)
@@ -675,7 +682,7 @@ def test_the_history_says_what_each_update_dropped_and_grew_and_how_much_was_exp
         assert row.metrics["explored"] == alive(ever) / 400
     assert "grown" not in pruner.history[0].metrics
     assert pruner.history[-1].metrics["explored"] == pruner.explored
-    resumed = dst(until_step=18, **options)
+    resumed = dst(until_step=20, **options)
     path = sorted(tmp_path.glob("*.ckpt"), key=lambda p: int(p.stem.split("=")[1]))[3]
     with pytest.warns(UserWarning, match="Be aware"):
         fitter(resumed, epochs=8).fit(Net(SGD), ckpt_path=path)
@@ -691,3 +698,216 @@ def test_set_grows_in_another_order_at_every_update():
         fitter(pruner, epochs=12).fit(Net(SGD))
         explored.append(pruner.explored)
     assert explored[0] > 1.2 * explored[1]
+
+
+class _Never(Callback):
+    def on_before_optimizer_step(self, trainer, model, optimizer):
+        raise AssertionError("a step was trained")
+
+
+def _of(change):
+    return lambda params, grads: {n: change(g) for n, g in grads.items()}
+
+
+@pytest.mark.parametrize("argument", ["drop", "grow"])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (_of(lambda g: g[:1]), "must give floating point scores of stem.weight's shape"),
+        (_of(lambda g: g > 0), "must give floating point scores"),
+        (_of(lambda g: g * torch.nan), "the score of stem.weight holds NaN"),
+        (criteria.SparseGPT(), "SparseGPT"),
+        (criteria.SynFlow(), "."),
+    ],
+)
+def test_scores_that_no_update_can_read_are_refused_before_the_first_step(argument, scores, message):
+    with pytest.raises(ValueError, match=f"^{argument}: .*{message}"):
+        fitter(dst(**{argument: scores}), _Never(), epochs=4).fit(Net(SGD))
+
+
+@pytest.mark.parametrize("argument", ["drop", "grow"])
+def test_who_asks_for_gradients_or_momentum_that_are_not_there_is_named(argument):
+    class Manual(Net):
+        def __init__(self):
+            super().__init__(SGD)
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match=f"^{argument}: gradient asks for grads"):
+        fitter(dst(**{"grow": criteria.Random(), argument: criteria.gradient}), epochs=4).fit(Manual())
+    plain = Net(lambda p: torch.optim.SGD(p, 0.1))
+    with pytest.raises(ValueError, match=rf"^{argument}: it reads the momentum.*\(SGD\)"):
+        fitter(dst(**{argument: criteria.momentum}), _Never(), epochs=4).fit(plain)
+
+
+def test_a_fast_dev_run_is_accepted_and_the_fit_after_it_has_all_updates():
+    pruner = dst()
+    fitter(pruner, fast_dev_run=True).fit(model := Net(SGD))
+    assert pruner.round == 0
+    fitter(pruner, epochs=8).fit(model)
+    assert pruner.round == pruner.rounds == 8
+
+
+class _Blind(Net):
+    """Whose loss is no number, or none at all, on two batches; such a batch trains nothing."""
+
+    def __init__(self, what, n=80):
+        super().__init__(SGD, dropout=0.0, n=n)
+        self.what = what
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step not in (4, 5):
+            return loss
+        return None if self.what == "None" else loss * self.what
+
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            if p.grad is not None and not bool(p.grad.isfinite().all()):
+                p.grad = None
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*training_step. returned .None.",
+    "ignore:.*waits for the next step",
+    "ignore:You're resuming from a checkpoint that ended before the epoch",
+)
+@pytest.mark.parametrize("what", ["None", math.nan], ids=str)
+def test_an_update_without_evidence_waits_for_the_next_step_and_resumes(what, tmp_path):
+    class Look(Watch):
+        def on_prune(self, trainer, model, masks):
+            self.found.append(trainer.global_step)
+
+    def run(folder, ckpt_path=None):
+        torch.manual_seed(3)
+        pruner, look = dst(until_step=18, every_n_train_steps=4), Look()
+        saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer = fitter(pruner, look, saving, epochs=8, enable_checkpointing=True)
+        trainer.fit(_Blind(what), ckpt_path=ckpt_path)
+        return pruner, look.found, {k: v for k, v in state(trainer).items() if k != "buffers"}
+
+    straight, steps, expected = run(tmp_path / "a")
+    assert steps == [0, 6, 8, 12, 16]  # step 4 had no evidence
+    for at in (4, 5, 6):
+        resumed, _, found = run(tmp_path / f"{at}", tmp_path / "a" / f"step={at}.ckpt")
+        assert same(resumed.masks, straight.masks)
+        assert same(found, expected)
+
+
+def test_an_update_that_waits_says_so_once():
+    with pytest.warns(
+        UserWarning, match="update 2 of .* waits for the next step: grow: the gradient"
+    ) as said:
+        fitter(dst(), epochs=4).fit(_Blind(math.nan))
+    assert sum("waits" in str(w.message) for w in said) == 1
+
+
+def test_a_far_until_step_costs_nothing_as_the_fit_starts():
+    pruner = dst(until_step=10**12, every_n_train_steps=1)
+    with pytest.warns(UserWarning, match="room for .* of the 999999999999 updates"):
+        fitter(pruner, epochs=1).fit(Net(SGD))
+    assert pruner.round > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_train_steps": None}, "every_n_train_steps=None: allowed are whole numbers"),
+        ({"fraction": schedules.CosineDecay}, "fraction=CosineDecay: a class is given"),
+        ({"sparsity": schedules.Cubic}, "sparsity=Cubic: a class is given"),
+        ({"masks": UNEVEN, "allocate": allocation.uniform}, "nothing reads allocate"),
+        ({"masks": UNEVEN, "criterion": criteria.magnitude}, "nothing reads criterion"),
+    ],
+)
+def test_what_no_update_could_read_is_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        dst(**options)
+
+
+def test_a_fit_without_steps_is_refused_as_such():
+    with pytest.raises(ValueError, match="the fit has no step"):
+        fitter(dst(), max_steps=0).fit(Net(SGD))
+
+
+def test_what_has_no_effect_is_said():
+    masks = {n: torch.arange(p.numel()).view(p.shape) % 2 == 0 for n, p in matrices(Net()).items()}
+    with pytest.warns(UserWarning, match=r"masks=, sparsity=0.8: the masks are at 0.5000"):
+        fitter(dst(masks=masks), epochs=4).fit(Net(SGD))
+    masks["body.weight"][:] = False
+    with pytest.warns(UserWarning, match="masks: all weights of body.weight are dead"):
+        fitter(dst(masks=masks, sparsity=0.9), epochs=4).fit(Net(SGD))
+    pruner, model = dst(), Net(SGD)
+    fitter(pruner, epochs=4).fit(model)
+    with pytest.warns(UserWarning, match="updates were done in the fits before"):
+        fitter(pruner, epochs=4).fit(model)
+
+
+@pytest.mark.parametrize(
+    "pruner", [dst, lp.IterativeMagnitudePruning, lp.StructuredChannelPruning], ids=in_words
+)
+def test_lightnings_own_pruning_is_refused_by_name(pruner):
+    for order in (1, -1):
+        callbacks = [pruner(), ModelPruning("l1_unstructured", amount=0.2)][::order]
+        with pytest.raises(ValueError, match="Lightning's ModelPruning is here"):
+            fitter(*callbacks, epochs=2).fit(Net(SGD))
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "fresh"),
+    [
+        (lambda p: torch.optim.Rprop(p, 0.02), "step_size", 0.02),
+        (lambda p: torch.optim.Adagrad(p, 0.02, initial_accumulator_value=0.5), "sum", 0.5),
+        (lambda p: torch.optim.Adagrad(p, 0.02), "sum", 0.0),
+        (lambda p: torch.optim.ASGD(p, 0.02), "ax", 0.0),
+    ],
+)
+def test_what_grows_has_the_state_of_a_fresh_optimizer_and_learns(make, key, fresh):
+    seen, moved = [], []
+
+    class Look(Callback):
+        came = None
+
+        def on_round_start(self, trainer, model, masks):
+            self.before = {n: m.clone() for n, m in pruner.masks.items()}
+
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            state = trainer.optimizers[0].state
+            self.came = None
+            if pruner.round and trainer.global_step == 2 * pruner.round:
+                self.came = {n: m & ~self.last[n] for n, m in pruner.masks.items()}
+                seen.extend(
+                    state[p][key][self.came[n]] for n, p in model.named_parameters() if n in self.came
+                )
+            self.last = {n: m.clone() for n, m in pruner.masks.items()}
+
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            if self.came:
+                moved.extend(
+                    bool((p.detach()[self.came[n]] != 0).any())
+                    for n, p in model.named_parameters()
+                    if n in self.came
+                )
+
+    pruner = dst()
+    fitter(pruner, Look(), epochs=6).fit(Net(make))
+    values = torch.cat(seen)
+    assert len(values) > 20
+    assert torch.allclose(values, torch.full_like(values, fresh))
+    assert any(moved)
+
+
+def test_a_copy_of_a_callback_carries_no_network():
+    pruner, rewinder = lp.IterativeMagnitudePruning(rounds=1), lp.LotteryTicketRewind()
+    fitter(pruner, rewinder, epochs=2).fit(Net(SGD))
+    for callback in (pruner, rewinder):
+        assert "log" in vars(callback)
+        assert not {"log", "log_dict"} & set(vars(deepcopy(callback)))
+
+
+def test_an_early_end_names_only_what_there_is():
+    class Ends(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 5
+
+    with pytest.warns(UserWarning, match=r"the fit ended after \d of \d+ updates") as said:
+        fitter(dst(), Ends(), epochs=8).fit(Net(SGD))
+    assert not any("end_round_on_early_stop" in str(w.message) for w in said)

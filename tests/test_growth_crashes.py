@@ -87,6 +87,8 @@ def train(folder, setting):
     if resume:
         torch.manual_seed(1)  # nothing may come from here
     options = {"sparsity": 0.8, "fraction": schedules.CosineDecay(0.5), "every_n_train_steps": setting.every}
+    if setting.method == "AC/DC":
+        options["until_step"] = 4 * setting.every  # three updates, so that it ends sparse
     pruner, began = lp.DynamicSparseTraining(**{**options, **METHODS[setting.method]}), []
 
     class Began(Callback):

@@ -2,9 +2,12 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,17 +17,20 @@ from typing_extensions import final, override
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast, EvenOutputs, may_empty
 from lightning_prune.callbacks import _lightning
+from lightning_prune.callbacks.beside import monitors_of_all_rounds
 from lightning_prune.callbacks.checkpoints import first_in_words, first_masks
-from lightning_prune.callbacks.evidence import check_run, evidence_of
+from lightning_prune.callbacks.evidence import NoEvidence, check_run, evidence_of
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.pruning import trained
+from lightning_prune.callbacks.ranks import together
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
-from lightning_prune.callbacks.rounds import Rounds
+from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
+from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import check_callable, check_takes, named, number, whole
+from lightning_prune.checks import check_callable, named, number, whole
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import asked, mean_gradients
+from lightning_prune.evidence import asked, mean_gradients, parameters_of
 from lightning_prune.granularity import NM, Granularity, single
 from lightning_prune.growth import (
     FanIn,
@@ -34,16 +40,20 @@ from lightning_prune.growth import (
     fits,
     in_exchange,
     regrown,
+    tells_dead_apart,
     updates_before,
 )
-from lightning_prune.holding import check_fit
+from lightning_prune.holding import ELEMENTWISE, check_fit
 from lightning_prune.layers import LAYERS, Layout, check_layers, layouts, prunable
-from lightning_prune.masks import Masks, alive, pack, unpack
+from lightning_prune.masks import Masks, alive, count, pack, unpack
 from lightning_prune.pruning import budget, check_finite, next_masks, score, sparsity_in
 from lightning_prune.schedules import CosineDecay, Schedule
 from lightning_prune.selection import select
 
 log = logging.getLogger(__name__)
+
+# The updates whose sparsity and fraction are looked at before training; those of later ones as they come.
+_FIRST = 10_000
 
 
 def _check_fraction(name: str, value: object) -> None:
@@ -100,7 +110,8 @@ class DynamicSparseTraining(MaskedTraining):
         sparsity: fraction of the prunable weights that is dead.
         explored: fraction of the prunable weights that has ever been alive ("in-time over-parameterization").
         history: a row for what each update began, with `dropped`, `grown`, `returned` (of the grown, those
-            that had been alive before) and `explored` among its metrics.
+            that had been alive before) and `explored` among its metrics; with `FanIn` also
+            `ablated`, the outputs that have no living weight.
 
     Raises:
         ValueError: at construction, or as the fit starts and before anything is trained, naming the argument.
@@ -112,6 +123,7 @@ class DynamicSparseTraining(MaskedTraining):
     """
 
     _unit = "weights"
+    counted = "update"
     compares = False  # An update begins nothing that would be compared anew.
 
     def __init__(
@@ -134,6 +146,7 @@ class DynamicSparseTraining(MaskedTraining):
         verify: bool = True,
     ) -> None:
         check_layers(layers)
+        whole("every_n_train_steps", every_n_train_steps, 1, such_as=100)
         super().__init__(
             rounds=0,
             every_n_epochs=1,
@@ -151,6 +164,12 @@ class DynamicSparseTraining(MaskedTraining):
                 f"masks=, sparsity={sparsity}: a schedule says how sparse each update is, and masks how "
                 "sparse the beginning; allowed is one of them. Leave masks out, or give a number."
             )
+        for name, given, default in (("allocate", allocate, allocation.erk), ("criterion", criterion, None)):
+            if masks is not None and given is not default:
+                raise ValueError(
+                    f"masks=, {name}={named(given)}: masks say who is alive as training "
+                    f"begins, so nothing reads {name}; allowed is one of them. Leave {name} out."
+                )
         # Instances as defaults could not be built from type hints.
         criterion = criteria.Random() if criterion is None else criterion
         fraction = CosineDecay(0.3) if fraction is None else fraction
@@ -163,7 +182,8 @@ class DynamicSparseTraining(MaskedTraining):
                 raise ValueError(f"until={until}, until_step={until_step}: allowed is one. Leave one out.")
         for name, function in (("sparsity", sparsity), ("fraction", fraction)):
             if callable(function):
-                check_takes(name, function, 1)
+                check_callable(name, function, 1)
+        _check_takes_progress(fraction)
         if callable(sparsity) and asked(sparsity):
             raise ValueError(
                 f"sparsity: {sparsity} reads the scores; allowed are numbers, and schedules of the update "
@@ -189,6 +209,8 @@ class DynamicSparseTraining(MaskedTraining):
         self._exchange: dict[str, float] = {}  # what the last update did, in numbers of connections
         self._batch: Any = None  # that the step trains on
         self._layouts: dict[str, Layout] = {}
+        self._waits: tuple[int, int] | None = None  # the update that had no evidence, and at which step
+        self._tried = False  # whether the last fit was a fast_dev_run, whose length is that of no training
 
     @property
     @override
@@ -243,14 +265,19 @@ class DynamicSparseTraining(MaskedTraining):
                 f"DynamicSparseTraining goes alone; {type(wrong[0]).__name__} is here, too. To train a mask "
                 "that was found again, fit a second time with masks=<its checkpoint>."
             )
-        for criterion in (self.criterion, self.drop, self.grow):
-            check_run(pl_module, criterion)
-        if "momentum" in asked(self.grow) and self._reads_gradients(trainer, pl_module):
+        checked = ("criterion", "drop", "grow") if self._changes else ("criterion",)
+        for argument in checked:
+            check_run(pl_module, getattr(self, argument), argument)
+        for argument in checked[1:]:
+            if "momentum" in asked(getattr(self, argument)):
+                _check_momentum(trainer, argument)
+        if self._changes and "momentum" in asked(self.grow) and self._reads_gradients(trainer, pl_module):
+            other = "criteria.gradient" if pl_module.automatic_optimization else "criteria.Random()"
             raise ValueError(
                 "grow: it reads the momentum of dead weights, and here their gradients are masked, since "
                 "something reads gradients before or across the step (clipping, an optimizer that mixes "
                 "weights, manual optimization). Allowed are criteria without momentum, such as "
-                "criteria.gradient. Use one."
+                f"{other}. Use one."
             )
         self._plan_updates(trainer)
         if self._start_from is None and (callable(self.target) or not self.masks):
@@ -268,14 +295,48 @@ class DynamicSparseTraining(MaskedTraining):
                 )
         if self._start_from is not None or self.round or self.resumption:
             self._check_pattern()
+        self._say_without_effect(trainer)
         return params
+
+    def _say_without_effect(self, trainer: Trainer) -> None:
+        """Say what has no effect: another sparsity than that of masks=, dead layers, a time that is over."""
+        if self._start_from is not None and not self.round and not self.resumption:
+            size = sum(mask.numel() for mask in self.masks.values())
+            default = signature(type(self)).parameters["sparsity"].default
+            left = alive(self.masks)
+            if self.target != default and budget(self.sparsity_of(0), size) != left:
+                warn(
+                    f"masks=, sparsity={self.target}: the masks are at {1 - left / size:.4f}, and stay "
+                    "as sparse as they are. Leave sparsity out, or masks."
+                )
+            if dead := [name for name, mask in self.masks.items() if mask.numel() and not count(mask)]:
+                warn(
+                    f"masks: all weights of {', '.join(dead)} are dead, and as many are alive in each layer "
+                    "after an update as before, so none will grow there. Give masks with living weights in "
+                    "each layer, or exclude= these."
+                )
+        if 0 < self.rounds <= self.round and self._changes and not self.resumption:
+            warn(
+                f"DynamicSparseTraining: all {self.rounds} updates were done in the fits before, so masks "
+                "stay as they are in this one. To go on exchanging, give a new callback their masks=."
+            )
+
+    @property
+    def _changes(self) -> bool:
+        """Whether an update changes masks."""
+        return self._exchanges or callable(self.target)
+
+    @property
+    def _exchanges(self) -> bool:
+        """Whether updates exchange connections; without a schedule as sparsity masks stay otherwise."""
+        return callable(self.fraction) or self.fraction > 0
 
     def _check_room(self, params: Mapping[str, nn.Parameter]) -> None:
         """Refuse a sparsity that leaves a layer without a weight."""
         if may_empty(self.allocate):
             return
         size, layers = sum(p.numel() for p in params.values()), [n for n, p in params.items() if p.numel()]
-        for update in range(self.rounds + 1):
+        for update in range(min(self.rounds, _FIRST) + 1 if callable(self.target) else 1):
             if (left := budget(self.sparsity_of(update), size)) < len(layers):
                 raise ValueError(
                     f"sparsity={self.target}: it leaves {left} of {size} weights alive in {len(layers)} "
@@ -298,35 +359,58 @@ class DynamicSparseTraining(MaskedTraining):
 
     def _plan_updates(self, trainer: Trainer) -> None:
         """Fix the step from which masks stay, and with it the number of updates; refuse what leaves none."""
-        if self._last is None:
+        trial = _lightning.is_a_trial(trainer)
+        if self._last is None or self._tried:
             if self.until_step is not None:
                 self._last = self.until_step
             else:
                 steps = trainer.estimated_stepping_batches
+                if not steps:
+                    raise ValueError(
+                        "max_steps, max_epochs: the fit has no step, so there is nothing to train; allowed "
+                        "is one or more. Raise max_steps, max_epochs or limit_train_batches."
+                    )
                 if not 0 < steps < float("inf"):
                     raise ValueError(
                         f"until={self.until}: the fit has no known length; allowed is one with max_steps, "
                         "or with max_epochs and a loader of known length. Give until_step instead."
                     )
                 self._last = int(self.until * steps)
+        self._tried = trial
         assert self.every_n_train_steps is not None
         self.rounds = updates_before(self._last, self.every_n_train_steps)
-        if not self.rounds and (callable(self.fraction) or self.fraction or callable(self.target)):
+        if not self.rounds and self._changes and not trial:
             allowed = f"1 to {self._last - 1}" if self._last > 1 else "none in a time as short"
             raise ValueError(
                 f"every_n_train_steps={self.every_n_train_steps}: masks stay from step {self._last} on, so "
                 f"there is no update. Allowed are {allowed}. Lower it, let masks change for longer, or set "
                 "fraction=0."
             )
-        for update in range(self.rounds + 1):
+        for update in range(min(self.rounds, _FIRST) + 1):
             _check_fraction(f"sparsity({update})", self.sparsity_of(update))
             self._fraction_of(update)
+        if callable(self.target) and not trial:
+            self._check_end(self.target)
+
+    def _check_end(self, schedule: Schedule) -> None:
+        """Refuse a schedule whose last update makes the network dense; warn where it would go on."""
+        assert self.every_n_train_steps is not None
+        ends = next((k for k in reversed(range(self.rounds + 1)) if self.sparsity_of(k) > 0), self.rounds)
+        if ends < self.rounds:
+            raise ValueError(
+                f"sparsity={schedule}: its update {self.rounds}, the last one, makes the network dense, and "
+                "it would end so; allowed is what ends sparse. Give "
+                f"until_step={(ends + 1) * self.every_n_train_steps} instead of until, after whose last "
+                "update it is sparse, or another every_n_train_steps."
+            )
+        if said := cut_off(schedule, self.rounds, "sparsity", "update"):
+            warn(said)
 
     def _progress(self, update: int) -> float:
         """How much of the time until masks stay is over at an update, in [0, 1]."""
         assert self._last is not None
         assert self.every_n_train_steps is not None
-        return min(1.0, update * self.every_n_train_steps / self._last)
+        return min(1.0, update * self.every_n_train_steps / max(1, self._last))
 
     def _fraction_of(self, update: int) -> float:
         """The fraction of the living that is exchanged at an update."""
@@ -354,10 +438,51 @@ class DynamicSparseTraining(MaskedTraining):
         self._batch = batch
         try:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if not self._running.tried:
+                self._running.tried = True
+                self._try_scores(trainer, pl_module)
         finally:
             self._batch = None
         if not self._ever:  # it began with masks
             self._ever = {name: mask.clone() for name, mask in self.masks.items()}
+
+    def _try_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the first step: score once as an update will, so that what is wrong is found now."""
+        if not self._changes or (self.is_last() and not _lightning.is_a_trial(trainer)):
+            return
+        params = {name: p.detach() for name, p in self._running.params.items()}
+        for argument in ("drop", "grow"):
+            run = partial(self._scores, trainer, pl_module, argument, params, self.round + 1, trial=True)
+            with suppress(NoEvidence):  # this batch has none; others may
+                scores = together(trainer, run)
+                if argument == "grow" and self._exchanges:
+                    self._check_apart(scores)
+
+    def _check_apart(self, scores: Mapping[str, Tensor]) -> None:
+        """Refuse what would grow weights in the order in which they lie.
+
+        Raises:
+            ValueError: then. What gradients say of the dead differs from batch to batch, and is left out.
+        """
+        if {"grads", "loss", "momentum"} & asked(self.grow).keys() or tells_dead_apart(scores, self.masks):
+            return
+        raise ValueError(
+            f"grow={named(self.grow)}: it gives all dead weights of a layer the same score, so that they "
+            "would grow in the order in which they lie; allowed are criteria that tell them apart, such "
+            "as criteria.gradient and criteria.Random(). Use one."
+        )
+
+    @override
+    def _begin_round_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        update, step = self.round + 1, trainer.global_step
+        if self._waits == (update, step) or (self._last is not None and step >= self._last):
+            return  # within a step that began without evidence; or an update that waited until masks stay
+        try:
+            super()._begin_round_if_due(trainer, pl_module)
+        except NoEvidence as error:  # still due at the next step: the clock of the updates has not moved
+            if self._waits is None or self._waits[0] != update:
+                warn(f"update {update} of {self.rounds} waits for the next step: {error}")
+            self._waits = update, step
 
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
@@ -373,15 +498,17 @@ class DynamicSparseTraining(MaskedTraining):
             with evidence_of(trainer, pl_module, self.criterion, 1, self._seed) as evidence:
                 given = params, self.masks, [(list(params), self.sparsity_of(0))], self.criterion
                 return next_masks(*given, allocate, pattern, layouts=self._layouts, **evidence)
-        drop = self._scores(trainer, pl_module, self._anew(self.drop, round), params, round)
         masks, before, fraction = self.masks, self.masks, self._fraction_of(round)
+        if not fraction and not callable(self.target):
+            return masks
+        drop = self._scores(trainer, pl_module, "drop", params, round)
         if callable(self.target) and total < alive(masks):
             allocate = self.allocate if isinstance(self.allocate, AtLeast) else AtLeast(1, of=self.allocate)
             masks = select(drop, masks, total, allocate, params=params, masks=masks)
         falls = callable(self.target) and total > alive(masks)
         if not falls and not fraction:
             return masks
-        grow = self._scores(trainer, pl_module, self._anew(self.grow, round), params, round)
+        grow = self._scores(trainer, pl_module, "grow", params, round)
         if falls:
             masks = regrown(masks, total, grow, self.allocate, params=params, masks=masks)
         if not isinstance(pattern := self.granularity, (NM, FanIn)):
@@ -402,28 +529,58 @@ class DynamicSparseTraining(MaskedTraining):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        criterion: Criterion,
+        argument: str,
         params: dict[str, Tensor],
         round: int,
+        *,
+        trial: bool = False,
     ) -> dict[str, Tensor]:
-        """The scores by which connections go, or come, of the batch that the step trains on."""
+        """The scores by which connections go, or come, of the batch that the step trains on.
+
+        Raises:
+            NoEvidence: when the loss of this batch is None, or a gradient is not finite.
+        """
         assert self._seed is not None
+        criterion = self._anew(getattr(self, argument), round)
         wanted = asked(criterion)
+        for name, p in params.items():
+            check_finite(name, p)
         with evidence_of(trainer, pl_module, criterion, 1, self._seed + round, [self._batch]) as evidence:
             if "momentum" in wanted:
-                evidence["momentum"] = momentum_of(trainer, self._running.params)
+                evidence["momentum"] = (
+                    {name: torch.zeros_like(p) for name, p in params.items()}  # before the first step
+                    if trial
+                    else momentum_of(trainer, self._running.params, argument)
+                )
             if "grads" in wanted:
                 run = (evidence.pop(name) for name in ("model", "loss", "batches"))
-                grads = mean_gradients(params, *run)
+                missing = ""
+                try:
+                    grads = mean_gradients(params, *run)
+                except NoEvidence as error:  # all processes must come to the sum
+                    missing = str(error)
+                    grads = {name: torch.full_like(p, torch.nan) for name, p in params.items()}
                 if trainer.world_size > 1:
                     for g in grads.values():
                         distributed.all_reduce(g)
                         g /= trainer.world_size
+                if wrong := [name for name, g in grads.items() if not bool(g.isfinite().all())]:
+                    raise NoEvidence(
+                        missing
+                        or f"{argument}: the gradient of {', '.join(wrong)} holds NaN or infinity on this "
+                        "batch; allowed are finite numbers. Look whether the loss is finite."
+                    )
                 evidence["grads"] = grads
-            scores = score(criterion, params, {"masks": self.masks, **evidence})
-        for name, values in scores.items():
-            check_finite(name, params[name])
-            check_finite(name, values, torch.ones_like(values, dtype=torch.bool))
+            try:
+                scores = score(criterion, params, {"masks": self.masks, **evidence}, argument)
+                for name, values in scores.items():
+                    check_finite(name, values, torch.ones_like(values, dtype=torch.bool))
+            except NoEvidence:
+                raise
+            except ValueError as error:
+                if not str(error).startswith(argument):
+                    error.args = (f"{argument}: {error}",)
+                raise
         return scores
 
     @override
@@ -440,7 +597,50 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def _of_round(self) -> dict[str, float]:
-        return {**self._exchange, "explored": self.explored}
+        found = {**self._exchange, "explored": self.explored}
+        if isinstance(pattern := self.granularity, FanIn):
+            rows = [pattern.rows(mask, self._layouts[name])[0] for name, mask in self.masks.items()]
+            found["ablated"] = sum(len(of) - count(of.any(1)) for of in rows)
+        return found
+
+    @override
+    def _say_if_rounds_mix(self, trainer: Trainer) -> None:
+        """Say which `ModelCheckpoint` compares networks of several sparsities."""
+        if not callable(self.target) or _lightning.is_a_trial(trainer):
+            return
+        least, last = (
+            min(map(self.sparsity_of, range(min(self.rounds, _FIRST) + 1))),
+            self.sparsity_of(self.rounds),
+        )
+        for monitor in monitors_of_all_rounds(trainer) if least < last else ():
+            log.info(
+                f"ModelCheckpoint(monitor={monitor!r}) compares over all updates, so what it keeps as the "
+                f"best may be of sparsity {least:.4g} instead of {last:.4g}, that of the last update. With "
+                "save_last=True the network that the fit ends with is kept, too."
+            )
+
+    @override
+    def _say_if_short(self, trainer: Trainer) -> None:
+        """Say at the start of a fit what its updates will be, and whether it has no room for them all."""
+        super()._say_if_short(trainer)
+        if _lightning.is_a_trial(trainer) or self.round >= self.rounds:
+            return
+        log.info(
+            f"{self.rounds - self.round} updates are to come, every {self.every_n_train_steps} steps, before "
+            f"step {self._last}"
+        )
+
+    @override
+    def _tell_history(self, trainer: Trainer) -> None:
+        """As a fit ends: what its updates came to."""
+        if not self._running.begun or _lightning.is_a_trial(trainer):
+            return
+        grown = sum(row.metrics.get("grown", 0.0) for row in self.history)
+        log.info(
+            f"after {self.round} of {self.rounds} updates: {alive(self.masks)} weights left "
+            f"({100 * (1 - self.sparsity):.2f} %), {grown:.0f} grown in all, {100 * self.explored:.2f} % "
+            "were alive at some time"
+        )
 
     @override
     def _begun(self, trainer: Trainer) -> None:
@@ -451,16 +651,39 @@ class DynamicSparseTraining(MaskedTraining):
         )
 
     @override
+    def _without_room(self, trainer: Trainer) -> str | None:
+        end = end_of_fit(trainer, Clock.STEPS)
+        left, room = self.rounds - self.round, self._at.to_come(end)
+        if left <= room:
+            return None
+        return (
+            f"the fit has room for {room} of the {left} updates that are left (it ends with step {end:.0f}, "
+            f"and masks stay from step {self._last} on). Train longer, or give an earlier until_step; a "
+            "later fit goes on from there."
+        )
+
+    @override
+    def _ended_early(self, trained: bool, moved: bool) -> str | None:
+        if self.is_last() or not trained or not moved:
+            return super()._ended_early(trained, moved)
+        return (
+            f"the fit ended after {self.round} of {self.rounds} updates. Train longer, or let EarlyStopping "
+            "wait longer; a later fit goes on from here."
+        )
+
+    @override
     def _missed(self, before: Masks) -> list[str]:
         if wrong := [name for name, mask in self.masks.items() if not self._fits(name, mask)]:
             return [
                 f"{', '.join(wrong)}: the masks must be of granularity={self.granularity}, and are not. "
                 "Change no masks in on_prune."
             ]
-        if self._start_from is not None or isinstance(self.granularity, NM):
+        if isinstance(self.granularity, NM):
             return []
         total = sum(mask.numel() for mask in self.masks.values())
         asked_for = budget(self.sparsity_of(self.round), total)
+        if self.round and not callable(self.target):
+            asked_for = alive(before)  # as many as the first masks have, whatever a resumed fit was given
         if (left := alive(self.masks)) == asked_for:
             return []
         return [
@@ -537,7 +760,46 @@ def _check_granularity(
         )
 
 
-def momentum_of(trainer: Trainer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _check_momentum(trainer: Trainer, argument: str) -> None:
+    """Refuse an optimizer of torch that keeps no momentum as it is set."""
+    for optimizer in trainer.optimizers:
+        settings = optimizer.param_groups
+        kept = any(group.get("momentum") or "betas" in group for group in settings)
+        if type(optimizer) in ELEMENTWISE and not kept:
+            _refuse_momentum(argument, type(optimizer).__name__)
+
+
+def _refuse_momentum(argument: str, who: str) -> NoReturn:
+    raise ValueError(
+        f"{argument}: it reads the momentum, of which the optimizer keeps none ({who}). Allowed are SGD with "
+        f"momentum and the Adam family. Use one of them, or {argument}=criteria.gradient."
+    )
+
+
+def _check_takes_progress(fraction: Any) -> None:
+    """Refuse a function that needs more than progress, and a schedule, which would take it for a round.
+
+    Raises:
+        ValueError: then.
+    """
+    parameters = list(parameters_of(fraction).values()) if callable(fraction) else []
+    more = [
+        p.name
+        for p in parameters[1:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if not more and [p.name for p in parameters[:1]] != ["round"]:
+        return
+    wants = f"it needs {', '.join(more)}, too" if more else "it takes a round"
+    raise ValueError(
+        f"fraction={named(fraction)}: {wants}, and it is called with progress alone, from 0 to 1; allowed "
+        "are numbers, and functions of progress, such as schedules.CosineDecay(0.3). Give one of these."
+    )
+
+
+def momentum_of(
+    trainer: Trainer, params: dict[str, nn.Parameter], argument: str = "grow"
+) -> dict[str, Tensor]:
     """The momentum that the optimizers keep for these weights: SGD's buffer, or Adam's first moment.
 
     Raises:
@@ -551,8 +813,5 @@ def momentum_of(trainer: Trainer, params: dict[str, nn.Parameter]) -> dict[str, 
                 if isinstance(state.get(key), Tensor):
                     found[name] = state[key]
     if missing := [name for name in params if name not in found]:
-        raise ValueError(
-            f"grow: it reads the momentum of {', '.join(missing)}, of which the optimizer keeps none. "
-            "Allowed are SGD with momentum and the Adam family. Use one of them, or grow=criteria.gradient."
-        )
+        _refuse_momentum(argument, ", ".join(missing))
     return found

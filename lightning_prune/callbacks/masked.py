@@ -65,6 +65,7 @@ class MaskedTraining(Callback, ABC):
     """
 
     _unit: ClassVar[str]  # what sparsity counts, in the plural
+    counted: ClassVar[str] = "round"  # what `round` is the number of, in what is said
     compares: ClassVar[bool] = True  # whether a round is compared within itself, and shown as a fit ends
 
     def __init__(
@@ -291,8 +292,8 @@ class MaskedTraining(Callback, ABC):
         check_free(type(self).__name__, self._fit and self._fit.trainer, trainer)
         if any(isinstance(other, ModelPruning) for other in _lightning.callbacks_of(trainer)):
             raise ValueError(
-                f"{type(self).__name__}: Lightning's ModelPruning is here, too, which puts other parameters in "
-                "the place of the weights; allowed is one of the two. Leave ModelPruning out."
+                f"{type(self).__name__}: Lightning's ModelPruning is here, too, which puts other "
+                "parameters in the place of the weights; allowed is one of the two. Leave ModelPruning out."
             )
         check_arguments(trainer, self._given())
         if self._fit is not None:  # Another callback failed as that fit ended, so that ours was not told.
@@ -331,7 +332,7 @@ class MaskedTraining(Callback, ABC):
         last = self._network() if self._network is not None else None
         if self._network is None or self.resumption or last is pl_module or not (self.round or self.sparsity):
             return
-        place = f"{type(self).__name__}: it is in round {self.round} at sparsity {self.sparsity:.4f}"
+        place = f"{type(self).__name__}: it is in {self.counted} {self.round} at sparsity {self.sparsity:.4f}"
         warn(taken_up(pl_module, self.masks, place))
 
     def _reads_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
@@ -712,8 +713,9 @@ class MaskedTraining(Callback, ABC):
         fit.apply()
         if isinstance(exception, KeyboardInterrupt):
             log.info(
-                "interrupted in round %d of %d. Fit again with ckpt_path=<the last checkpoint> to go on from "
+                "interrupted in %s %d of %d. Fit again with ckpt_path=<the last checkpoint> to go on from "
                 "there, or without it to go on from the weights as they are.",
+                self.counted,
                 self.round,
                 self.rounds,
             )
@@ -752,7 +754,8 @@ class MaskedTraining(Callback, ABC):
         self._home = home.settle(self, state["_home"])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(round {self.round} of {self.rounds}, sparsity {self.sparsity:.4f})"
+        at = f"{self.counted} {self.round} of {self.rounds}"
+        return f"{type(self).__name__}({at}, sparsity {self.sparsity:.4f})"
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

@@ -18,7 +18,7 @@ from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.one_round import OneRound
 from lightning_prune.callbacks.ranks import check_arguments
 from lightning_prune.callbacks.rounds import Clock, end_of_fit
-from lightning_prune.callbacks.state import VERSION, check_settings, check_version
+from lightning_prune.callbacks.state import VERSION, check_settings, check_version, own
 from lightning_prune.callbacks.strategies import check_optimizers
 from lightning_prune.checks import check_callable, named, whole, yes_or_no
 from lightning_prune.evidence import asked, call, check_asked

@@ -10,8 +10,10 @@ from lightning_prune.schedules import Schedule
 from lightning_prune.structured.targets import Removed
 
 
-def cut_off(schedule: Schedule | float, rounds: int, argument: str = "schedule") -> str | None:
-    """What to say of a schedule that goes on after the last round; None where it does not.
+def cut_off(
+    schedule: Schedule | float, rounds: int, argument: str = "schedule", unit: str = "round"
+) -> str | None:
+    """What to say of a schedule that goes on after the last round, or update; None where it does not.
 
     >>> from lightning_prune.schedules import Cubic
     >>> cut_off(Cubic(0.9, rounds=20), rounds=2)[:75]
@@ -22,6 +24,7 @@ def cut_off(schedule: Schedule | float, rounds: int, argument: str = "schedule")
         schedule: of a callback. One that does not say which is its `last` round is taken to end in time.
         rounds: of the callback.
         argument: that gives the schedule.
+        unit: what the schedule counts, "round" or "update".
     """
     if isinstance(schedule, Removed):
         schedule = schedule.schedule
@@ -31,10 +34,10 @@ def cut_off(schedule: Schedule | float, rounds: int, argument: str = "schedule")
     reached, asked = schedule(rounds), schedule(last)
     if reached >= asked:
         return None
+    more = f"Give the callback rounds={last}" if unit == "round" else "Give a lower every_n_train_steps"
     return (
-        f"{argument}: in round {rounds}, the last one, {named(schedule)} is at sparsity {reached:.4g}, and "
-        f"it reaches {asked:.4g} only in round {last}. Give the callback rounds={last}, or a schedule "
-        "that ends sooner."
+        f"{argument}: in {unit} {rounds}, the last one, {named(schedule)} is at sparsity {reached:.4g}, and "
+        f"it reaches {asked:.4g} only in {unit} {last}. {more}, or a schedule that ends sooner."
     )
 
 

@@ -69,7 +69,7 @@ class ExperimentProgress(Callback):
         pruner = pruner_of(trainer)
         left = f"{100 * (1 - pruner.sparsity):.1f}% of weights"
         best = next((f", best {name} {value:.4g}" for name, value in self.best.items()), "")
-        said = f"{self.kind}: round {pruner.round}/{pruner.rounds}, {left}{best}"
+        said = f"{self.kind}: {pruner.counted} {pruner.round}/{pruner.rounds}, {left}{best}"
         self._bar.set_description(said, refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
