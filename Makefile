@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TESTS ?=
+BENCH ?=
 JOBS ?= 2
 RUN := $(VENV)/bin/python -m
 # Tests of one file stay in one process; each of the JOBS processes computes with one thread.
@@ -33,19 +34,8 @@ test-slow: $(VENV)/test  ## all of it, long sweeps too
 test-oldest: oldest.txt  ## the test suite with the oldest versions that pyproject.toml allows
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=oldest.txt
 
-bench: $(VENV)/test  ## each claim of speed, against the named peer, as ratios
-	$(RUN) experiments.benchmarks.selection
-	$(RUN) experiments.benchmarks.sharded
-	$(RUN) experiments.benchmarks.step
-	$(RUN) experiments.benchmarks.growth
-	$(RUN) experiments.benchmarks.imports
-	$(RUN) experiments.benchmarks.doctor
-	$(RUN) experiments.benchmarks.experiment
-	$(RUN) experiments.benchmarks.size
-	$(RUN) experiments.benchmarks.inference
-	$(RUN) experiments.benchmarks.channels
-	$(RUN) experiments.benchmarks.users
-	$(RUN) experiments.benchmarks.calibration
+bench: $(VENV)/test  ## each claim of speed, against the named peer, as ratios, and one table; BENCH= are the names of some
+	$(RUN) experiments.benchmarks $(BENCH)
 
 docs: $(VENV)/docs  ## the documentation, into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict

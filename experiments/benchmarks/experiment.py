@@ -15,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.nn.functional import cross_entropy
 
+from experiments.benchmarks.headlines import headline
 from lightning_prune.deploy.timing import alternated, low, machine, ratio, timed
 from lightning_prune.study.data import Splits, npz
 from lightning_prune.study.models import LeNet
@@ -108,12 +109,13 @@ def main() -> None:
             start = low(times.pop("start"))
             times["ours"] = [t - start for t in times["ours"]]
             speed = {k: ROUNDS * STEPS / low(v) for k, v in times.items()}
+            against = ratio(times["plain loop"], times["ours"])
             print(
                 f"  batch {batch_size}: ours {speed['ours']:.0f} it/s, "
                 f"plain loop {speed['plain loop']:.0f} it/s, "
-                f"ours/plain loop {ratio(times['plain loop'], times['ours'])}; "
-                f"a run starts in {start:.1f} s"
+                f"ours/plain loop {against}; a run starts in {start:.1f} s"
             )
+            headline(f"LeNet experiment, batch {batch_size}, over a plain loop", against, at_least=0.9)
 
 
 if __name__ == "__main__":

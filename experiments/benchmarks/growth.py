@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from experiments.benchmarks.headlines import headline
 from experiments.benchmarks.step import Task, step_time
 from lightning_prune import DynamicSparseTraining, IterativeMagnitudePruning, prune
 from lightning_prune.deploy.timing import alternated, low, machine, ratio
@@ -102,6 +103,7 @@ def main() -> None:
         for way in ("RigL", "SRigL"):
             update = EVERY * (steps[way] - steps["RigL between updates"]) / steps["RigL between updates"]
             print(f"  an update of {way} takes as long as {update:.1f} steps between updates")
+            headline(f"an update of {way} in steps, {case}", update, at_most=5, unit=" steps")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 
+from experiments.benchmarks.headlines import headline
 from lightning_prune.deploy.timing import alternated, low, machine, ratio
 
 
@@ -32,7 +33,8 @@ def main() -> None:
     times = alternated(ways, pairs)
     for module, seconds in times.items():
         print(f"import {module}: {low(seconds):.2f} s")
-    print(f"ratio {ratio(times['lightning_prune'], times['lightning.pytorch'])} (aim: at most 1.05)")
+    against = ratio(times["lightning_prune"], times["lightning.pytorch"])
+    headline("import lightning_prune over lightning.pytorch", against, at_most=1.05)
 
 
 if __name__ == "__main__":

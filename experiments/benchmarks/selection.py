@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from lightning_prune.deploy.timing import alternated, low, machine, ratio, timed
+from experiments.benchmarks.headlines import headline
+from lightning_prune.deploy.timing import Ratio, alternated, low, machine, ratio, timed
 from lightning_prune.masks import count
 from lightning_prune.pruning import next_masks
 
@@ -120,11 +121,11 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key + ":"))
 
 
-def measure(n: int, dtype: str) -> str:
-    """One line of the table."""
+def measure(n: int, dtype: str) -> tuple[str, dict[str, Ratio | float]]:
+    """One line of the table, and its figures: as fast as a peer by its name, and `bytes` a weight."""
     names = [m for m in METHODS if NEEDS[m] * n < available() and (m != "numpy" or dtype == "float32")]
     if "ours" not in names:
-        return f"{n:13,} {dtype:>8}  needs {NEEDS['ours'] * n / 1e9:.0f} GB of memory"
+        return f"{n:13,} {dtype:>8}  needs {NEEDS['ours'] * n / 1e9:.0f} GB of memory", {}
     params = weights(n, dtype)
     works = {name: METHODS[name](params) for name in names}
     first = {name: work() for name, work in works.items()}  # also warms up
@@ -134,13 +135,24 @@ def measure(n: int, dtype: str) -> str:
     times = alternated({name: timed(work) for name, work in works.items()}, rounds)
     mine = low(times["ours"])
     cells = [f"{n:13,} {dtype:>8} {mine:9.4f} {1e9 * mine / n:6.2f}"]
-    cells += [
-        f"{ratio(times[m], times['ours'])!s:>9}" if m in names else 8 * " " + "-" for m in ("torch", "numpy")
-    ]
+    gains: dict[str, Ratio | float] = {m: ratio(times[m], times["ours"]) for m in names if m != "ours"}
+    cells += [f"{gains[m]!s:>9}" if m in names else 8 * " " + "-" for m in ("torch", "numpy")]
     del params, works  # their memory is that of the other processes
     extra = {name: peak(name, n, dtype) for name in names}
     cells += [f"{extra[name]:7.1f}" if name in names else "      -" for name in METHODS]
-    return " ".join([*cells, "-".rjust(8) if ties is None else f"{ties:8,}"])
+    line = " ".join([*cells, "-".rjust(8) if ties is None else f"{ties:8,}"])
+    return line, {**gains, "bytes": extra["ours"]}
+
+
+def tell(n: int, figures: dict[str, Ratio | float]) -> None:
+    """The headlines of a pruning of float32."""
+    aims = {"torch": 12, "numpy": 1}
+    for name in sorted(aims.keys() & figures.keys()):
+        headline(f"one global pruning of {n / 1e6:g}M weights, {name} over ours", figures[name], aims[name])
+    if "bytes" in figures:
+        headline(
+            f"its extra memory for {n / 1e6:g}M weights", figures["bytes"], at_most=6, unit=" bytes each"
+        )
 
 
 def main() -> None:
@@ -159,10 +171,16 @@ def main() -> None:
     print("many places the masks of ours and torch differ: all of them exact ties.")
     print(f"{'weights':>13} {'dtype':>8} {'ours s':>9} {'ns':>6}", end=" ")
     print(f"{'torch':>9} {'numpy':>9} {'ours B':>7} {'torch B':>7} {'numpy B':>7} {'ties':>8}")
+    figures: dict[str, dict[str, Ratio | float]] = {}
+    largest = 0
     for dtype in args.dtype:
         for n in SIZES:
             if n <= args.largest:
-                print(measure(n, dtype), flush=True)
+                line, figures[dtype] = measure(n, dtype)
+                largest = n
+                print(line, flush=True)
+    if "float32" in figures:
+        tell(largest, figures["float32"])
 
 
 if __name__ == "__main__":

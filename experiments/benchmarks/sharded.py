@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from experiments.benchmarks.headlines import headline
 from lightning_prune import IterativeMagnitudePruning, LotteryTicketRewind
 from lightning_prune.deploy.timing import machine
 from lightning_prune.masks import Masks, count
@@ -225,9 +226,16 @@ def measured(n: int, world: int) -> tuple[list[dict[str, Any]], int]:
         return ranks, torch.load(Path(folder, "one.pt"), weights_only=True)
 
 
-def lines(n: int, world: int) -> Iterator[str]:
-    """Rows of the table, one for each method."""
-    ranks, one = measured(n, world)
+def tell(n: int, world: int, ranks: list[dict[str, Any]]) -> None:
+    """The headlines: gathering over ours."""
+    what = f"of one global pruning of {n / 1e6:g}M weights on {world} processes, gathering over ours"
+    for key, words, aim in (("sent", "bytes sent", 100), ("seconds", "time", 1)):
+        theirs, mine = (max(rank[method][key] for rank in ranks) for method in ("gathering", "ours"))
+        headline(f"{words} {what}", theirs / mine, at_least=aim)
+
+
+def lines(n: int, world: int, ranks: list[dict[str, Any]], one: int) -> Iterator[str]:
+    """Rows of the table, one for each method, of what `measured` found."""
     share = 4 * n / world
     for name in METHODS:
         mine = [rank[name] for rank in ranks]
@@ -448,10 +456,14 @@ def main() -> None:
     print("weights drawn alike / rows of scales of their own.\n")
     print("| weights | processes | | kB sent | s | MB | of its share | bits |")
     print("|---|---|---|---|---|---|---|---|")
+    found = None
     for n in (size for size in SIZES if size <= largest):
         for world in WORLDS:
-            for line in lines(n, world):
+            found = n, world, *measured(n, world)
+            for line in lines(*found):
                 print(line, flush=True)
+    if found:
+        tell(*found[:3])
     print("\nOn paper, for scores in bfloat16: sent by a process and its time, without that of computing;")
     print("to gather scores instead, what passes through one process, its time, and memory there.\n")
     print("| weights | processes | sent | time | gathered | time | memory |")

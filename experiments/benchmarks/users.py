@@ -28,6 +28,7 @@ from typing_extensions import override
 
 import lightning_prune as lp
 from experiments.benchmarks import architectures
+from experiments.benchmarks.headlines import headline
 from lightning_prune.deploy.summary import multiply_adds
 from lightning_prune.deploy.timing import machine, ratio, settled, timed
 from lightning_prune.structured.trial import run, tensors_in
@@ -147,9 +148,11 @@ def measured(name: str, seconds: float, folder: Path) -> str:
     left = sum(p.numel() for p in net.parameters()) / sum(p.numel() for p in dense.parameters())
     command = [sys.executable, "-m", "experiments.benchmarks.users", "--load", name, str(folder)]
     again = subprocess.run(command, capture_output=True, text=True, check=True)
+    gain = ratio(times["dense"], times["cut"])
+    headline(f"{name} without half of its channels, as fast as dense", gain)
     return (
         f"{name}: {left:.0%} of the parameters, {done:.0%} of the multiply-adds, "
-        f"{ratio(times['dense'], times['cut'])} as fast; in a new process "
+        f"{gain} as fast; in a new process "
         + ", ".join(again.stdout.strip().splitlines())
     )
 
