@@ -1,10 +1,9 @@
 """Inference of pruned networks: `accelerate` against dense networks in the fastest ways that a user has.
 
-`python -m experiments.benchmarks.inference [--threads N ...] [--sparsity S ...] [--large]`. Dense are torch,
+`python -m experiments.benchmarks.inference [--threads N ...] [--sparsity S ...]`. Dense are torch,
 `torch.compile`, ONNX Runtime and OpenVINO, in float32 and int8, as far as they are installed (`peers`). All
 run in turn with `accelerate` at each sparsity, every layer equally sparse, and each is called once before it
 is timed, so that threads of the others have come to rest. The first table has times, the second ratios.
-`--large` adds the ResNet-50 of torchvision on one image of 224x224.
 """
 
 import argparse
@@ -36,12 +35,6 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 1024))
 
 
-def resnet50() -> nn.Module:
-    from torchvision.models import resnet50 as build  # of the extra `vision`
-
-    return build()
-
-
 @dataclass(frozen=True)
 class Network:
     """What is measured."""
@@ -56,7 +49,6 @@ NETWORKS = (
     Network("LeNet-300-100", LeNet, (784,), (1, 32, 256)),
     Network(MLP, wide, (1024,), (1, 32, 256)),
 )
-LARGE = Network("ResNet-50", resnet50, (3, 224, 224), (1,))
 
 
 @dataclass(frozen=True)
@@ -201,7 +193,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=31, help="of each way, at least")
     parser.add_argument("--seconds", type=float, default=5, help="for each network, batch and threads")
-    parser.add_argument("--large", action="store_true", help="ResNet-50 too, and nothing else")
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     print(machine())
@@ -209,7 +200,7 @@ def main() -> None:
     left_out: dict[str, str] = {}
     for threads in given.threads:
         torch.set_num_threads(threads)
-        for network in (LARGE,) if given.large else NETWORKS:
+        for network in NETWORKS:
             for batch in network.batches:
                 one, without = measure(network, batch, given.sparsity, given.rounds, given.seconds)
                 found.append(one)
