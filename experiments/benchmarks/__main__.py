@@ -44,7 +44,7 @@ def run(name: str) -> list[Headline]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and print; 1 if one failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m experiments.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     names = parser.parse_args(arguments).names or BENCHMARKS
     if unknown := [name for name in names if name not in BENCHMARKS]:
