@@ -152,8 +152,7 @@ def measured(name: str, seconds: float, folder: Path) -> str:
     headline(f"{name} without half of its channels, as fast as dense", gain)
     return (
         f"{name}: {left:.0%} of the parameters, {done:.0%} of the multiply-adds, "
-        f"{gain} as fast; in a new process "
-        + ", ".join(again.stdout.strip().splitlines())
+        f"{gain} as fast; in a new process " + ", ".join(again.stdout.strip().splitlines())
     )
 
 
