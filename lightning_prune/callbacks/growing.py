@@ -458,7 +458,7 @@ class DynamicSparseTraining(MaskedTraining):
                 if argument == "grow" and self._exchanges:
                     self._check_apart(scores)
 
-    def _check_apart(self, scores: Mapping[str, Tensor]) -> None:
+    def _check_apart(self, scores: dict[str, Tensor]) -> None:
         """Refuse what would grow weights in the order in which they lie.
 
         Raises:
