@@ -376,6 +376,15 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path):
     assert float(cells[1][4].split()[0]) == pytest.approx(expected / 1e6, rel=0.1)
 
 
+@posix
+def test_a_dry_run_says_what_a_fit_would_refuse(tmp_path):
+    far = ["kind=rigl", "sparsity=0.9", "every_n_train_steps=100000"]
+    finished(start(tmp_path / "log", "--dry-run", *SMALL, f"runs={tmp_path}", *far), tmp_path / "log")
+    said = (tmp_path / "log").read_text()
+    assert "refused" in said
+    assert "Traceback" not in said
+
+
 def launched(launcher, tmp_path, jobs=2):
     log, seeds = tmp_path / "log", range(1, jobs + 1)
     short = ["rounds=1", "steps_per_round=40", "kind=ticket", f"seed={','.join(map(str, seeds))}"]

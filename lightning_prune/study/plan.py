@@ -75,7 +75,11 @@ class Plan:
         if dense is not None and not trained:
             trained = int(dense.path in self._dense or dense.path.is_file())
             self._dense.add(dense.path)
-        cost = self._cost(cfg)
+        try:
+            cost = self._cost(cfg)
+        except ValueError as error:  # what the fit would refuse as it starts
+            self.rows.append((name, f"refused: {error}", "0", shown, "", ""))
+            return
         seconds = sum(lengths[trained:]) * cost.seconds_per_step
         size = 2 * cost.checkpoint_bytes  # resume, final
         if not control:  # which keeps no masks of its own
