@@ -1,5 +1,6 @@
-"""Every test runs on one thread, from a fixed seed, and away from the repository."""
+"""Every test runs on one thread, from a seed, away from the repository, and leaves logging as it was."""
 
+import logging
 import multiprocessing
 import os
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 def _quiet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    yield
+    assert not logging.root.manager.disable, "what is logged would be lost to all tests that follow"
+    assert torch.get_num_threads() == 1
 
 
 def pytest_configure():

@@ -4,7 +4,6 @@
 at batch 60, with the callback and without, in processes of the one checkout and the other in turn.
 """
 
-import logging
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 from lightning.pytorch import Callback
 
 from experiments.benchmarks import step
+from experiments.benchmarks.peers import unlogged
 
 RUNS, PAIRS, STEPS = 6, 9, 600
 
@@ -48,11 +48,11 @@ def measured(checkout: Path) -> float:
     return float(said.split()[-1])
 
 
+@unlogged()
 def main() -> None:
     """Measure and print."""
     if sys.argv[1:] == ["--here"]:
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
         torch.set_num_threads(1)
         print(of_plain())
         return

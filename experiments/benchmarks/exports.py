@@ -8,7 +8,6 @@ file is measured and not run.
 
 import argparse
 import gzip
-import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from experiments.benchmarks.peers import (
     error,
     onnx_runtime,
     openvino,
+    unlogged,
 )
 from lightning_prune.deploy.timing import alternated, low, machine, ratio
 
@@ -195,6 +195,7 @@ def tell(rows: list[Row]) -> None:
         headline("OpenVINO int8, sparse weights decompressed over not", ratio(times[plain], times[packed]))
 
 
+@unlogged()
 def main() -> None:
     """Write, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -205,7 +206,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--folder", type=Path, help="keep the files here")
     given = parser.parse_args()
-    logging.disable(logging.WARNING)
     torch.manual_seed(0)
     torch.set_num_threads(given.threads)
     model, thin = wide().eval(), wide().eval()

@@ -8,7 +8,6 @@ is timed, so that threads of the others have come to rest. The first table has t
 
 import argparse
 import copy
-import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import nn
 
 import lightning_prune as lp
 from experiments.benchmarks.headlines import headline
-from experiments.benchmarks.peers import PEERS, Case, Run, error, runs
+from experiments.benchmarks.peers import PEERS, Case, Run, error, runs, unlogged
 from lightning_prune.deploy.timing import Ratio, alternated, low, machine, ratio, seconds
 from lightning_prune.study.models import LeNet
 
@@ -186,6 +185,7 @@ def tell(found: Sequence[Measured]) -> None:
             headline(f"the same over {fastest}, the fastest dense float32", one.gain(0.95, fastest), 1)
 
 
+@unlogged()
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -194,7 +194,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31, help="of each way, at least")
     parser.add_argument("--seconds", type=float, default=5, help="for each network, batch and threads")
     given = parser.parse_args()
-    logging.disable(logging.WARNING)
     print(machine())
     found: list[Measured] = []
     left_out: dict[str, str] = {}

@@ -185,16 +185,22 @@ def attempt(case: Case, name: str, needs: Iterable[str], make: Callable[[], T]) 
 
 
 @contextmanager
-def quiet() -> Generator[None]:
-    """Without what exporters and compilers print, warn of and log, below errors."""
+def unlogged() -> Generator[None]:
+    """Without what is logged, below errors; afterwards as before."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Without what exporters and compilers print, warn of and log, below errors."""
+    with unlogged(), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def error(found: Tensor, expected: Tensor) -> float:
