@@ -1,6 +1,7 @@
 """What processes that hold shards do: each process does all of it and leaves what it saw."""
 
 import itertools
+import math
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 import traceback
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -492,7 +494,6 @@ def gathered(world, rank, folder):
         if not same(weights_of(many), weights_of(one)):
             wrong[name] = "other weights"
     refuse = {
-        "summarize": lambda m: lp.summarize(m, x),
         "accelerate": lambda m: lp.accelerate(m, x),
         "prune_channels": lambda m: lp.prune_channels(m, 0.5, x),
     }
@@ -514,6 +515,49 @@ def said(act):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+class Mixed(nn.Sequential):
+    """A convolution, which is a group of its own or not, a norm with buffers, and a tied weight."""
+
+    def __init__(self):
+        tied = nn.Linear(12, 12)
+        super().__init__(
+            nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), tied, nn.ReLU(), nn.Linear(12, 12)
+        )
+        self[5].weight = tied.weight
+
+
+def costs(model, x):
+    """All that `summarize` says, but latencies, classes of modules, which FSDP2 renames, and the place."""
+    said = lp.summarize(model, x)
+    rows = [replace(row, latency_us=0.0, type="") for row in (*said.layers, said.total)]
+    return {row.layer: row for row in rows}, said
+
+
+@run
+def summarized(world, rank, folder):
+    """Counts and sizes are those of one process; nothing is timed."""
+    torch.manual_seed(3)
+    layers, mixed = linears((6, 12, 8, 3)), Mixed()  # tensor parallel divides evenly
+    for model in (layers, mixed):
+        lp.prune(model, 0.6)
+    cases = {way.__name__: (layers, way, torch.ones(4, 6)) for way in (*WAYS[world], rooted)}
+    cases["mixed"] = (mixed, rooted, torch.ones(4, 2, 4, 4))
+    wrong = {}
+    for name, (model, way, x) in cases.items():
+        expected, _ = costs(deepcopy(model).eval(), x)
+        many = way(deepcopy(model)).eval()
+        with torch.no_grad():
+            before = many(x)
+        found, said = costs(many, x)
+        if found != expected or not same({"": whole(many(x))}, {"": whole(before)}):
+            wrong[name] = f"{found}, not {expected}"
+        if not math.isnan(said.total.latency_us) or "over shards, not timed" not in said.where:
+            wrong[name] = said.where
+        if "not timed" not in said.against(said):
+            wrong[name] = said.against(said)
+    return wrong
 
 
 @run
@@ -549,7 +593,7 @@ def refused(world, rank, folder):
     columns = tensor_parallel(linears((4, 8, 4)))
     words["columns"] = said(lambda: lp.prune(columns, granularity=lp.granularity.NM()))
     words["nan"] = spoilt()
-    words["summarize"] = said(lambda: lp.summarize(model.eval(), torch.ones(1, 6)))
+    words["accelerate"] = said(lambda: lp.accelerate(model.eval(), torch.ones(1, 6)))
     flat = torch.distributed.fsdp.FullyShardedDataParallel(linears(), device_id=torch.device("cpu"))
     for what in (lambda: lp.prune(flat), lambda: lp.targets(flat), lambda: lp.apply_masks(flat, {})):
         words[f"fsdp1 {len(words)}"] = said(what)

@@ -23,7 +23,7 @@ from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_
 FAST = [
     *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
     *("stored", "drawn", "driven", "refused_fits", "tickets_of_gradients", "documented"),
-    *("gathered", "tickets_of_activations", "spoilt_files", "given_otherwise"),
+    *("gathered", "tickets_of_activations", "spoilt_files", "given_otherwise", "summarized"),
 ]
 SLOW = [
     name for name in RUNS if name not in ("cases", "driven", "documented", "refused_fits", "resumed_from_two")
@@ -109,6 +109,11 @@ def test_masks_are_put_on_shards(two):
         assert rank == {"rows": True, "same": True, "zero": True}
 
 
+def test_counts_and_sizes_of_shards_are_those_of_one_process(two):
+    for rank in two["summarized"]:
+        assert rank == {}
+
+
 REFUSED = {
     "granularity": "ValueError: granularity: Filter(dim=1, n=1) puts weights of 0.weight together",
     "blocks": "ValueError: granularity: Block(rows=2, columns=2, n=1) puts weights of 0.weight together",
@@ -117,7 +122,7 @@ REFUSED = {
     "twice": "ValueError: criterion: GraSP",
     "ranks": "ValueError: criterion: large_init_large_final ranks",
     "batches": "ValueError: batches: processes have 1, 2 of them",
-    "summarize": "ValueError: summarize does not work on weights that are sharded",
+    "accelerate": "ValueError: accelerate does not work on weights that are sharded",
     "schedule": "ValueError: schedule: it reads the scores",
     "allocation": "ValueError: allocate: refused.<locals>.<lambda> does",
     "layer_by_layer": "ValueError: layer_by_layer=True does not work on weights that are sharded",

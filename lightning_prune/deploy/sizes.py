@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.deploy import storage
-from lightning_prune.shards import local, sum_of
+from lightning_prune.shards import local, sum_of, whole
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Size:
 
 
 def size(tensors: Mapping[str, Tensor]) -> Size:
-    """Size a state dict, without a file.
+    """Size a state dict, without a file. Of sharded tensors all processes must call it.
 
     >>> layer = nn.Linear(100, 100, bias=False)
     >>> _ = layer.weight.data.copy_(torch.eye(100))
@@ -59,7 +59,7 @@ def gzipped(tensors: list[Tensor]) -> int:
     """Bytes of the elements of these tensors, gzipped as one stream."""
     packer, done = zlib.compressobj(6, wbits=31), 0
     for tensor in tensors:
-        data = storage.plain(tensor).reshape(-1).view(torch.uint8).numpy().data
+        data = storage.plain(whole(tensor)).reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), 1 << 20):
             done += len(packer.compress(data[start : start + (1 << 20)]))
     return done + len(packer.flush())

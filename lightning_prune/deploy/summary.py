@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from math import isnan, nan
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from lightning_prune.deploy.running import Example, call, calls, density, refuse
 from lightning_prune.deploy.sizes import size
 from lightning_prune.deploy.timing import Ratio, alternated, low, parts, timed, yardstick
 from lightning_prune.evidence import undisturbed
-from lightning_prune.shards import refuse, settle
+from lightning_prune.shards import is_sharded, settle
 from lightning_prune.tables import table
 
 _SECONDS = 0.05  # to time a layer; the whole model gets ten times as long
@@ -36,7 +37,7 @@ class LayerCost:
     raw_size: int
     gzip_size: int
     sparse_size: int
-    latency_us: float  # microseconds
+    latency_us: float  # microseconds; NaN where it is not measured
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Summary:
         """How many times as fast this network is; its range says how far the two measurements agree.
 
         They were made at different times. The range covers the spread of each, and what a fixed piece of work
-        took beside each: a machine that was busier during one of them makes it wide.
+        took beside each: a machine that was busier during one of them makes it wide. It is NaN where one of
+        the two was not timed, as over shards.
         """
         value = before.total.latency_us / self.total.latency_us
         busier = self.yardstick_us / before.yardstick_us
@@ -74,8 +76,9 @@ class Summary:
     def against(self, before: "Summary") -> str:
         """A table of the whole network before and after: a cut, say."""
         rows = replace(before.total, layer="before"), replace(self.total, layer="after")
-        smaller = before.total.parameters / self.total.parameters
-        return table(f"{smaller:.2f}x smaller, {self.speed_up(before)} as fast ({self.where})", rows)
+        smaller, faster = before.total.parameters / self.total.parameters, self.speed_up(before)
+        said = "not timed" if isnan(faster.value) else f"{faster} as fast"
+        return table(f"{smaller:.2f}x smaller, {said} ({self.where})", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers, with both ratios."""
@@ -101,6 +104,10 @@ def summarize(model: nn.Module, example_input: Example) -> Summary:
     several layers share counts once, with the first of them. Latencies are those that the fastest tenth of
     the runs keep, those of a layer of it alone, on what reaches it first; 0 where it is not called.
 
+    Over shards all processes call it, each with an example of its own. Parameters and sizes are those of the
+    whole network, put together tensor by tensor, multiply-adds those of this process's example in the whole
+    network, as on one process. Nothing is timed there: latencies are NaN.
+
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False)).eval()
     >>> _ = model[0].weight.data.copy_(torch.eye(4))
     >>> summary = summarize(model, torch.ones(3, 4))
@@ -114,43 +121,53 @@ def summarize(model: nn.Module, example_input: Example) -> Summary:
         example_input: a batch: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Raises:
-        ValueError: when the model is in training mode, or sharded over processes.
+        ValueError: when the model is in training mode, or sharded in another way than by DTensor.
         ModuleNotFoundError: without the extra `storage`, which sizes on disk need.
 
     Reference: Blalock et al. (2020), arXiv:2003.03033, section 6, for both ratios.
     """
-    refuse(
-        settle(model).values(),
-        "summarize",
-        "Allowed are whole weights, since processes would measure other numbers of runs. Load the checkpoint "
-        "into a model on one device with load_pruned, and summarize that one.",
-    )
+    sharded = any(map(is_sharded, settle(model).values()))
     refuse_training(model, "summarize")
     owners, everything = _owners(model)
     modules = {name: model.get_submodule(name) for name in owners}
     with undisturbed(model), torch.inference_mode():
         counts = multiply_adds(model, example_input)
-        reached = calls(model, modules, example_input)
-        spent = {
-            name: alternated({"": timed(work)}, at_least=_SECONDS, warm_up=2)[""]
-            for name, work in reached.items()
-        }
-        device = next((tensor.device for tensor in everything.values()), torch.device("cpu"))
-        works = {"model": timed(partial(call, model, example_input)), "yardstick": yardstick(device)}
-        whole = alternated(works, at_least=10 * _SECONDS, warm_up=2)
+        settle(model)
+        times = _Times({}, [nan], [nan]) if sharded else _timed(model, modules, everything, example_input)
     rows: list[LayerCost] = []
     for name, module in modules.items():
         inside = (f"{name}.{child}".lstrip(".") for child, _ in module.named_children())
         count = counts[name] - sum(counts[child] for child in inside)
         weight = getattr(module, "weight", None)
         alive = density(weight) if isinstance(weight, Tensor) and weight.dim() > 1 else 1.0
-        latency = low(spent[name]) if name in spent else 0.0
+        latency = low(times.layers.get(name, [nan if sharded else 0.0]))
         rows.append(_cost(name, type(module).__name__, owners[name], count, round(count * alive), latency))
     skipped = sum(row.multiply_adds - row.effective_multiply_adds for row in rows)
-    total = _cost("total", "", everything, counts[""], counts[""] - skipped, low(whole["model"]))
-    each = [1e6 * low(part) for part in parts(whole["model"])]
-    spread = min(each), max(each)
-    return Summary(tuple(rows), total, where(model, example_input), spread, 1e6 * low(whole["yardstick"]))
+    total = _cost("total", "", everything, counts[""], counts[""] - skipped, low(times.model))
+    each = [1e6 * low(part) for part in parts(times.model)]
+    at = where(model, example_input) + (", over shards, not timed" if sharded else "")
+    return Summary(tuple(rows), total, at, (min(each), max(each)), 1e6 * low(times.yardstick))
+
+
+class _Times(NamedTuple):
+    """Seconds of runs: of each layer that is called, of the model and of the yardstick."""
+
+    layers: Mapping[str, list[float]]
+    model: list[float]
+    yardstick: list[float]
+
+
+def _timed(
+    model: nn.Module, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], example: Example
+) -> _Times:
+    spent = {
+        name: alternated({"": timed(work)}, at_least=_SECONDS, warm_up=2)[""]
+        for name, work in calls(model, modules, example).items()
+    }
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    works = {"model": timed(partial(call, model, example)), "yardstick": yardstick(device)}
+    whole = alternated(works, at_least=10 * _SECONDS, warm_up=2)
+    return _Times(spent, whole["model"], whole["yardstick"])
 
 
 def _owners(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
