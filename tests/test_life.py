@@ -21,6 +21,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import lightning_prune as lp
 from lightning_prune.callbacks.strategies import check_optimizers
+from lightning_prune.growth import FanIn
 from lightning_prune.masks import alive
 from lightning_prune.rewind import EarlyBird, Snapshot
 from lightning_prune.schedules import Bucket, Explicit, Geometric, Linear, Threshold, TopK
@@ -594,6 +595,7 @@ def grows(**options):
         (grows, {}, {"sparsity": 0.6}, r"sparsity=0\.6.* begun with sparsity=0\.8"),
         (grows, {}, {"allocate": lp.allocation.uniform}, "allocate=uniform.* begun with allocate=erk"),
         (grows, {"until": 0.5}, {"until": 0.9}, "until=0.9.* begun with until=0.5"),
+        (grows, {"sparsity": Explicit([0.5, 0.8])}, {}, r"sparsity=0\.8.* begun with sparsity=Explicit"),
     ],
     ids=in_words,
 )
@@ -607,6 +609,82 @@ def test_what_only_the_beginning_of_a_fit_reads_is_said_to_have_no_effect_on_res
         warnings.simplefilter("always")
         fitter(make(**before), epochs=4).fit(Net(), ckpt_path=path)
     assert not [w for w in told if "has no effect" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ({"until_step": 5}, "until_step=None there, until_step=5 here"),
+        (
+            {"granularity": FanIn()},
+            "ckpt_path, masks: .*body.weight are none of .*or the granularity that they have",
+        ),
+    ],
+    ids=in_words,
+)
+def test_growth_that_cannot_go_on_from_a_checkpoint_is_refused(here, said, tmp_path):
+    path = checkpoint_of(tmp_path, grows(), epochs=3)
+    with pytest.raises(ValueError, match=said):
+        fitter(grows(**here), epochs=4).fit(Net(), ckpt_path=path)
+
+
+def channels(**options):
+    return lp.StructuredChannelPruning(lp.schedules.Explicit([0.0, 0.2, 0.4]), rounds=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "before", "here", "said"),
+    [
+        (
+            pruning,
+            {},
+            {"criterion": lp.criteria.Random()},
+            r"criterion=Random\(seed=0\) instead of magnitude",
+        ),
+        (pruning, {}, {"rounds": 3, "max_sparsity": 0.9}, "rounds=3 instead of 2, max_sparsity=0.9 instead"),
+        (channels, {}, {"at_least": 12}, "at_least=12 instead of 1"),
+        (grows, {}, {"grow": lp.criteria.Random()}, r"grow=Random\(seed=0\) instead of gradient"),
+        (grows, {}, {"drop": lp.criteria.Random()}, r"drop=Random\(seed=0\) instead of magnitude"),
+        (grows, {}, {"fraction": 0.5}, r"fraction=0.5 instead of CosineDecay\(initial=0.3\)"),
+        (grows, {"granularity": FanIn()}, {}, r"granularity=single instead of FanIn\(ablate=0.3\)"),
+        (
+            grows,
+            {},
+            {"sparsity": lp.schedules.Explicit([0.8, 0.8, 0.9])},
+            "sparsity=Explicit.* instead of 0.8",
+        ),
+    ],
+    ids=in_words,
+)
+def test_what_a_resumed_fit_does_otherwise_is_said_and_after_the_last_pruning_has_no_effect(
+    make, before, here, said, tmp_path, caplog
+):
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fitter(make(**before), kept, epochs=4, enable_checkpointing=True).fit(Net())
+
+    def resumed(epoch, epochs, **options):
+        caplog.clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fitter(pruner := make(**options), epochs=epochs).fit(
+                Net(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt"
+            )
+        return pruner, caplog.text, [str(w.message) for w in told if "has no effect" in str(w.message)]
+
+    straight, text, idle = resumed(0, 4, **before)
+    assert "instead of" not in text
+    assert not idle
+    other, text, idle = resumed(0, 4, **here)
+    assert re.search(f"from here on with other arguments than those of the checkpoint: {said}", text)
+    assert not idle
+    assert other.round > 1
+    assert (other.rounds, other.sparsity) != (straight.rounds, straight.sparsity) or not same(
+        other.masks, straight.masks
+    )
+    _, text, idle = resumed(3, 5, **here)
+    assert [line for line in idle if " was the last, and the fit that ckpt_path= goes on" in line] == idle
+    assert len(idle) == ("rounds" not in here)
+    assert "rounds" in here or "instead of" not in text
 
 
 def test_a_policy_of_ones_own_is_known_again_in_another_process(tmp_path):

@@ -347,9 +347,10 @@ class DynamicSparseTraining(MaskedTraining):
     def _check_pattern(self) -> None:
         """Refuse masks that are none of the granularity."""
         if wrong := [n for n, mask in self.masks.items() if not self._fits(n, mask)]:
+            given = "ckpt_path, masks" if self.resumption else "masks"
             raise ValueError(
-                f"masks: those of {', '.join(wrong)} are none of granularity={self.granularity}; its updates "
-                "need masks that have its pattern. Give such masks, or leave granularity out."
+                f"{given}: those of {', '.join(wrong)} are none of granularity={self.granularity}; its "
+                "updates need masks of its pattern. Give such masks, or the granularity that they have."
             )
 
     def _fits(self, name: str, mask: Tensor) -> bool:
@@ -696,8 +697,11 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def _given(self) -> dict[str, str]:
-        masks = first_in_words(self._start_from)
-        return {**super()._given(), "sparsity": named(self.target), "masks": masks}
+        return {**super()._given(), "masks": first_in_words(self._start_from)}
+
+    @override
+    def _argument(self, name: str) -> object:
+        return self.target if name == "sparsity" else super()._argument(name)
 
     @override
     def _begun_with(self) -> dict[str, str]:

@@ -38,13 +38,23 @@ from lightning_prune.callbacks.ranks import check_arguments, check_ranks, decide
 from lightning_prune.callbacks.resumption import Resumption
 from lightning_prune.callbacks.rounds import Clock, Rounds
 from lightning_prune.callbacks.shortfall import ended_early, without_room
-from lightning_prune.callbacks.state import VERSION, check_begun, check_settings, check_version, own
+from lightning_prune.callbacks.state import (
+    VERSION,
+    check_begun,
+    check_settings,
+    check_version,
+    own,
+    say_changed,
+)
 from lightning_prune.checks import check_path, named, whole, yes_or_no
 from lightning_prune.deploy import storage
 from lightning_prune.masks import Masks, alive, bits, pack_whole, unpack, zero_dead_
 from lightning_prune.shards import is_sharded, like, settle
 
 log = logging.getLogger(__name__)
+
+# Arguments that decide no mask as training goes on: a checkpoint of other layers is none of this callback.
+_BESIDE = ("layers", "include", "exclude", "example_input", "masks", "save_sparse", "verify")
 
 
 class MaskedTraining(Callback, ABC):
@@ -275,12 +285,21 @@ class MaskedTraining(Callback, ABC):
 
     def _given(self) -> dict[str, str]:
         """The arguments in words, to be compared between processes; files may have another name on each."""
-        given = {name: named(getattr(self, name, None)) for name in signature(type(self)).parameters}
+        given = {name: named(self._argument(name)) for name in signature(type(self)).parameters}
         return {**given, "save_sparse": "None" if self.save_sparse is None else "a path"}
+
+    def _argument(self, name: str) -> object:
+        """What an argument was given as."""
+        return getattr(self, name, None)
 
     def _begun_with(self) -> dict[str, str]:
         """What only the beginning of a fit reads, in words: it has no effect on a resumed run."""
         return {}
+
+    def _goes_by(self) -> dict[str, str]:
+        """What is read again and again, in words: on a resumed run it holds from there on."""
+        others = {*self._settings(), *self._begun_with(), *_BESIDE}
+        return {n: named(self._argument(n)) for n in signature(type(self)).parameters if n not in others}
 
     # ----------------------------------------------------------------------------------------- the fit starts
 
@@ -354,6 +373,7 @@ class MaskedTraining(Callback, ABC):
         self._running.varies = any(getattr(other, "varies_rounds", False) for other in others)
         self._wait(trainer)
         self._say_if_idle(trainer)
+        self._say_if_changed()
         self._say_if_rounds_mix(trainer)
         if self.resumption is None:  # Lightning restores its counters just before this hook.
             self._at = self._at.on(self.clock(trainer), trainer.global_step)
@@ -378,6 +398,13 @@ class MaskedTraining(Callback, ABC):
                 "end_round_on_early_stop=True ends no round: there is no EarlyStopping. Add one, or leave it "
                 "out."
             )
+
+    def _say_if_changed(self) -> None:
+        """Say which arguments a resumed fit goes on with that are not those of the checkpoint."""
+        if self.resumption is None:
+            return
+        last = f"{self.counted} {self.round} was the last" if self.is_last() else None
+        say_changed(type(self).__name__, self.resumption.arguments, self._goes_by(), last)
 
     def _say_if_rounds_mix(self, trainer: Trainer) -> None:
         """Say which `ModelCheckpoint` compares networks of several sparsities."""
@@ -765,6 +792,7 @@ class MaskedTraining(Callback, ABC):
             "version": VERSION,
             "settings": self._settings(),
             "begun_with": self._begun_with(),
+            "goes_by": self._goes_by(),
             "rounds": self._at_now().state_dict(),
             "seed": self._seed,
             "masks": pack_whole(self.masks),
@@ -806,12 +834,13 @@ class MaskedTraining(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(type(self).__name__, state_dict)
         check_settings(type(self).__name__, state_dict["settings"], self._settings())
-        check_begun(type(self).__name__, state_dict.get("begun_with", {}), self._begun_with())
+        there = {**state_dict.get("goes_by", {}), **state_dict.get("begun_with", {})}
+        check_begun(type(self).__name__, there, self._begun_with())
         self._at = Rounds.of(state_dict["rounds"])
         self._seed = state_dict["seed"]
         self.masks = unpack(state_dict["masks"])
         self.removed = state_dict["removed"]
         self.history = [RoundRecord(**record) for record in state_dict["history"]]
-        self.resumption = Resumption(state_dict["resumption"])
+        self.resumption = Resumption(state_dict["resumption"], there)
         if self._fit is not None:  # Some strategies restore after `on_fit_start`: what it made is old.
             self._fit.late = bool(self._fit.params)

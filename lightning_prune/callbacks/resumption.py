@@ -1,5 +1,6 @@
 """Resumption: what a checkpoint of Lightning lacks, so that the training goes on as if it had not ended."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -81,10 +82,12 @@ class Resumption:
 
     Args:
         state: as `capture` and `complete` made it.
+        arguments: of the callback that wrote it, in words, as far as they are known.
     """
 
-    def __init__(self, state: dict[str, Any]) -> None:
+    def __init__(self, state: dict[str, Any], arguments: Mapping[str, str]) -> None:
         self.state = state
+        self.arguments = arguments
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -1,11 +1,20 @@
 """State: what is checked before a callback takes over what a checkpoint holds of it."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_prune.callbacks.messages import warn
 
+log = logging.getLogger(__name__)
+
 VERSION = 2  # of the callbacks' state in a checkpoint
+
+# Arguments that nothing reads after the last pruning, or update.
+_OF_PRUNINGS = (
+    *("schedule", "sparsity", "criterion", "drop", "grow", "fraction", "allocate", "granularity"),
+    *("max_sparsity", "stop_below", "score_batches", "round_to", "at_least"),
+)
 
 
 def check_version(name: str, state: Mapping[str, Any]) -> None:
@@ -60,6 +69,26 @@ def check_begun(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
             f"{name}({key}={here[key]}) has no effect: ckpt_path= goes on with a fit that has begun with "
             f"{key}={there[key]}. Start another fit, without ckpt_path=, for it to have one."
         )
+
+
+def say_changed(name: str, there: Mapping[str, str], here: Mapping[str, str], last: str | None) -> None:
+    """Say which arguments are not those of the checkpoint, and whether they hold from here on.
+
+    Args:
+        name: of the callback.
+        there: arguments in words, in the checkpoint; one that was written earlier does not have all.
+        here: what the callback that goes on reads again and again.
+        last: why there is no pruning to come that would read them; None: there is one.
+    """
+    changed = [key for key in here if key in there and there[key] != here[key]]
+    idle = [key for key in changed if last and key in _OF_PRUNINGS]
+    for key in idle:
+        warn(
+            f"{name}({key}={here[key]}) has no effect: {last}, and the fit that ckpt_path= goes on with had "
+            f"{key}={there[key]}. Start another fit, without ckpt_path=, for it to have one."
+        )
+    if rest := [f"{key}={here[key]} instead of {there[key]}" for key in changed if key not in idle]:
+        log.info(f"{name}: from here on with other arguments than those of the checkpoint: {', '.join(rest)}")
 
 
 def own(callback: object) -> dict[str, Any]:
