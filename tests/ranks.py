@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import lightning_prune as lp
 from lightning_prune.callbacks import masked
+from lightning_prune.evidence import gradients
 from lightning_prune.schedules import Explicit, Geometric, OneShot
 from tests.networks import Net, bits_of, fitter, samples
 
@@ -147,6 +148,52 @@ def grown(granularity, world, rank, folder):
 
 GROWN = {"rigl": lp.granularity.single, "srigl": lp.growth.FanIn(0.3)}
 RUNS |= {name: partial(grown, granularity) for name, granularity in GROWN.items()}
+
+
+class Troubled(Net):
+    """At some steps there is no loss for scores, or an error; the step itself is trained."""
+
+    def __init__(self, at):
+        super().__init__(dropout=0.0, n=64)
+        self.at = at
+
+    def training_step(self, batch, batch_idx):
+        step = self.trainer.global_step
+        if "log" not in vars(self) or step not in self.at:  # nothing is logged while scores are made
+            return super().training_step(batch, batch_idx)
+        if self.at[step] is None:
+            return None
+        raise OSError(self.at[step])
+
+
+def by_own_loss(params, model, loss, batches):
+    return {n: g.abs() for n, g in gradients(params, model, loss, batches[0]).items()}
+
+
+def growing_with_trouble(grow, at, world, rank, folder):
+    """Updates are due at the steps 2, 4 and 6; `at[rank]` says what is wrong on a rank at which step."""
+    pruner, eve = lp.DynamicSparseTraining(0.8, every_n_train_steps=2, until_step=8, grow=grow), Eve()
+    model = Troubled(at.get(rank, {}))
+    told = "nothing"
+    try:
+        fit(pruner, eve, model=model, world=world, epochs=3)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    steps = [row.steps for row in pruner.history]
+    return {"error": told, "steps": steps, "round": pruner.round, "masks": pruner.masks}
+
+
+WAITS = {
+    f"{name}_{kind}": (grow, at)
+    for name, grow in {"gradient": lp.criteria.gradient, "own_loss": by_own_loss}.items()
+    for kind, at in {
+        "without_loss_on_0": {0: {2: None}},
+        "without_loss_on_1": {1: {2: None, 3: None, 4: None}},
+        "without_loss_on_both": {0: {2: None}, 1: {2: None, 0: None}},
+        "failing_on_1": {0: {4: None}, 1: {4: "no space left"}},
+    }.items()
+}
+RUNS |= {name: partial(growing_with_trouble, *case) for name, case in WAITS.items()}
 
 
 @run

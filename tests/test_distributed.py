@@ -15,7 +15,7 @@ from lightning_prune.layers import layouts
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks
 from tests.networks import Net, bits_of, dead_are_zero, fitter, same
-from tests.ranks import GROWN, POLICIES, RUNS, Loaded, drawn, processes, pruning, still
+from tests.ranks import GROWN, POLICIES, RUNS, WAITS, Loaded, drawn, processes, pruning, still
 from tests.reference import global_selection
 
 ONLY_2 = ["channels", "gradients_in_buckets", "unused_parameters", "stopped_by_a_metric_of_each_rank"]
@@ -27,7 +27,7 @@ TROUBLE = {  # of rank 1: what it says, the round it is in, and rows of history
     "one_rank_cannot_score": ("ValueError: score: not on this machine", 0, 0),
     "one_rank_has_dead_weights_alive": ("RuntimeError: body.weight: ", 1, 1),
 }
-ONLY_2 += [*TROUBLE, "one_rank_has_other_layers"]
+ONLY_2 += [*TROUBLE, *WAITS, "one_rank_has_other_layers"]
 TRAINED = ["magnitude", "weights_that_stand_still", "random", "drawn_from_the_generator", "snip", "uneven"]
 TRAINED += ["unused_parameters", "static_graph", "gradients_in_buckets", "rank_local", "straight"]
 TRAINED += POLICIES
@@ -336,6 +336,30 @@ def test_ranks_grow_the_same_by_the_mean_of_their_gradients(name, world, seen):
         assert same(masks, found)
     for rank in ranks:
         assert dead_are_zero(rank["weights"], masks)
+
+
+STEPS = {  # between two updates, the first of which is at step 2 if nothing is wrong
+    "without_loss_on_0": [3, 1, 2, 6],
+    "without_loss_on_1": [5, 1, 6],
+    "without_loss_on_both": [3, 1, 2, 6],
+    "failing_on_1": [2],
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_an_update_waits_on_all_ranks_where_one_has_no_evidence(name, seen):
+    """And where one fails, none waits for it."""
+    first, second = seen[2][name]
+    kind = next(kind for kind in STEPS if name.endswith(kind))
+    if kind == "failing_on_1":
+        assert second["error"] == "OSError: no space left"
+        assert first["error"].startswith(
+            "RuntimeError: process 1 failed, and all are needed. Look at its err"
+        )
+    else:
+        assert first["error"] == second["error"] == "nothing"
+    assert first["steps"] == second["steps"] == STEPS[kind]
+    assert same(first["masks"], second["masks"])
 
 
 def test_bits_are_compared(seen):

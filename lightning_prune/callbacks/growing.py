@@ -30,7 +30,7 @@ from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
 from lightning_prune.checks import check_callable, named, number, whole
 from lightning_prune.criteria import Criterion
-from lightning_prune.evidence import asked, mean_gradients, parameters_of
+from lightning_prune.evidence import Loss, asked, mean_gradients, parameters_of
 from lightning_prune.granularity import NM, Granularity, single
 from lightning_prune.growth import (
     FanIn,
@@ -457,7 +457,7 @@ class DynamicSparseTraining(MaskedTraining):
             with suppress(NoEvidence):  # this batch has none; others may
                 scores = together(trainer, run)
                 if argument == "grow" and self._exchanges:
-                    self._check_apart(scores)
+                    together(trainer, partial(self._check_apart, scores))
 
     def _check_apart(self, scores: dict[str, Tensor]) -> None:
         """Refuse what would grow weights in the order in which they lie.
@@ -539,7 +539,8 @@ class DynamicSparseTraining(MaskedTraining):
         """The scores by which connections go, or come, of the batch that the step trains on.
 
         Raises:
-            NoEvidence: when the loss of this batch is None, or a gradient is not finite.
+            NoEvidence: on all processes, when the loss of this batch is None, or a gradient is not finite, on
+                one of them.
         """
         assert self._seed is not None
         criterion = self._anew(getattr(self, argument), round)
@@ -555,34 +556,9 @@ class DynamicSparseTraining(MaskedTraining):
                 )
             if "grads" in wanted:
                 run = (evidence.pop(name) for name in ("model", "loss", "batches"))
-                missing = ""
-                try:
-                    grads = mean_gradients(params, *run)
-                except NoEvidence as error:  # all processes must come to the sum
-                    missing = str(error)
-                    grads = {name: torch.full_like(p, torch.nan) for name, p in params.items()}
-                if trainer.world_size > 1:
-                    for g in grads.values():
-                        distributed.all_reduce(g)
-                        g /= trainer.world_size
-                if wrong := [name for name, g in grads.items() if not bool(g.isfinite().all())]:
-                    raise NoEvidence(
-                        missing
-                        or f"{argument}: the gradient of {', '.join(wrong)} holds NaN or infinity on this "
-                        "batch; allowed are finite numbers. Look whether the loss is finite."
-                    )
-                evidence["grads"] = grads
-            try:
-                scores = score(criterion, params, {"masks": self.masks, **evidence}, argument)
-                for name, values in scores.items():
-                    check_finite(name, values, torch.ones_like(values, dtype=torch.bool))
-            except NoEvidence:
-                raise
-            except ValueError as error:
-                if not str(error).startswith(argument):
-                    error.args = (f"{argument}: {error}",)
-                raise
-        return scores
+                evidence["grads"] = _of_all_batches(trainer, argument, params, *run)
+            make = partial(_scored, criterion, params, {"masks": self.masks, **evidence}, argument)
+            return together(trainer, make, NoEvidence)
 
     @override
     def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:
@@ -799,6 +775,49 @@ def _check_takes_progress(fraction: Any) -> None:
         f"fraction={named(fraction)}: {wants}, and it is called with progress alone, from 0 to 1; allowed "
         "are numbers, and functions of progress, such as schedules.CosineDecay(0.3). Give one of these."
     )
+
+
+def _of_all_batches(
+    trainer: Trainer,
+    argument: str,
+    params: dict[str, Tensor],
+    model: nn.Module,
+    loss: Loss,
+    batches: list[Any],
+) -> dict[str, Tensor]:
+    """The mean over all processes of the gradient of the loss, each with its own batches.
+
+    Raises:
+        NoEvidence: on all of them, when one has no loss, or the mean is not finite.
+    """
+    grads = together(trainer, lambda: mean_gradients(params, model, loss, batches), NoEvidence)
+    if trainer.world_size > 1:
+        for g in grads.values():
+            distributed.all_reduce(g)
+            g /= trainer.world_size
+    if wrong := [name for name, g in grads.items() if not bool(g.isfinite().all())]:
+        raise NoEvidence(
+            f"{argument}: the gradient of {', '.join(wrong)} holds NaN or infinity on this batch; allowed "
+            "are finite numbers. Look whether the loss is finite."
+        )
+    return grads
+
+
+def _scored(
+    criterion: Criterion, params: dict[str, Tensor], evidence: dict[str, Any], argument: str
+) -> dict[str, Tensor]:
+    """The scores of a criterion, all of them finite; what is wrong with them names the argument."""
+    try:
+        scores = score(criterion, params, evidence, argument)
+        for name, values in scores.items():
+            check_finite(name, values, torch.ones_like(values, dtype=torch.bool))
+    except NoEvidence:
+        raise
+    except ValueError as error:
+        if not str(error).startswith(argument):
+            error.args = (f"{argument}: {error}",)
+        raise
+    return scores
 
 
 def momentum_of(

@@ -45,8 +45,13 @@ def gathered(trainer: Trainer, make: Callable[[], T]) -> list[T]:
     return of_ranks(trainer, together(trainer, make))
 
 
-def together(trainer: Trainer, make: Callable[[], T]) -> T:
+def together(trainer: Trainer, make: Callable[[], T], shared: type[Exception] | tuple[()] = ()) -> T:
     """What this rank makes. All ranks must call it, so that none goes on where another one failed.
+
+    Args:
+        trainer: of the fit.
+        make: carried out on each rank.
+        shared: a class of errors that all ranks raise where one does, and none fails otherwise.
 
     Raises:
         Exception: what `make` raised on this rank.
@@ -60,11 +65,16 @@ def together(trainer: Trainer, make: Callable[[], T]) -> T:
         value = make()
     except Exception as error:  # told to the others first, so that none of them waits for this rank
         mine = error
-    failed = of_ranks(trainer, None if mine is None else f"{type(mine).__name__}: {mine}")
-    if mine is not None:
+    told = None if mine is None else (f"{type(mine).__name__}: {mine}", isinstance(mine, shared), str(mine))
+    failed = [(rank, *error) for rank, error in enumerate(of_ranks(trainer, told)) if error is not None]
+    others = [(rank, said) for rank, said, is_shared, _ in failed if not is_shared]
+    if mine is not None and not (others and isinstance(mine, shared)):
         raise mine
-    if (wrong := next((rank for rank, error in enumerate(failed) if error), None)) is not None:
-        raise RuntimeError(f"process {wrong} failed, and all are needed. Look at its error: {failed[wrong]}")
+    if others:
+        wrong, said = others[0]
+        raise RuntimeError(f"process {wrong} failed, and all are needed. Look at its error: {said}")
+    if failed and shared:
+        raise shared(failed[0][-1])
     return value
 
 
