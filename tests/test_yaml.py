@@ -1,14 +1,18 @@
 """The callbacks are built from YAML alone: by their type hints (LightningCLI) and by `_target_` (Hydra)."""
 
 import inspect
+from dataclasses import is_dataclass
 
 import pytest
 from hydra.utils import instantiate
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
 
 import lightning_prune as lp
+from tests.naming import in_words
 
 BY_HINTS = """
 callbacks:
@@ -115,6 +119,87 @@ def test_what_a_command_line_writes_down_reads_back_as_the_same(text):
     assert parser().dump(parser().parse_string(written)) == written
     for first, again in zip(by_hints(text), by_hints(written), strict=True):
         assert given(first) == given(again)
+
+
+def of(path, **init_args):
+    return {"class_path": f"lightning_prune.{path}", **({"init_args": init_args} if init_args else {})}
+
+
+WRITTEN = [  # (callback, argument, value), for each class that an argument may be an instance of
+    ("DynamicSparseTraining", "granularity", of("growth.FanIn", ablate=0.2)),
+    ("DynamicSparseTraining", "granularity", "lightning_prune.granularity.single"),
+    ("DynamicSparseTraining", "sparsity", of("schedules.Alternating", sparsity=0.8)),
+    ("DynamicSparseTraining", "sparsity", 0.8),
+    ("DynamicSparseTraining", "fraction", of("schedules.CosineDecay", initial=0.2)),
+    ("DynamicSparseTraining", "fraction", 0.2),
+    ("DynamicSparseTraining", "grow", of("criteria.Random", seed=2)),
+    ("IterativeMagnitudePruning", "granularity", of("granularity.NM", n=1, m=4)),
+    ("IterativeMagnitudePruning", "granularity", of("granularity.Block", rows=2, columns=2)),
+    ("IterativeMagnitudePruning", "granularity", of("granularity.Kernel", n=2)),
+    ("IterativeMagnitudePruning", "granularity", of("granularity.Filter", dim=1)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Geometric", to=0.9)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.OneShot", sparsity=0.4)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.TopK", count=5)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Amounts", amount=of("schedules.OneShot"))),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Linear", rounds=3)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Cubic", rounds=3)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.OneCycle", rounds=3)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Explicit", sparsities=[0.1, 0.2])),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Hold")),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Threshold", theta=0.1)),
+    ("IterativeMagnitudePruning", "schedule", of("schedules.Bucket", beta=2.0)),
+    ("IterativeMagnitudePruning", "criterion", of("criteria.Ln", n=1)),
+    ("IterativeMagnitudePruning", "criterion", of("criteria.GraSP")),
+    ("IterativeMagnitudePruning", "criterion", of("criteria.SynFlow", rounds=5, input_shape=[1, 8])),
+    (
+        "IterativeMagnitudePruning",
+        "allocate",
+        of("allocation.EvenOutputs", of="lightning_prune.allocation.erk"),
+    ),
+    ("IterativeMagnitudePruning", "allocate", of("allocation.AtLeast", of=of("allocation.OWL", lam=0.1))),
+    ("IterativeMagnitudePruning", "allocate", of("allocation.PerLayer", densities={"a*": 0.5})),
+    ("LotteryTicketRewind", "until", of("rewind.EarlyBird", distance=0.2)),
+    ("StructuredChannelPruning", "criterion", of("filters.RandomChannels", seed=3)),
+    ("StructuredChannelPruning", "schedule", of("filters.Removed", schedule=0.5, of="multiply_adds")),
+    ("StructuredChannelPruning", "schedule", of("filters.Removed", schedule=of("schedules.Linear"))),
+    ("StructuredChannelPruning", "schedule", of("filters.Smaller", bytes=5000)),
+    ("StructuredChannelPruning", "schedule", of("filters.Faster", times=2.0)),
+]
+ROOMS = (lp.allocation, lp.criteria, lp.filters, lp.granularity, lp.growth, lp.rewind, lp.schedules)
+NO_ARGUMENT = {"Snapshot", "Coupling", "Layout", "SparseGPT"}  # of a callback
+
+
+def cli(config):
+    return LightningCLI(BoringModel, run=False, args=config, save_config_callback=None)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's: the process of the tests, what jsonargparse deprecates
+@pytest.mark.parametrize(("callback", "argument", "value"), WRITTEN, ids=in_words)
+def test_the_config_that_lightning_writes_reads_back_as_the_same(callback, argument, value, tmp_path):
+    """As its `SaveConfigCallback` writes it."""
+    callbacks = [of(callback, **{argument: value})]
+    quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    first = cli({"trainer": {**quiet, "callbacks": callbacks}})
+    first.parser.save(first.config, tmp_path / "config.yaml", skip_none=False)
+    again = cli(["--config", str(tmp_path / "config.yaml")])
+    one, other = (given(run.trainer.callbacks[0]) for run in (first, again))
+    assert one == other
+    if isinstance(value, dict):
+        kept = "target" if argument == "sparsity" else argument
+        made = [getattr(run.trainer.callbacks[0], kept) for run in (first, again)]
+        assert [type(instance).__name__ for instance in made] == [value["class_path"].split(".")[-1]] * 2
+        assert made[0] == made[1]
+
+
+def test_each_class_that_an_argument_may_be_an_instance_of_is_written_and_read():
+    classes = {
+        name
+        for room in ROOMS
+        for name, kind in vars(room).items()
+        if is_dataclass(kind) and isinstance(kind, type)
+    }
+    named = {name for name in classes for *_, value in WRITTEN if f".{name}'" in str(value)}
+    assert classes - named == NO_ARGUMENT
 
 
 def test_from_hydras_target():

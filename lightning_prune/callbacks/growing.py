@@ -137,7 +137,7 @@ class DynamicSparseTraining(MaskedTraining):
         every_n_train_steps: int = 100,
         until: float = 0.75,
         until_step: int | None = None,
-        granularity: Granularity | FanIn = single,
+        granularity: FanIn | Granularity = single,  # in this order, or its config could not be read back
         layers: Sequence[str] = LAYERS,
         include: list[str] | None = None,
         exclude: list[str] | None = None,

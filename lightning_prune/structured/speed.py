@@ -44,7 +44,7 @@ class Faster(Target):
         ValueError: when the network without all removable channels is not as fast.
     """
 
-    times: Callable[[int], float] | float
+    times: float | Callable[[int], float]
 
     def __post_init__(self) -> None:
         if callable(self.times):

@@ -81,7 +81,7 @@ class Removed(Target):
         ValueError: when the removable channels do not make up as much.
     """
 
-    schedule: Callable[[int], float] | float
+    schedule: float | Callable[[int], float]
     of: Literal["parameters", "multiply_adds"] = "parameters"
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class Smaller(Target):
         ValueError: when the network without all removable channels is larger.
     """
 
-    bytes: Callable[[int], float] | float
+    bytes: float | Callable[[int], float]
 
     def __post_init__(self) -> None:
         if callable(self.bytes):
