@@ -17,7 +17,9 @@ from lightning_prune.layers import Layout, prunable
 from lightning_prune.masks import alive
 from lightning_prune.pruning import next_masks
 from lightning_prune.rewind import Snapshot
+from lightning_prune.structured import discover
 from lightning_prune.study import controls
+from lightning_prune.study.alignment import permuted
 from lightning_prune.study.equal_size import of_equal_size
 from lightning_prune.study.models import LeNet
 from lightning_prune.study.recording import Records
@@ -32,7 +34,16 @@ from tests.test_experiments import ROOT
 # Of a schedule that is short, so that a step shows.
 pytestmark = pytest.mark.filterwarnings("ignore:StepLR. a round ends at")
 
-KINDS = ["reinit", "signed_reinit", "sign_only", "shuffled", "shuffled_globally", "random", "inverted"]
+KINDS = [
+    "reinit",
+    "aligned",
+    "signed_reinit",
+    "sign_only",
+    "shuffled",
+    "shuffled_globally",
+    "random",
+    "inverted",
+]
 KINDS += ["one_shot", "small_dense"]
 
 
@@ -315,6 +326,23 @@ def lines(folder):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read(folder / "records.jsonl")[0]]
 
 
+def test_aligned_masks_are_on_the_weights_of_reinit_in_the_order_of_its_units(start):
+    """The other network is trained to be the ticket's with its units in another order: it is found."""
+    x, net = torch.randn(50, 20, generator=seeded(7)), network()
+    couplings = discover(net, x)
+    orders = {n: torch.randperm(c.units, generator=seeded(8)) for n, c in couplings.items()}
+    shown = permuted(start.tensors, couplings, orders)
+
+    def trained(tensors):
+        return start.tensors if same(tensors, start.tensors) else shown
+
+    found = controls.aligned(start, net, seeded(), trained, [x])
+    assert same(found.tensors, controls.reinitialized(start, network(), seeded()).tensors)
+    assert same(found.masks, permuted(start.masks, couplings, orders))
+    assert not same(found.masks, start.masks)
+    assert counts(found.masks) == counts(start.masks)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_at_the_tickets_sizes_and_is_recorded_as_its_round(kind, runs):
     at = [] if kind == "reinit" else ["controls_at=[2]"]
@@ -339,6 +367,18 @@ def test_every_kind_trains_at_the_tickets_sizes_and_is_recorded_as_its_round(kin
     elif kind != "small_dense":
         assert found[-1]["metrics"]["val_loss"] != ticket[2]["metrics"]["val_loss"]
     assert not list(folder.glob("round-*"))
+
+
+@pytest.mark.parametrize("weights", [9_000, 30_000])
+def test_a_small_dense_network_has_no_bottleneck_of_fewer_units_than_classes(weights):
+    model = OmegaConf.create({"_target_": "lightning_prune.study.models.LeNet", "hidden": [300, 100]})
+    first, second = controls.narrowed(model, weights, count, least=10)["hidden"]
+    assert second >= 10
+    assert abs(second - max(10, first / 3)) <= 1
+    assert 784 * first + first * second + 10 * second == pytest.approx(weights, abs=500)
+    convolutional = OmegaConf.create({"_target_": "lightning_prune.study.models.ResNet20", "width": 16})
+    narrow = [controls.narrowed(convolutional, weights, count, least) for least in (1, 10)]
+    assert narrow[0] == narrow[1]
 
 
 def test_a_small_dense_network_may_be_convolutional():
@@ -506,9 +546,7 @@ def test_controls_can_be_extended_to_more_rounds(runs):
 
 def test_each_kind_and_seed_draws_from_a_generator_of_its_own(tmp_path):
     draws = {
-        (kind, seed): torch.rand(
-            1, generator=controls.generator_of(config(tmp_path, f"kind={kind}", f"seed={seed}"))
-        )
+        (kind, seed): torch.rand(1, generator=controls.generator_of(config(tmp_path, f"seed={seed}"), kind))
         for kind in ("shuffled", "random")
         for seed in (1, 2)
     }

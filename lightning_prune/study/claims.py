@@ -146,6 +146,10 @@ class Comparison(ABC):
         late = sum(any(r["metrics"].get("censored") for r in (of[seed], against[seed])) for seed in seeds)
         return values, late
 
+    def _kinds(self) -> Sequence[str]:
+        """The kinds of run that the claim reads."""
+        return [kind for kind in (self.of, self.against) if kind is not None]
+
     def check(self, records: Iterable[Record]) -> Verdict:
         """Hold the claim against records."""
         records = list(records)
@@ -153,7 +157,7 @@ class Comparison(ABC):
         assert bound is not None
         source = cited(self.source, self.margin_from, bound != self._equal() or self.tolerance > 0)
         ran = {r["kind"] for r in records}
-        absent = [kind for kind in (self.of, self.against) if kind is not None and kind not in ran]
+        absent = [kind for kind in self._kinds() if kind not in ran]
         if absent:
             return Verdict(self.name, source, "undecided", f"not run: {', '.join(absent)}")
         found = [(*self._judged(*self._values(records, left), bound), left) for left in self.left]
@@ -238,6 +242,52 @@ class Ratio(Comparison):
     @override
     def _unit(self) -> str:
         return super()._unit() if self.against is None else " times"
+
+
+@dataclass(frozen=True)
+class Share(Comparison):
+    """How much of the way from `floor` to `against` is made by `of`: 0 at the one, 1 at the other.
+
+    Where the two are equal it is unknown. Otherwise as `Comparison`.
+
+    Args:
+        floor: kind of run, read at the fractions of `left`.
+    """
+
+    floor: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.floor or self.against is None:
+            raise ValueError(
+                f"floor={self.floor!r}, against={self.against}: a share is one of the way between two kinds "
+                "of run. Give both, such as floor=reinit and against=ticket."
+            )
+
+    @override
+    def _kinds(self) -> Sequence[str]:
+        return [*super()._kinds(), self.floor]
+
+    @override
+    def _values(self, records: list[Record], left: float) -> tuple[list[float], int]:
+        kinds = [nearest(records, kind, left) for kind in (self.of, self.floor)]
+        kinds.append(nearest(records, self.against or "", self.against_left or left))
+        seeds = sorted(set.intersection(*(set(found) for found in kinds)))
+        read = [[float(found[s]["metrics"].get(self.metric, nan)) for found in kinds] for s in seeds]
+        late = sum(any(found[s]["metrics"].get("censored") for found in kinds) for s in seeds)
+        return [self._compare(of - floor, against - floor) for of, floor, against in read], late
+
+    @override
+    def _compare(self, of: float, against: float) -> float:
+        return of / against if against else nan
+
+    @override
+    def _equal(self) -> float:
+        return 0.0
+
+    @override
+    def _unit(self) -> str:
+        return " %"
 
 
 @dataclass(frozen=True)

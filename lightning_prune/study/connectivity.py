@@ -16,13 +16,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from lightning_prune.files import replacing
 from lightning_prune.study.figures import Axis, Figure, axis_of, lines
 from lightning_prune.study.oneshot import evaluate
 from lightning_prune.study.records import Record, described, read
 from lightning_prune.study.run_folders import Runs
 from lightning_prune.study.statistics import interval
-from lightning_prune.study.tickets import Begin, each_round, finished, train_from
+from lightning_prune.study.tickets import Begin, each_round, finished, trained_from
 from lightning_prune.study.training import built
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -105,15 +104,8 @@ def train(cfg: DictConfig, folder: Path, points: int = 30, reestimate: bool = Fa
         seconds = 0.0
         for copy in (1, 2):
             own = folder / f"copy-{copy}"
-            own.mkdir(exist_ok=True)
-            end = own / "end.pt"
-            if not end.is_file():
-                task = built(cfg)
-                order = 1000 * copy + cfg.seed
-                train_from(cfg, own, task, round, ticket.steps, Begin(start, ticket.snapshot), order)
-                with replacing(end) as file:
-                    torch.save(task.state_dict(), file)
-            ends.append(torch.load(end, weights_only=True))
+            begin = Begin(start, ticket.snapshot)
+            ends.append(trained_from(cfg, own, round, ticket.steps, begin, order=1000 * copy + cfg.seed))
             seconds += read(own / "records.jsonl")[0][0]["seconds"]
         batches = instantiate(cfg.batches)
         train_set, test_set = (

@@ -5,14 +5,19 @@ from the state that the ticket rewound to, for as long as its rounds were. It ge
 following that its signature names:
 
 - `generator`: of the run's kind and seed, the same in every round;
+- `other`: that of `kind=reinit`, for what is compared with it;
 - `network`: a freshly built one that it may change;
 - `lifetimes`: in how many of the ticket's rounds each weight was alive;
 - `dense`: the weights of the dense network at the end of its training, which is then trained first;
+- `trained`: tensors -> the state dict of the dense network that is trained from them;
+- `inputs`: batches of the inputs of the training set;
 - `prune`: (criterion, weights, parts) -> masks of the ticket's size in this round. Each part, a list of names
   of weights, keeps its size; None: weights that share a budget, divided by the experiment's allocation.
 """
 
+import shutil
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +30,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from typing_extensions import final, override
 
 from lightning_prune.allocation import AtLeast, global_rank
 from lightning_prune.criteria import Random
@@ -34,18 +40,23 @@ from lightning_prune.layers import layouts
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Criterion, scheduled
 from lightning_prune.selection import Scores
+from lightning_prune.shards import in_words
+from lightning_prune.structured import discover
 from lightning_prune.study import tickets
+from lightning_prune.study.alignment import matched, permuted
 from lightning_prune.study.equal_size import of_equal_size
 from lightning_prune.study.records import Record, read
 from lightning_prune.study.round_masks import lifetimes
 from lightning_prune.study.tickets import (
     Begin,
     Start,
+    Ticket,
     chosen,
     each_round,
     finished,
     finished_masks,
     train_from,
+    trained_from,
 )
 from lightning_prune.study.training import built
 
@@ -91,6 +102,31 @@ def sign_only(start: Start) -> Start:
     """
     weights = {n: start.tensors[n].sign() * start.tensors[n].std(correction=0) for n in start.masks}
     return replace(start, tensors={**start.tensors, **weights})
+
+
+def aligned(
+    start: Start,
+    network: nn.Module,
+    other: torch.Generator,
+    trained: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    inputs: Sequence[Tensor],
+    init: Callable[[nn.Module], None] | None = None,
+) -> Start:
+    """The ticket's masks on the initialization of `kind=reinit`, in the order of that one's units.
+
+    The dense network is trained from both initializations, and the units of the one are matched to those of
+    the other by what they compute.
+
+    Raises:
+        ValueError: when the network has no channels that can be exchanged.
+        ImportError: without torch-pruning (the extra `channels`).
+
+    Reference: Adnan et al. (2025), arXiv:2505.05143.
+    """
+    tensors = initialize(network, other, init)
+    couplings = discover(network, inputs[0][:2])
+    orders = matched(network, couplings, trained(start.tensors), trained(tensors), inputs)
+    return Start(tensors, permuted(start.masks, couplings, orders))
 
 
 def initialize(
@@ -224,39 +260,117 @@ def train(cfg: DictConfig, folder: Path, control: Control) -> None:
     check(cfg)
     ticket = finished(cfg)
     asked_for = signature(control).parameters
-    path = folder / "dense.pt"
 
-    def begin(round: int, dense: Callable[[], Mapping[str, Tensor]]) -> Start:
+    def begin(round: int, first: "_First") -> Start:
         start = ticket.start(round)
         evidence = {
-            "generator": lambda: generator_of(cfg),
+            "generator": lambda: generator_of(cfg, cfg.kind),
+            "other": lambda: generator_of(cfg, "reinit"),
             "network": lambda: built(cfg),
             "lifetimes": lambda: lifetimes(ticket.masks),
-            "dense": dense,
+            "dense": lambda: first.dense,
+            "trained": lambda: first.trained,
+            "inputs": lambda: first.inputs,
             "prune": lambda: partial(_prune, cfg, start),
         }
         return control(start, **{name: value() for name, value in evidence.items() if name in asked_for})
 
     def train_one(round: int, folder: Path) -> list[Record]:
         if round or "dense" not in asked_for:
-            start = begin(round, lambda: torch.load(path, weights_only=True))
+            start = begin(round, _Trained(cfg, folder.parent, ticket))
         else:
             start = ticket.start(0)
         task = built(cfg)
         train_from(cfg, folder, task, round, ticket.steps, Begin(start, ticket.snapshot))
         if not round and "dense" in asked_for:
-            with replacing(path) as file:
+            with replacing(folder.parent / _DENSE) as file:
                 torch.save({name: w.detach().clone() for name, w in task.named_parameters()}, file)
         return read(folder / "records.jsonl")[0]
 
     for round in chosen(cfg, ticket.rounds):
-        begin(round, lambda: ticket.snapshot.tensors)  # in place of the trained ones, to see what fails
+        begin(round, _Untrained(cfg, ticket))
     each_round(cfg, folder, ticket.rounds, train_one, dense="dense" in asked_for)
+    shutil.rmtree(folder / _TRAINED, ignore_errors=True)
 
 
-def generator_of(cfg: DictConfig) -> torch.Generator:
+_DENSE = "dense.pt"
+_TRAINED = "trained"  # the folder of what is trained for a control, beside it
+
+
+class _First(ABC):
+    """What is trained before a control can begin."""
+
+    @property
+    @abstractmethod
+    def dense(self) -> Mapping[str, Tensor]:
+        """The weights of the dense network at the end of its training."""
+
+    @abstractmethod
+    def trained(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state dict of the dense network that is trained from these tensors."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> list[Tensor]:
+        """Batches of the training set."""
+
+
+@final
+@dataclass(frozen=True)
+class _Trained(_First):
+    cfg: DictConfig
+    folder: Path
+    ticket: Ticket
+
+    @property
+    @override
+    def dense(self) -> Mapping[str, Tensor]:
+        return torch.load(self.folder / _DENSE, weights_only=True)
+
+    @override
+    def trained(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        masks = {name: torch.ones_like(mask) for name, mask in self.ticket.start(0).masks.items()}
+        begin = Begin(Start(dict(tensors), masks), self.ticket.snapshot)
+        own = self.folder / _TRAINED / in_words(tensors).rpartition(" ")[2]
+        own.parent.mkdir(exist_ok=True)
+        return trained_from(self.cfg, own, 0, self.ticket.steps, begin)
+
+    @property
+    @override
+    def inputs(self) -> list[Tensor]:
+        batches = instantiate(self.cfg.batches)
+        return [x for x, _ in batches.in_order(batches.splits.train)]
+
+
+@final
+@dataclass(frozen=True)
+class _Untrained(_First):
+    """In place of the trained ones, to see what fails before anything is trained."""
+
+    cfg: DictConfig
+    ticket: Ticket
+
+    @property
+    @override
+    def dense(self) -> Mapping[str, Tensor]:
+        return self.ticket.snapshot.tensors
+
+    @override
+    def trained(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        task = built(self.cfg)
+        task.load_state_dict(tensors, strict=False)
+        return task.state_dict()
+
+    @property
+    @override
+    def inputs(self) -> list[Tensor]:
+        batches = instantiate(self.cfg.batches)
+        return [next(iter(batches.train_dataloader()))[0]]
+
+
+def generator_of(cfg: DictConfig, kind: str) -> torch.Generator:
     """The same in every round, and another for each kind and seed."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{cfg.kind}-{cfg.seed}".encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{kind}-{cfg.seed}".encode()))
 
 
 def _prune(
@@ -280,6 +394,7 @@ def _prune(
 def small_dense(cfg: DictConfig, folder: Path) -> None:
     """Train, for each of the rounds, a dense network with about as many weights as the ticket had left."""
     masks_of_ticket, pruner = finished_masks(cfg), instantiate(cfg.pruner)
+    classes = int(instantiate(cfg.batches).splits.train[1].max()) + 1
 
     def count(network: nn.Module) -> int:
         weights = pruner.prunable(nn.ModuleDict({"net": network})).values()  # named as in the task
@@ -288,7 +403,7 @@ def small_dense(cfg: DictConfig, folder: Path) -> None:
     def train_one(round: int, folder: Path) -> list[Record]:
         masks = masks_of_ticket[round]
         total = sum(mask.numel() for mask in masks.values())
-        small = OmegaConf.merge(cfg, {"model": narrowed(cfg.model, alive(masks), count)})
+        small = OmegaConf.merge(cfg, {"model": narrowed(cfg.model, alive(masks), count, classes)})
         assert isinstance(small, DictConfig)
         train_from(small, folder, built(small), round, cfg.steps_per_round)
         records, _ = read(folder / "records.jsonl")
@@ -300,13 +415,19 @@ def small_dense(cfg: DictConfig, folder: Path) -> None:
 WIDTHS = ("hidden", "width", "widths")
 
 
-def narrowed(model: DictConfig, weights: int, count: Callable[[nn.Module], int]) -> dict[str, Any]:
+def narrowed(
+    model: DictConfig, weights: int, count: Callable[[nn.Module], int], least: int = 1
+) -> dict[str, Any]:
     """The widths of a network, scaled so that the number of its weights is nearest to a given one.
+
+    No fully connected layer (`hidden`) gets fewer units than `least`: with fewer than there are classes it
+    would be a bottleneck that the ticket does not have.
 
     Args:
         model: the config of a network; its entries named in `WIDTHS`, numbers or lists, are scaled.
         weights: how many it is to have.
         count: counts them.
+        least: units that a fully connected layer has at least.
 
     Raises:
         ValueError: when the config has no such entry.
@@ -323,10 +444,12 @@ def narrowed(model: DictConfig, weights: int, count: Callable[[nn.Module], int])
         )
 
     def scaled(by: float) -> dict[str, Any]:
-        one = lambda width: max(1, round(width * by))  # noqa: E731
+        def one(key: str, width: Any) -> int:
+            return max(min(width, least) if key == "hidden" else 1, round(width * by))
+
         return {
-            k: [one(w) for w in width] if isinstance(width, list) else one(width)
-            for k, width in widths.items()
+            key: [one(key, w) for w in width] if isinstance(width, list) else one(key, width)
+            for key, width in widths.items()
         }
 
     def size(by: float) -> int:

@@ -28,6 +28,7 @@ from lightning_prune.study.statistics import interval, overlap_of_seeds
 
 LABELS = {
     "reinit": "re-initialised",
+    "aligned": "re-initialised, mask aligned",
     "random": "random mask",
     "shuffled": "shuffled in layers",
     "shuffled_globally": "shuffled globally",

@@ -15,6 +15,7 @@ SEPARATOR = " · "  # between a kind of run and the parameters that tell it apar
 KINDS = (
     "ticket",
     "reinit",
+    "aligned",
     "shuffled",
     "random",
     "shuffled_globally",

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import final, override
 
 from lightning_prune.evidence import asked, call
+from lightning_prune.files import replacing
 from lightning_prune.masks import Masks
 from lightning_prune.rewind import Snapshot
 from lightning_prune.study.configs import load, plain
@@ -22,7 +23,7 @@ from lightning_prune.study.names import FREE
 from lightning_prune.study.provenance import changed_since, made_of
 from lightning_prune.study.records import Record, read, write
 from lightning_prune.study.round_masks import masks_of
-from lightning_prune.study.training import fit
+from lightning_prune.study.training import built, fit
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +233,24 @@ def train_from(
     if begin is not None and not (folder / "resume.ckpt").is_file():
         callbacks = [begin, pruner]  # which puts the masks on what the other has begun with
     fit(cfg, folder, task, instantiate(cfg.batches), callbacks, steps, order)
+
+
+def trained_from(
+    cfg: DictConfig,
+    folder: Path,
+    round: int,
+    steps: int,
+    begin: "Begin",
+    order: int | None = None,
+) -> dict[str, Tensor]:
+    """The state dict at the end of one round, which is trained by `train_from` unless the folder has it."""
+    end = folder / "end.pt"
+    if not end.is_file():
+        folder.mkdir(exist_ok=True)
+        train_from(cfg, folder, task := built(cfg), round, steps, begin, order)
+        with replacing(end) as file:
+            torch.save(task.state_dict(), file)
+    return torch.load(end, weights_only=True)
 
 
 @final
