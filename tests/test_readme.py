@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -149,6 +150,10 @@ def test_the_code_blocks_run(page, names, capsys):
             net, masks = names["net"], names["masks"]
             assert all(not bool(p[~masks[n]].any()) for n, p in net.named_parameters() if n in masks)
             assert sum(int(m.sum()) for m in masks.values()) == round(0.5 * (8 * 16 + 16 * 16 + 16 * 3))
+        if "grow=sampled" in block:
+            grown = [row.metrics["grown"] for row in names["own"].history[1:]]
+            alive = [int(mask.sum()) for mask in names["own"].masks.values()]
+            assert grown == [sum(round(part * n) for n in alive) for part in (0.15, 0.075)]
         if "two_steps" in block:
             Trainer(max_epochs=3, callbacks=[names["pruner"]]).fit(Net(), *[names["train_loader"]] * 2)
             assert names["pruner"].sparsity == 0.75
@@ -196,6 +201,15 @@ def test_the_commands_exist(page):
             overrides = [word.split(",")[0] for word in command[2:] if "=" in word]
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
                 compose("config", overrides)
+
+
+def test_the_command_for_n_m_makes_masks_grow_within_the_pattern():
+    (line,) = (line for line in "".join(blocks("docs/growth.md", "bash")).splitlines() if "NM" in line)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", line.split()[2:])
+    pruner = instantiate(cfg.pruner)
+    assert isinstance(pruner, lp.DynamicSparseTraining)
+    assert pruner.granularity == lp.granularity.NM(1, 4)
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -1,9 +1,12 @@
 """The callbacks are built from YAML alone: by their type hints (LightningCLI) and by `_target_` (Hydra)."""
 
 import inspect
+import re
 from dataclasses import is_dataclass
+from pathlib import Path
 
 import pytest
+import yaml
 from hydra.utils import instantiate
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
@@ -13,6 +16,7 @@ from omegaconf import OmegaConf
 
 import lightning_prune as lp
 from tests.naming import in_words
+from tests.networks import Net
 
 BY_HINTS = """
 callbacks:
@@ -189,6 +193,20 @@ def test_the_config_that_lightning_writes_reads_back_as_the_same(callback, argum
         made = [getattr(run.trainer.callbacks[0], kept) for run in (first, again)]
         assert [type(instance).__name__ for instance in made] == [value["class_path"].split(".")[-1]] * 2
         assert made[0] == made[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_masks_grow_from_the_yaml_in_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "growth.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config = yaml.safe_load(text.replace("every_n_train_steps: 100", "every_n_train_steps: 2"))
+    quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 4}
+    trainer = cli({"trainer": {**quiet, **config["trainer"]}}).trainer
+    trainer.fit(Net())
+    pruner = trainer.callbacks[0]
+    assert (pruner.round, pruner.sparsity) == (4, 0.9)
+    assert pruner.granularity == lp.growth.FanIn(0.3)
+    assert pruner.fraction == lp.schedules.CosineDecay(0.3)
 
 
 def test_each_class_that_an_argument_may_be_an_instance_of_is_written_and_read():
