@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from lightning_prune.study import reading
 from lightning_prune.study.configs import flattened
@@ -86,6 +87,36 @@ def test_a_key_is_unread_where_no_change_of_it_changes_what_the_run_is_made_of(o
 )
 def test_what_has_no_effect_is_named(overrides, said):
     assert unread(config(*overrides), overrides) == said
+
+
+LONG = (
+    "refused: granularity=lightning_prune.granularity.NM: kind=rigl is made by none. Leave that option out."
+)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 100, 140])
+def test_a_plan_can_be_read_at_any_width(width, capsys):
+    plan = Plan()
+    plan.rows = [
+        ("mnist1d/ticket-1", "new", "5 of 5", "14 (0.03%)", "12.3 MB", "1 h 13 min"),
+        ("mnist1d/rigl-1,note=[b],s=0.75", "interrupted", "3 of 4", "12500 (25.00%)", "112.3 MB", "3 min"),
+        ("mnist1d/rigl-1,granularity=nm", LONG, "0", "", "", ""),
+    ]
+    plan.show(Console(width=width))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    assert "\u2026" not in shown  # nothing is cut off
+    said = " ".join(shown.split())
+    assert f"mnist1d/rigl-1,granularity=nm: {LONG}" in said or width == 30
+    assert ("\u2503" in said) == (width >= 100)  # a table
+    if width < 100:
+        lines = [line.strip() for line in shown.splitlines()]
+        assert {name for name, *_ in plan.rows} <= {*lines} or width == 30
+        assert "interrupted, rounds to train: 3 of 4, weights left: 12500 (25.00%), 112.3 MB, 3 min" in said
+    else:
+        (line,) = (line for line in shown.splitlines() if "interrupted" in line)
+        cells = [cell.strip() for cell in line.split("\u2502")[2:-1]]
+        assert cells == ["interrupted", "3 of 4", "12500 (25.00%)", "112.3 MB", "3 min"]
 
 
 def test_a_run_and_a_plan_say_what_has_no_effect(tmp_path, caplog, capsys):

@@ -9,7 +9,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Column, Table
+from rich.text import Text
 from typing_extensions import final
 
 from lightning_prune.callbacks.growing import DynamicSparseTraining
@@ -24,6 +26,9 @@ from lightning_prune.study.records import read
 from lightning_prune.study.round_masks import file_size
 from lightning_prune.study.shared_rounds import LATER, dense_round
 from lightning_prune.study.training import Cost, trial
+
+_NAME = 24  # characters that the name of a run has in a table, at least, if it has as many
+_BORDERS = " | "  # of a column
 
 HEAD = ("run", "state", "rounds to train", "weights left", "disk", "time")
 
@@ -102,19 +107,37 @@ class Plan:
         return self._trials[key]
 
     def show(self, console: Console | None = None) -> None:
-        """Print it."""
-        table = Table(Column(HEAD[0], overflow="fold"), *HEAD[1:])
-        for row in self.rows:
-            table.add_row(*row)
+        """Print it: as a table where the terminal is wide enough, else a few lines for each run."""
         console = console or Console()
-        console.print(table)
-        total = f"{self.bytes / 1e6:.1f} MB and about {duration(self.seconds)}, one run after another"
+        rows = [(name, state.partition(": ")[0], *rest) for name, state, *rest in self.rows]
+        widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+        if min(widths[0], _NAME) + sum(widths[1:]) + len(_BORDERS) * len(HEAD) <= console.width:
+            table = Table(
+                Column(HEAD[0], overflow="fold"), *(Column(name, no_wrap=True) for name in HEAD[1:])
+            )
+            for row in rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
+        else:
+            for name, *values in rows:
+                console.print(name, markup=False, highlight=False)
+                console.print(Padding(_in_words(*values), (0, 0, 0, 4)), highlight=False)
+        for name, state, *_ in self.rows:
+            if ": " in state:
+                console.print(f"{name}: {state}", markup=False, highlight=False)
         for key, runs in self._idle.items():
             of = runs[0] if len(runs) == 1 else f"{runs[0]} and {len(runs) - 1} more"
             console.print(f"{key}: nothing of {of} reads it, so that it has no effect. Leave it out.")
+        total = f"{self.bytes / 1e6:.1f} MB and about {duration(self.seconds)}, one run after another"
         console.print(
             f"{len(self.rows)} runs: {total}. Nothing was trained but trials of a few steps.", highlight=False
         )
+
+
+def _in_words(state: str, rounds: str, left: str, disk: str, time: str) -> str:
+    """The values of a run in one line."""
+    words = (state, f"rounds to train: {rounds}", f"weights left: {left}", disk, time)
+    return ", ".join(word for word in words if word and not word.endswith(": "))
 
 
 def weights_left(weights: dict[str, int], pruner: Any) -> int | None:
