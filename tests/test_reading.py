@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from lightning_prune.study import reading
 from lightning_prune.study.configs import flattened
+from lightning_prune.study.densities import longer
 from lightning_prune.study.names import FREE, GROWTH, PLACED
 from lightning_prune.study.plan import Plan
 from lightning_prune.study.reading import READ, unread
@@ -87,6 +89,30 @@ def test_a_key_is_unread_where_no_change_of_it_changes_what_the_run_is_made_of(o
 )
 def test_what_has_no_effect_is_named(overrides, said):
     assert unread(config(*overrides), overrides) == said
+
+
+def test_a_run_and_a_plan_say_that_rounds_make_a_training_longer_whose_masks_grow(tmp_path, caplog, capsys):
+    given = [*SMALL, f"runs={tmp_path}", "kind=rigl", "rounds=1", "every_n_train_steps=2"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        HydraConfig.instance().set_config(compose("config", given, return_hydra_config=True))
+    try:
+        cfg = config(*given)
+        with caplog.at_level(logging.WARNING):
+            folder = run(cfg)
+        plan = Plan()
+        plan.add(cfg, folder, "finished", [], longer(cfg))
+    finally:
+        HydraConfig.instance().cfg = None
+    plan.show(Console(width=200))
+    said = (
+        f"rounds=1: masks of kind=rigl grow in one training, as long as 2 rounds ({2 * cfg.steps_per_round} "
+        "steps). For one as long as a round leave rounds out."
+    )
+    assert said in capsys.readouterr().out
+    assert [r.message for r in caplog.records if "as long as" in r.message] == [said]
+    assert torch.load(folder / "final.ckpt", weights_only=True)["global_step"] == 2 * cfg.steps_per_round
+    for others in (["kind=rigl"], ["kind=rigl", "rounds=0"], ["kind=rigl-5x"], ["kind=ticket", "rounds=1"]):
+        assert longer(config("experiment=mnist1d", *others), others) is None
 
 
 LONG = (

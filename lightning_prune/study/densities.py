@@ -1,7 +1,10 @@
 """Masks that grow at several densities: one training for each, side by side with a ticket's rounds."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_prune.study import round_masks, training
@@ -38,6 +41,32 @@ def at(cfg: DictConfig, round: int) -> DictConfig:
 def steps_of(cfg: DictConfig) -> dict[int, int]:
     """How many steps the trainings have, by the round under which each is recorded."""
     return {k: (at(cfg, k).rounds + 1) * cfg.steps_per_round for k in rounds_of(cfg)}
+
+
+def longer(cfg: DictConfig, overrides: Sequence[str] | None = None) -> str | None:
+    """What to say of a command that gives `rounds` to a kind whose masks grow; None where it does not.
+
+    >>> rigl = DictConfig({"kind": "rigl", "grows": "rigl", "rounds": 1, "steps_per_round": 1500})
+    >>> longer(rigl, ["rounds=1"])[:76]
+    'rounds=1: masks of kind=rigl grow in one training, as long as 2 rounds (3000'
+
+    Args:
+        cfg: of a run.
+        overrides: as on Hydra's command line; None: those of the command that runs.
+    """
+    if overrides is None:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    if (
+        not cfg.get("grows")
+        or not cfg.get("rounds")
+        or not any(re.match(r"\+*rounds=", given) for given in overrides)
+    ):
+        return None
+    steps = f" ({(cfg.rounds + 1) * cfg.steps_per_round} steps)" if cfg.get("steps_per_round") else ""
+    return (
+        f"rounds={cfg.rounds}: masks of kind={cfg.kind} grow in one training, as long as {cfg.rounds + 1} "
+        f"rounds{steps}. For one as long as a round leave rounds out."
+    )
 
 
 def as_dense(sparsity: float) -> int:

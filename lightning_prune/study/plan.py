@@ -49,9 +49,22 @@ class Plan:
         self._data: dict[str, str] = {}
         self._dense: set[Path] = set()
         self._idle: dict[str, list[str]] = {}
+        self._lengths: list[str] = []
 
-    def add(self, cfg: DictConfig, folder: Path, state: str, idle: Sequence[str] = ()) -> None:
-        """Add a run, in a state, of whose command some keys are idle: nothing reads them."""
+    def add(
+        self, cfg: DictConfig, folder: Path, state: str, idle: Sequence[str] = (), length: str | None = None
+    ) -> None:
+        """Add a run, in a state.
+
+        Args:
+            cfg: of the run.
+            folder: of the run.
+            state: new, finished, ...
+            idle: keys of the command that nothing reads.
+            length: what to say of the length of its training.
+        """
+        if length and length not in self._lengths:
+            self._lengths.append(length)
         name = f"{cfg.name}/{folder.name}"
         for key in idle:
             self._idle.setdefault(key, []).append(name)
@@ -128,6 +141,8 @@ class Plan:
         for key, runs in self._idle.items():
             of = runs[0] if len(runs) == 1 else f"{runs[0]} and {len(runs) - 1} more"
             console.print(f"{key}: nothing of {of} reads it, so that it has no effect. Leave it out.")
+        for said in self._lengths:
+            console.print(said, markup=False, highlight=False)
         total = f"{self.bytes / 1e6:.1f} MB and about {duration(self.seconds)}, one run after another"
         console.print(
             f"{len(self.rows)} runs: {total}. Nothing was trained but trials of a few steps.", highlight=False

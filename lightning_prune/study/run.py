@@ -28,7 +28,7 @@ from lightning_prune.files import write
 from lightning_prune.growth import updates_before
 from lightning_prune.study import controls
 from lightning_prune.study.configs import CONF, build, digest, load, plain
-from lightning_prune.study.densities import as_dense
+from lightning_prune.study.densities import as_dense, longer
 from lightning_prune.study.locks import locked, sync
 from lightning_prune.study.names import FREE, GROWTH, variant
 from lightning_prune.study.objective import objective
@@ -223,6 +223,8 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     for key in idle:
         log.warning("%s: nothing of this run reads it, so that it has no effect. Leave it out.", key)
+    if said := longer(cfg):
+        log.warning(said)
     of = made_of(cfg)
     changed = ", ".join(changed_since(folder, of))
     if state == "finished":
@@ -303,7 +305,7 @@ def plan(cfg: DictConfig) -> None:
         state = state_of(cfg)
     except ValueError as error:
         state = f"refused: {error}"
-    _PLANNED.add(cfg, folder_of(cfg), state, idle)
+    _PLANNED.add(cfg, folder_of(cfg), state, idle, longer(cfg))
 
 
 def dry_run(arguments: list[str]) -> None:
