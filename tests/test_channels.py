@@ -283,6 +283,8 @@ STAY = {  # what cannot be cut: a reason that the warning gives
     "view": (lambda: Lambda(lambda x: x.view(-1, 8, 16, 16) * 1.0), "fails|lost|another shape"),
     "softmax": (lambda: nn.Softmax(1), "not that in which they are zero"),
     "norm": (lambda: Lambda(lambda x: x / x.norm(dim=1, keepdim=True)), None),
+    "first": (lambda: Lambda(lambda x: x * x[:, :1].sigmoid()), "not that in which they are zero"),
+    "last": (lambda: Lambda(lambda x: x * x[:, -1:].sigmoid()), "first.weight"),
     "raw": (lambda: Lambda(lambda x, c: torch.conv2d(x, c.weight[:, :, :1, :1]), nn.Conv2d(8, 8, 3)), None),
     "shuffle": (lambda: Lambda(shuffle), None),
     "affine buffer": (lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), None),
@@ -310,6 +312,14 @@ def test_channels_that_cannot_go_stay_and_the_rest_is_right(name):
     cut(model, removed)
     assert relative(model, twin, x) < 1e-5
     model.train()(x)
+
+
+@pytest.mark.parametrize("width", range(2, 20))
+def test_a_channel_that_is_singled_out_shows_in_every_width(width):
+    """Whichever channels a trial takes, the first is one of them."""
+    gated = Around(Lambda(lambda x: x * x[:, :1].sigmoid()), width, width)
+    with pytest.warns(UserWarning, match=r"not that in which they are zero: first\.weight"):
+        assert "first.weight" not in discover(gated, IMAGE)
 
 
 def test_what_a_depthwise_convolution_makes_of_a_channel_goes_with_it(tmp_path):

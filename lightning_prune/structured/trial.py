@@ -501,11 +501,17 @@ def _plain_copy(value: Any) -> Any:
 
 
 def _some(couplings: Couplings) -> Masks:
-    """Which units are alive in a trial: some of each coupling, and of each tensor that they lie in."""
+    """Which units are alive in a trial: some of each coupling, and of each tensor that they lie in.
+
+    The first and the last go: one of these that a forward singles out, as by `x[:, :1]`, shows only then.
+    """
     generator = torch.Generator().manual_seed(0)
     alive: Masks = {}
     for name, coupling in couplings.items():
-        mask = torch.rand(coupling.units, generator=generator).argsort() >= _part(name, coupling.units)
+        order = torch.rand(coupling.units, generator=generator)
+        order[-1], order[0] = 2.0, 3.0
+        mask = torch.ones(coupling.units, dtype=torch.bool)
+        mask[order.topk(_part(name, coupling.units)).indices] = False
         for part in coupling.parts:
             mask[part[:1]] |= not mask[part].any()
         alive[name] = mask
