@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 import lightning_prune as lp
@@ -73,6 +73,23 @@ def test_every_checkpoint_of_a_fit_loads_as_the_network_that_was_validated(remov
     trainer.save_checkpoint(tmp_path / "end.ckpt")  # after the cut
     end = load_pruned(networks.Net(), tmp_path / "end.ckpt")
     assert same(dict(end.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("remove", ["end", "each_round"])
+@pytest.mark.parametrize("averages", [lambda: WeightAveraging(), lambda: StochasticWeightAveraging(0.1)])
+def test_averages_load_into_the_network_in_hand_after_the_cut(averages, remove, tmp_path):
+    pruner = lp.StructuredChannelPruning(lp.schedules.Linear(0.5, rounds=2), rounds=2, remove=remove)
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    model = networks.Net()
+    trainer = fitter(pruner, averages(), saver, epochs=3, enable_checkpointing=True)
+    trainer.fit(model)
+    for epoch, width in enumerate((16, 12, 8)):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        wants = fitter().validate(load_pruned(networks.Net(), path), verbose=False)
+        for own in (model, networks.Net()):
+            (got,) = trainer.validate(own, ckpt_path=path, verbose=False)
+            assert got == pytest.approx(wants[0], rel=1e-5)
+        assert own.stem.out_features == (16 if remove == "end" else width)
 
 
 class Twice(networks.Net):

@@ -429,18 +429,30 @@ def test_averages_that_a_module_keeps_follow_the_cut(remove):
         fitter(gradual(follow={"other.*": "stem.*"}, exclude=["average.*"]), epochs=3).fit(Averaging())
 
 
-def test_copies_that_would_not_follow_are_named():
-    class Target(Net):
-        def __init__(self):
-            super().__init__()
-            self.target = deepcopy(self.stem)
+class Target(Net):
+    """A copy of a part, in no optimizer; the bias of its last layer is the output's, and no cut touches it."""
 
-        def configure_optimizers(self):
-            own = [p for name, p in self.named_parameters() if not name.startswith("target")]
-            return torch.optim.SGD(own, lr=0.1)
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.target = deepcopy(self.own)
 
-    with pytest.warns(UserWarning, match=r"follow=\{'target\.\*': 'stem\.\*'\}"):
+    def forward(self, x):
+        return super().forward(x) + self.own(x)
+
+    def configure_optimizers(self):
+        own = [p for name, p in self.named_parameters() if not name.startswith("target")]
+        return torch.optim.SGD(own, lr=0.1)
+
+
+def test_copies_that_would_not_follow_are_named_and_those_that_do_are_not():
+    with pytest.warns(UserWarning, match=r"follow=\{'target\.\*': 'own\.\*'\}"):
         fitter(gradual(exclude=["target.*"]), epochs=1).fit(Target())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitter(gradual(follow={"target.*": "own.*"}), epochs=3).fit(model := Target())
+    assert not [w for w in caught if "look like copies" in str(w.message)]
+    assert model.target[0].out_features == model.own[0].out_features == 4
 
 
 @pytest.mark.parametrize("where", ["module", "elsewhere"])

@@ -192,6 +192,7 @@ class StructuredChannelPruning(MaskedTraining):
         self.channels: Masks = {}
         self._couplings: Couplings = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
+        self._left_before: Masks = {}  # those before a checkpoint is loaded: averages come after this callback
         self._uses: dict[str | Site, float] = {}  # of each weight's elements in a forward pass
         self._measure: Callable[[Masks], float] | None = None  # the speed, in the round that begins
         self._idle: set[str] = set()  # arguments of which it was said that nothing goes
@@ -228,21 +229,22 @@ class StructuredChannelPruning(MaskedTraining):
         super().setup(trainer, pl_module, stage)
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         modules = (pl_module, *_lightning.averages_of(trainer))
+        self._left_before = self._left
 
         def take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
             given = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-            reshape(module, given, self._full_sizes(module, "" if module is pl_module else "module."))
+            reshape(module, given, self._full_sizes(module, self._left_before))
 
         self._hooks = [module.register_load_state_dict_pre_hook(take_shapes) for module in modules]
 
-    def _full_sizes(self, module: nn.Module, prefix: str) -> dict[str, list[int]]:
-        """The shapes before any cut, of tensors that a module has: it may be cut already."""
+    def _full_sizes(self, module: nn.Module, left: Masks) -> dict[str, list[int]]:
+        """The shapes before any cut, of tensors that a module has in which these units are left."""
         tensors = (*module.named_parameters(), *module.named_buffers())
-        shapes = {name.removeprefix(prefix): list(t.shape) for name, t in tensors}
-        for site, gone in cut_of(self._couplings, self._left).items():
+        shapes = {name: list(t.shape) for name, t in tensors}
+        for site, gone in cut_of(self._couplings, left or all_units(self._couplings)).items():
             if (name := parameter(site)) in shapes:
                 shapes[name][site[2]] += len(gone)
-        return {prefix + name: shape for name, shape in shapes.items()}
+        return shapes
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Parameter]:
@@ -302,8 +304,8 @@ class StructuredChannelPruning(MaskedTraining):
     def _found(self, trainer: Trainer, pl_module: LightningModule) -> Couplings:
         """The channels that may go: they are trained, or included; and what copies them."""
         held, params = trained_by(trainer), dict(pl_module.named_parameters())
-        copied = [pattern for pattern in self.follow if fnmatch.filter(params, pattern)]
-        exclude = [*(self.exclude or []), *copied]
+        copied = {name for pattern in self.follow for name in fnmatch.filter(params, pattern)}
+        exclude = [*(self.exclude or []), *(p for p in self.follow if fnmatch.filter(params, p))]
         found = self._traced(trainer, pl_module, exclude)
         makers = {name: [parameter(site) for site in c.filters] for name, c in found.items()}
         if held and self.include is None:
@@ -325,7 +327,7 @@ class StructuredChannelPruning(MaskedTraining):
         own = dict.fromkeys(parameter(site) for coupling in found.values() for site in coupling.sites)
         copies = following(self.follow, list(own), names)
         idle = [name for name, p in params.items() if held and id(p) not in held]
-        others = [name for name in idle if name not in own and name not in copies]
+        others = [name for name in idle if name not in own and name not in copied]
         if alike := look_like_copies(pl_module, list(own), others):
             warn(
                 f"{', '.join(alike)} look like copies of a network that is cut. To cut these, too: "
@@ -473,7 +475,7 @@ class StructuredChannelPruning(MaskedTraining):
         own = held(pl_module, of)
         taken = memories(pl_module) if of == "bytes" else ()
         shapes: dict[str | Site, Sequence[int]] = {name: list(t.shape) for name, (t, _) in own.items()}
-        shapes |= self._full_sizes(pl_module, "")
+        shapes |= self._full_sizes(pl_module, self._left)
         if of == "multiply_adds" and not self._uses:
             self._uses = uses(pl_module, self._example(trainer, pl_module), self._here())
         counts: dict[str | Site, float] = {name: count for name, (_, count) in own.items()}
