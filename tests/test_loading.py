@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from safetensors.torch import save_file
 from torch import nn
 
 import lightning_prune as lp
@@ -155,6 +156,68 @@ def test_another_model_is_refused_and_nothing_is_changed(small, tmp_path):
     with pytest.raises(ValueError, match=r"head.weight is .* in the checkpoint"):
         load_pruned(other, tmp_path / "b.pt")
     assert same(dict(other.state_dict()), dict(before))
+
+
+class Fitting(networks.Net):
+    """A module that takes the shapes of what is loaded into it."""
+
+    def on_load_checkpoint(self, checkpoint):
+        load_pruned(self, checkpoint["state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")  # of what a checkpoint holds for no callback
+@pytest.mark.parametrize("remove", ["end", "each_round"])
+def test_a_module_with_the_hook_loads_by_its_class_by_any_trainer_and_resumes(remove, tmp_path):
+    def pruner():
+        return lp.StructuredChannelPruning(lp.schedules.Linear(0.5, rounds=2), rounds=2, remove=remove)
+
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    trainer = fitter(saver, pruner(), epochs=3, enable_checkpointing=True)
+    trainer.fit(model := Fitting())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loaded = Fitting.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert loaded.stem.out_features == 8
+    for path in ("end.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"):
+        (want,) = fitter().validate(load_pruned(networks.Net(), tmp_path / path), verbose=False)
+        (got,) = fitter().validate(Fitting(), ckpt_path=tmp_path / path, weights_only=True, verbose=False)
+        assert got == pytest.approx(want, rel=1e-5)
+    again = Fitting()
+    fitter(pruner(), epochs=3).fit(again, ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert same(dict(again.state_dict()), dict(model.state_dict()))
+
+
+def test_what_is_loaded_already_is_taken_and_what_is_wrong_with_it_is_said(small):
+    for given in ({"state_dict": small.state_dict()}, small.state_dict()):
+        assert same(dict(load_pruned(Net(), given).state_dict()), dict(small.state_dict()))
+    with pytest.raises(ValueError, match=r"path, a dict: there are no weights in it, only epoch;"):
+        load_pruned(Net(), {"epoch": 3})
+    with pytest.raises(ValueError, match=r"path, a dict: .* is only in the model"):
+        load_pruned(Net(), {"head.weight": torch.ones(1)})
+
+
+class Tied(nn.Module):
+    """Words go in and come out by one table."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.wide, self.narrow = nn.Embedding(20, 6), nn.Linear(6, 16), nn.Linear(16, 6)
+        self.out = nn.Linear(6, 20, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(self.narrow(torch.relu(self.wide(self.words(x)))))
+
+
+def test_a_safetensors_file_of_others_loads_with_one_name_of_what_is_tied(tmp_path):
+    words, model = torch.arange(10).view(2, 5), Tied()
+    lp.prune_channels(model, 0.5, words, include=["wide.weight"])
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "out.weight"}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_pruned(Tied(), tmp_path / "model.safetensors")
+    assert loaded.out.weight is loaded.words.weight
+    assert loaded.wide.out_features == 8
+    assert torch.equal(loaded(words), model(words))
 
 
 class Kind(enum.Enum):

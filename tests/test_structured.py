@@ -430,7 +430,7 @@ def test_averages_that_a_module_keeps_follow_the_cut(remove):
 
 
 class Target(Net):
-    """A copy of a part, in no optimizer; the bias of its last layer is the output's, and no cut touches it."""
+    """A copy of a part, in no optimizer; no cut touches the bias of its last layer, which is the output's."""
 
     def __init__(self):
         super().__init__()

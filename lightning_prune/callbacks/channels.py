@@ -192,7 +192,7 @@ class StructuredChannelPruning(MaskedTraining):
         self.channels: Masks = {}
         self._couplings: Couplings = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
-        self._left_before: Masks = {}  # those before a checkpoint is loaded: averages come after this callback
+        self._left_before: Masks = {}  # those before a checkpoint is loaded, in averages, too
         self._uses: dict[str | Site, float] = {}  # of each weight's elements in a forward pass
         self._measure: Callable[[Masks], float] | None = None  # the speed, in the round that begins
         self._idle: set[str] = set()  # arguments of which it was said that nothing goes

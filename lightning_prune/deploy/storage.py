@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
@@ -134,6 +135,20 @@ def load_sparse(path: str | Path, max_bytes: int | None = None) -> dict[str, Ten
             f"load_sparse: {str(path)!r} cannot be read: {error}. "
             "Allowed are whole files that save_sparse wrote. Save it again."
         ) from error
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `save_sparse`, or of any other safetensors file, such as of `save_pretrained`.
+
+    Raises:
+        UnreadableFile: a ValueError, when it is neither, or is damaged.
+        ModuleNotFoundError: without the extra `storage` (safetensors and zstandard).
+    """
+    safetensors, _ = libraries()
+    with suppress(safetensors.SafetensorError), safetensors.safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("format") != _FORMAT:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return load_sparse(path)
 
 
 def libraries() -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import folders
-from lightning_prune.deploy.storage import load_sparse
+from lightning_prune.deploy.storage import load_safetensors
 from lightning_prune.files import check_archive, is_archive
 from lightning_prune.shards import is_sharded, like, settle
 from lightning_prune.structured import surgery
@@ -18,9 +18,10 @@ from lightning_prune.structured.trial import first_line
 from lightning_prune.structured.units import after, cut_of, has_state, of_state, parameter
 
 ALLOWED = "a Lightning checkpoint, a saved state_dict, or a file of lightning_prune.save_sparse"
+File = str | Path | Mapping[str, Any]
 
 
-def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -> nn.Module:
+def load_pruned(model: nn.Module, path: File, weights_only: bool = True) -> nn.Module:
     """Load a checkpoint of a cut network into a freshly built, full-size model, which becomes as small.
 
     Needs neither a Trainer nor torch-pruning. The shapes in the file say what was cut; in a checkpoint that
@@ -33,8 +34,10 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
     Args:
         model: the model as it was built before pruning; changed in place. Of one that is sharded over
             processes each of them takes its part of the file, which must not be of a cut network.
-        path: a Lightning checkpoint, a file with a `state_dict`, or one of `save_sparse`. With
-            weights_only=False also the folder that several processes wrote their shards to.
+        path: a Lightning checkpoint, a file with a `state_dict`, one of `save_sparse`, or the
+            `model.safetensors` that `save_pretrained` of transformers writes. With weights_only=False also
+            the folder that several processes wrote their shards to. Or what was loaded: a checkpoint, a
+            `state_dict`.
         weights_only: False allows a checkpoint with other objects in it than tensors and plain containers,
             such as hyper-parameters that are enums or paths. That runs code from the file: only for files
             that you trust.
@@ -46,11 +49,12 @@ def load_pruned(model: nn.Module, path: str | Path, weights_only: bool = True) -
         ValueError: when the file cannot be read, or the names or dimensions in it are not the model's. It is
             unchanged then.
     """
-    stored = _read(Path(path), weights_only)
-    state = _without_the_dead(_state_dict(stored, path), stored)
+    stored = path if isinstance(path, Mapping) else _read(Path(path), weights_only)
+    given = f"path, a {type(path).__name__}" if isinstance(path, Mapping) else f"path={str(path)!r}"
+    state = _without_the_dead(_state_dict(stored, given), stored)
     settle(model)
-    state = _alike(model, _renamed(state, model, path))
-    state = _lying_as(model.state_dict(), state, path)
+    state = _alike(model, _renamed(_with_tied(state, model), model, given))
+    state = _lying_as(model.state_dict(), state, given)
     reshape(model, state)
     with torch.inference_mode(any(t.is_inference() for t in (*model.parameters(), *model.buffers()))):
         model.load_state_dict(state)
@@ -71,7 +75,7 @@ def _read(path: Path, weights_only: bool) -> Mapping[str, Any]:
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:] == b"{":  # of safetensors: the length of a JSON object, and the object
-        return load_sparse(path)
+        return load_safetensors(path)
     try:
         if is_archive(path):
             check_archive(path)
@@ -103,11 +107,11 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     )
 
 
-def _state_dict(stored: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+def _state_dict(stored: Mapping[str, Any], given: str) -> dict[str, Any]:
     state = stored.get("state_dict", stored)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
-            f"path={str(path)!r}: there are no weights in it, only {', '.join(map(str, stored))}; allowed is "
+            f"{given}: there are no weights in it, only {', '.join(map(str, stored))}; allowed is "
             f"{ALLOWED}. Save the part that is a state_dict, or name it 'state_dict'."
         )
     return dict(state)
@@ -126,7 +130,18 @@ def _without_the_dead(state: dict[str, Any], stored: Mapping[str, Any]) -> dict[
     return state
 
 
-def _renamed(state: dict[str, Any], model: nn.Module, path: str | Path) -> dict[str, Any]:
+def _with_tied(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The state with all names of tied tensors, of which `save_pretrained` writes one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            names.setdefault(id(tensor), []).append(name)
+    tied = {name: [n for n in own if n in state] for own in names.values() for name in own}
+    missing = {name: state[there[0]] for name, there in tied.items() if there and name not in state}
+    return state | missing
+
+
+def _renamed(state: dict[str, Any], model: nn.Module, given: str) -> dict[str, Any]:
     """The state with the model's own names; what lies in the file beside the model is left out."""
     own = {_plain(name): name for name in model.state_dict()}
     there = {_plain(name): name for name in state}
@@ -135,7 +150,7 @@ def _renamed(state: dict[str, Any], model: nn.Module, path: str | Path) -> dict[
     inner = _prefixes(there, own)  # the model is a part of what was saved
     if len(inner) > 1:
         raise ValueError(
-            f"path={str(path)!r}: the names of {type(model).__name__} are there under several prefixes, "
+            f"{given}: the names of {type(model).__name__} are there under several prefixes, "
             f"{', '.join(map(repr, inner))}; allowed is one. Load it into the module that holds them all."
         )
     for prefix in inner:
@@ -146,7 +161,7 @@ def _renamed(state: dict[str, Any], model: nn.Module, path: str | Path) -> dict[
     different = sorted(set(own) ^ set(there))
     where = "file" if different[0] in there else "model"
     raise ValueError(
-        f"path={str(path)!r}: {different[0]} is only in the {where}, as are {len(different) - 1} other "
+        f"{given}: {different[0]} is only in the {where}, as are {len(different) - 1} other "
         f"names in one of the two; allowed is a checkpoint of {type(model).__name__}, whose names may have a "
         f"prefix in common. The first in the file is {next(iter(state))}, in the model {next(iter(own))}. "
         "Load one, or rename them."
@@ -168,13 +183,13 @@ def _alike(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     return state | least
 
 
-def _lying_as(own: Mapping[str, Any], state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def _lying_as(own: Mapping[str, Any], state: dict[str, Any], given: str) -> dict[str, Any]:
     """The state with each tensor sharded as that of the model is, of which each process takes its part."""
     shards = {name: tensor for name, tensor in own.items() if is_sharded(tensor)}
     for name, tensor in shards.items():
         if state[name].shape != tensor.shape:
             raise ValueError(
-                f"path={str(path)!r}: {name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} "
+                f"{given}: {name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} "
                 "in the model, which is sharded over processes. Allowed are weights of its shapes, since "
                 "channels are cut out of whole weights. Load it before the model is sharded."
             )
