@@ -368,6 +368,7 @@ def test_branches_of_training_are_seen():
     assert [t.shape for t in model.train()(torch.randn(IMAGE))] == [(2, 4), (2, 4)]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
 def test_what_cannot_be_traced_is_refused_with_a_reason():
     x = torch.randn(IMAGE)
     with pytest.raises(ValueError, match="is not initialized yet"):
@@ -376,6 +377,10 @@ def test_what_cannot_be_traced_is_refused_with_a_reason():
         discover(Residual(), torch.randn(2, 4, 8, 8))
     with pytest.raises(ValueError, match=r"Linear has no channels to remove: all are its outputs"):
         discover(nn.Linear(3, 4), torch.randn(2, 3))
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    for model in (scripted, nn.Sequential(nn.Linear(3, 3), scripted, nn.Linear(4, 2))):
+        with pytest.raises(ValueError, match=r"is a torch.jit.ScriptModule, whose layers cannot be traced"):
+            discover(model, torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"0.weight is on the meta device"):
         discover(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to("meta"), torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"no channels to remove: `include` and `exclude` leave none"):

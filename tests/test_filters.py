@@ -219,6 +219,8 @@ def of_wrong_shape(params, channels):
         ({"allocate": "uniform"}, r"allocate='uniform': allowed are functions"),
         ({"allocate": lambda scores, total: dict.fromkeys(scores, 1)}, r"were asked for"),
         ({"example_input": None}, r"its channels cannot be traced"),
+        ({"calibrate": True}, r"calibrate=True: data=None; batches are needed"),
+        ({"calibrate": True, "data": []}, r"calibrate=True: data holds no batch; some are needed"),
     ],
     ids=in_words,
 )
@@ -243,6 +245,12 @@ def test_it_is_said_where_nothing_goes():
     with pytest.warns(UserWarning, match=r"sparsity=0.1: nothing goes of .* with round_to=16"):
         prune_channels(Residual(), 0.1, IMAGE, round_to=16)
     prune_channels(Residual(), 0, IMAGE)  # that is what was asked for
+
+
+def test_it_is_said_where_there_are_no_statistics_to_take_anew():
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    with pytest.warns(UserWarning, match=r"calibrate=True: Sequential has no batch normalization"):
+        prune_channels(model, 0.5, [3, 2], data=[torch.randn(3, 2)], calibrate=True)
 
 
 def test_widths_are_rounded_up_and_never_fall_below_the_minimum():

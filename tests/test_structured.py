@@ -597,6 +597,41 @@ def test_any_module_is_traced_with_what_it_trains_on(make):
     assert not {"log", "log_dict"} & vars(model).keys()
 
 
+@pytest.mark.filterwarnings("ignore:channels left as they are. .*head.weight")
+@pytest.mark.parametrize("make", [WithoutForward, Dicts])
+def test_a_batch_for_the_training_step_may_be_given_as_the_example(make):
+    x, y = torch.randn(20, 6), torch.arange(20) % 3
+    model = make()
+    seen: set[int] = set()
+    model.stem.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))  # on copies, too
+    example = {"x": x, "labels": y} if make is Dicts else (x, y)
+    target = lp.filters.Removed(lp.schedules.Linear(0.5, rounds=2), of="multiply_adds")
+    pruner = gradual(remove="each_round", schedule=target, example_input=example)
+    fitter(pruner, epochs=3, limit_val_batches=0).fit(model)
+    assert {8, 20} <= seen
+    assert max(widths(model)) < 16
+    with pytest.raises(ValueError, match=r"as the input of forward.*nor with a batch through training_step"):
+        fitter(gradual(example_input=(x[:, :3], y)), epochs=3).fit(make())
+
+
+class Plain(Net):
+    """Without batch normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.Identity()
+
+
+@pytest.mark.parametrize(("option", "value"), [("calibrate", 2), ("slimming", 0.01)])
+def test_what_needs_batch_normalization_is_said_to_have_no_effect_without_it(option, value):
+    with pytest.warns(UserWarning, match=rf"{option}={value}: .* batch normalization .* Leave it out"):
+        fitter(gradual(**{option: value}), epochs=3).fit(Plain())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitter(gradual(**{option: value}), epochs=3).fit(Net())
+    assert not [w for w in caught if f"{option}=" in str(w.message)]
+
+
 def test_what_cannot_be_traced_says_why_and_what_to_give():
     class Adversarial(Manual):
         def forward(self, x, noise):

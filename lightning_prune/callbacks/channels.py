@@ -34,7 +34,7 @@ from lightning_prune.pruning import by_argument, check_schedule, scheduled, spar
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.selection import Scores
 from lightning_prune.structured import Couplings, cut, cut_of, discover
-from lightning_prune.structured.calibration import calibrate
+from lightning_prune.structured.calibration import calibrate, with_statistics
 from lightning_prune.structured.filters import unit_scores
 from lightning_prune.structured.loading import reshape
 from lightning_prune.structured.speed import speed
@@ -93,10 +93,10 @@ class StructuredChannelPruning(MaskedTraining):
         allocate: how many stay where: `uniform` (in each layer alike), `global_rank`, `filters.isomorphic`.
         include: fnmatch patterns over weight names; only channels that one of these weights makes. None: all.
         exclude: fnmatch patterns over weight names; no channels that one of these makes.
-        example_input: an input, or its shape with the batch dimension. None: the module's
-            `example_input_array`, or else two samples of the training data, to `forward` or, where it cannot
-            take them, to `training_step`; then the loss is what a cut network must have in common with the
-            masked one.
+        example_input: an input of `forward`, or its shape with the batch dimension; a tuple is its arguments,
+            a dict its keyword arguments. Or, where `forward` cannot take it, a batch for `training_step`;
+            then the loss is what a cut network must have in common with the masked one. None: the module's
+            `example_input_array`, or else two samples of the training data, to either of them.
         remove: "end" or "each_round".
         every_n_train_steps: length of a round in optimizer steps; replaces the epoch clock.
         round_to: the channels left in each layer are rounded up to a multiple of this, 1 or more.
@@ -139,7 +139,7 @@ class StructuredChannelPruning(MaskedTraining):
         allocate: Allocation = allocation.uniform,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        example_input: Tensor | list[int] | None = None,
+        example_input: Tensor | list[int] | tuple[Any, ...] | dict[str, Any] | None = None,
         remove: str = "end",
         every_n_train_steps: int | None = None,
         round_to: int = 1,
@@ -262,11 +262,24 @@ class StructuredChannelPruning(MaskedTraining):
             self._couplings = self._found(trainer, pl_module)
             self.channels, self._left = all_units(self._couplings), all_units(self._couplings)
         check_widths(self._couplings, self.round_to, self.at_least)
+        self._say_what_has_no_effect(pl_module)
         scheduled(list(self._couplings), self.schedule, self.rounds)
         self._dry_run(trainer, pl_module)
         params = self.prunable(pl_module) if self.remove == "end" else {}
         self.masks = weight_masks(self._here(), self._alive_here(), params)
         return params
+
+    def _say_what_has_no_effect(self, pl_module: LightningModule) -> None:
+        if self.calibrate and not with_statistics(pl_module):
+            warn(
+                f"calibrate={self.calibrate}: {type(pl_module).__name__} has no batch normalization with "
+                "running statistics, so there is nothing to take anew. Leave it out."
+            )
+        if self.slimming and not any(coupling.scales for coupling in self._couplings.values()):
+            warn(
+                f"slimming={self.slimming}: none of the channels that can go passes a batch normalization "
+                "with a scale, so nothing is penalized. Leave it out."
+            )
 
     def _dry_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the units of the next and of the last round from the weights as they are.
@@ -350,7 +363,11 @@ class StructuredChannelPruning(MaskedTraining):
     def _examples(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         """Inputs to try: the one that is given, or else what a batch of training may be."""
         if self.example_input is not None:
-            return [input_of(pl_module, self.example_input)]
+            given = input_of(pl_module, self.example_input)
+            is_batch = not isinstance(given, Tensor) or type(pl_module).forward is LightningModule.forward
+            if is_batch and pl_module.automatic_optimization:
+                return [given, Through(traced_step(trainer, pl_module), given)]
+            return [given]
         if pl_module.example_input_array is not None:
             return [pl_module.example_input_array]
         trainer.fit_loop.setup_data()

@@ -10,6 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from lightning_prune.evidence import undisturbed
 
 
+def with_statistics(model: nn.Module) -> list[BatchNorm]:
+    """The batch normalizations that have running statistics."""
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+
+
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
     """Set running means and variances to the averages over batches; returns how many layers have some.
 
@@ -28,7 +33,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
 
     Reference: Li et al. (2020), EagleEye, arXiv:2007.02491, "adaptive batch normalization".
     """
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    norms = with_statistics(model)
     found: list[tuple[Tensor, Tensor]] = []
     with undisturbed(model), torch.no_grad():
         model.eval()

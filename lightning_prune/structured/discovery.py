@@ -82,7 +82,13 @@ def discover(
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse what has no weights to be copied."""
+    """Refuse what has no weights to be copied, or code that cannot be followed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or type(model).__name__} is a torch.jit.ScriptModule, whose layers cannot be "
+                "traced; allowed are modules that Python runs. Cut what it was made of, then script it."
+            )
     params = dict(model.named_parameters())
     if not params:
         raise ValueError(

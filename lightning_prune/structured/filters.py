@@ -25,6 +25,7 @@ from lightning_prune.schedules import Schedule
 from lightning_prune.selection import Keep, Scores
 from lightning_prune.shards import refuse, settle
 from lightning_prune.structured.calibration import calibrate as recalibrated
+from lightning_prune.structured.calibration import with_statistics
 from lightning_prune.structured.discovery import discover
 from lightning_prune.structured.speed import Faster as Faster
 from lightning_prune.structured.speed import speed
@@ -211,6 +212,17 @@ def prune_channels(
     check_callable("allocate", allocate, 2)
     if calibrate and data is None:
         raise ValueError("calibrate=True: data=None; batches are needed. Give some that stand for all.")
+    batches = None if data is None else list(data)
+    if calibrate and batches == []:
+        raise ValueError(
+            "calibrate=True: data holds no batch; some are needed. Give some that stand for all."
+        )
+    if calibrate and not with_statistics(model):
+        warnings.warn(
+            f"calibrate=True: {type(model).__name__} has no batch normalization with running statistics, "
+            "so there is nothing to take anew. Leave it out.",
+            stacklevel=2,
+        )
     if optimizer is not None:
         _check_optimizer(optimizer, model)
     couplings = discover(model, example_input, include, exclude)
@@ -218,8 +230,8 @@ def prune_channels(
     evidence: dict[str, Any] = {"initial": initial, "model": model}
     if "generator" in asked(criterion):
         evidence["generator"] = torch.Generator().manual_seed(torch.initial_seed())
-    if data is not None:
-        evidence["batches"] = list(data)
+    if batches is not None:
+        evidence["batches"] = batches
         evidence["forward"] = lambda model, batch: model(inputs(batch))
         if loss is not None:
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
