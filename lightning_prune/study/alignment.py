@@ -130,6 +130,6 @@ def _readers(network: nn.Module, name: str, coupling: Coupling) -> list[tuple[nn
     if not found:
         raise ValueError(
             f"no linear or convolutional layer without groups reads the channels that {name} makes, so that "
-            "nothing says which is which. Allowed are networks in which one does."
+            "nothing says which is which. Allowed are networks in which one does. Leave kind=aligned out."
         )
     return found

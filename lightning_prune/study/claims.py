@@ -260,8 +260,8 @@ class Share(Comparison):
         super().__post_init__()
         if not self.floor or self.against is None:
             raise ValueError(
-                f"floor={self.floor!r}, against={self.against}: a share is one of the way between two kinds "
-                "of run. Give both, such as floor=reinit and against=ticket."
+                f"floor={self.floor!r}, against={self.against}: a share is one of the way between two; "
+                "allowed are two kinds of run. Give both, such as floor=reinit and against=ticket."
             )
 
     @override
