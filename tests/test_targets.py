@@ -25,7 +25,7 @@ def said(work):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         work()
-    return [str(w.message) for w in caught if "nothing goes" in str(w.message)]
+    return [str(w.message) for w in caught if re.search("nothing goes|units stay", str(w.message))]
 
 
 @pytest.fixture
@@ -76,6 +76,25 @@ def test_a_target_that_is_met_already_is_named_without_a_trainer(name, counted_s
     found = said(lambda: prune_channels(layers(), schedule, [2, 6]))
     assert len(found) == 1
     assert re.search(rf"sparsity={re.escape(name)}: nothing goes of 32 units, since {why}", found[0])
+
+
+def grouped():
+    """Two layers of 16 channels whose normalizations have four groups: units are groups."""
+    layers = (nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3), nn.GroupNorm(4, 16), nn.ReLU())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+def test_it_is_said_once_that_units_stay_which_were_to_go():
+    message = "sparsity=0.99: 2 of 8 units stay, where 0 were asked for, since one is left of each of 2 "
+    found = said(lambda: prune_channels(grouped(), 0.99, [2, 3, 8, 8]))
+    assert len(found) == 1
+    assert found[0].startswith(message)
+    assert not said(lambda: prune_channels(grouped(), 0.7, [2, 3, 8, 8]))
+    assert not said(lambda: prune_channels(grouped(), 0.99, [2, 3, 8, 8], at_least=2))  # that is what it says
+    pruner = lp.StructuredChannelPruning(schedules.OneShot(0.97), rounds=2, remove="each_round")
+    found = said(lambda: fitter(pruner, epochs=4).fit(Net()))
+    assert len(found) == 1
+    assert re.search(r"schedule=OneShot.*: 2 of 32 units stay, where 1 were asked for", found[0])
 
 
 def test_of_several_patterns_the_one_without_effect_is_named():

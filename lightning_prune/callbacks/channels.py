@@ -195,7 +195,7 @@ class StructuredChannelPruning(MaskedTraining):
         self._left_before: Masks = {}  # those before a checkpoint is loaded, in averages, too
         self._uses: dict[str | Site, float] = {}  # of each weight's elements in a forward pass
         self._measure: Callable[[Masks], float] | None = None  # the speed, in the round that begins
-        self._idle: set[str] = set()  # arguments of which it was said that nothing goes
+        self._idle: set[str] = set()  # arguments of which it was said what comes out
         self._hooks: list[Any] = []
 
     @property
@@ -437,7 +437,7 @@ class StructuredChannelPruning(MaskedTraining):
         sparsities: Sequence[Wanted],
         says: bool,
     ) -> Masks:
-        """The units of a round, by the scores of those left; it may say which schedule takes none."""
+        """The units of a round, by the scores of those left; it may say that fewer go than asked for."""
         scores = {name: torch.zeros(mask.shape) for name, mask in self.channels.items()}
         for name, score in found.items():
             scores[name][self._left[name]] = score.cpu()
@@ -451,14 +451,14 @@ class StructuredChannelPruning(MaskedTraining):
             self.at_least,
             partial(self._cost, trainer, pl_module),
             partial(self._speed, trainer, pl_module),
-            self._say_that_nothing_goes if says else None,
+            self._say_what_comes_out if says else None,
         )
 
-    def _say_that_nothing_goes(self, argument: str, said: str) -> None:
-        """Say once in a fit that a schedule has no effect, not even in the last round."""
+    def _say_what_comes_out(self, argument: str, said: str, do: str) -> None:
+        """Say once in a fit that a schedule has no effect, or not the one asked for, in the last round."""
         if argument not in self._idle:
             schedule = by_argument(self.schedule)[argument or "schedule"]
-            warn(f"{argument or 'schedule'}={named(schedule)}: {said}. Ask for more, or leave it out.")
+            warn(f"{argument or 'schedule'}={named(schedule)}: {said}. {do}.")
         self._idle.add(argument)
 
     @override

@@ -255,7 +255,7 @@ def prune_channels(
         at_least,
         lambda units, of: cost(couplings, units, sizes(of), written() if of == "bytes" else ()),
         lambda units: speed(model, example_input, couplings, dense)(units),
-        lambda _, said: warnings.warn(f"sparsity={named(sparsity)}: {said}. Ask for more.", stacklevel=4),
+        lambda _, said, do: warnings.warn(f"sparsity={named(sparsity)}: {said}. {do}.", stacklevel=4),
     )
     if optimizer is not None:
         _say_what_it_does_not_hold(optimizer, parameters(_cut_ones(couplings, units), model))

@@ -39,6 +39,7 @@ Elements = Mapping[str | Site, tuple[Sequence[int], float]]
 Quantity = Literal["parameters", "multiply_adds", "bytes"]
 FRACTIONS = "are schedules and fractions from 0 to below 1, such as 0.5"
 SIZES = "are sizes in bytes, above 0, such as 5_000_000"
+_SLACK = 0.02  # of all units: so many more than were asked for stay without a word
 REST = ""  # what is counted of no weight and no site
 
 
@@ -411,7 +412,7 @@ def next_units(
     at_least: int = 1,
     cost: Callable[[Masks, Quantity], float] | None = None,
     speed: Callable[[Masks], float] | None = None,
-    say: Callable[[str, str], None] | None = None,
+    say: Callable[[str, str, str], None] | None = None,
 ) -> Masks:
     """One pruning of units: which are alive after it. Masks only shrink, and no coupling is left empty.
 
@@ -430,8 +431,9 @@ def next_units(
         at_least: units left of each.
         cost: (units alive, quantity) -> how much of it the network has, for `Removed` and `Smaller`.
         speed: units alive -> how many times as fast the network is with these, for `Faster`.
-        say: is told where something is wanted of couplings that are whole, and nothing goes: the argument
-            that wants it, and why.
+        say: is told where something is wanted of couplings that are whole, and nothing goes, or where units
+            stay that were to go, because something has to (what `round_to` and `at_least` keep is no
+            surprise): the argument that wants it, why, and what to do.
 
     Returns:
         The new masks of the names in `sparsities`.
@@ -480,11 +482,18 @@ def next_units(
                 raise
             sparsity = found
         units = stay(sparsity)
+        as_asked = _is_target(wanted) or (round_to, at_least) != (1, 1)
         if say is not None and alive(units) == sum(mask.numel() for mask in own.values()):
             now = Now(partial(removed, 0.0), partial(stored, 0.0), partial(faster, 0.0))
             rest = f"round_to={round_to}, at_least={at_least}"
             if why := _comparison(wanted, sparsity, now, rest):
-                say(argument, f"nothing goes of {alive(units)} units, since {why}")
+                say(
+                    argument,
+                    f"nothing goes of {alive(units)} units, since {why}",
+                    "Ask for more, or leave it out",
+                )
+        elif say is not None and not as_asked and (short := _shortfall(sparsity, units, couplings)):
+            say(argument, short, "Ask for less, or leave some of them out with exclude=")
         new.update(units)
     return {name: new[name] for name in masks if name in new}
 
@@ -506,6 +515,22 @@ def _comparison(wanted: Sparsity, sparsity: float, now: Now, rest: str) -> str |
     if isinstance(wanted, partial) and isinstance(wanted.func, Target):  # and the round
         return wanted.func.comparison(*wanted.args, now=now, **wanted.keywords)
     return f"{sparsity:g} of them is less than one with {rest}" if sparsity else None
+
+
+def _is_target(wanted: Sparsity) -> bool:
+    return isinstance(wanted, partial) and isinstance(wanted.func, Target)  # and the round
+
+
+def _shortfall(sparsity: float, units: Masks, couplings: Couplings) -> str | None:
+    """That more units stay than were asked for, in words; None where they are few."""
+    total = sum(couplings[name].units for name in units)
+    asked_for, stay = budget(sparsity, total), alive(units)
+    if stay - asked_for <= _SLACK * total:
+        return None
+    return (
+        f"{stay} of {total} units stay, where {asked_for} were asked for, since one is left of each of "
+        f"{len(units)} layers and of each tensor that they lie in"
+    )
 
 
 def _staying(
