@@ -376,16 +376,21 @@ def in_words(tensors: Mapping[str, Any]) -> str:
     >>> in_words({"w": torch.ones(2)}) == in_words({"w": torch.ones(2).bool()})
     False
     """
-    checksum = 0
+    return f"{len(tensors)} tensors of the checksum {checksum(tensors):08x}"
+
+
+def checksum(tensors: Mapping[str, Any]) -> int:
+    """Of names, dtypes, shapes and elements; of shards of where they lie in place of their elements."""
+    found = 0
     for name, tensor in tensors.items():
         said = f"{name} {type(tensor).__name__}"
         if isinstance(tensor, Tensor):
             said = f"{name} {tensor.dtype} {tuple(tensor.shape)} {getattr(tensor, 'placements', '')}"
             if not is_sharded(tensor) and tensor.layout == torch.strided and not tensor.is_meta:
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
-                checksum = crc32(flat.view(torch.uint8).numpy().data, checksum)
-        checksum = crc32(said.encode(), checksum)
-    return f"{len(tensors)} tensors of the checksum {checksum:08x}"
+                found = crc32(flat.view(torch.uint8).numpy().data, found)
+        found = crc32(said.encode(), found)
+    return found
 
 
 # ------------------------------------------------------------------------------------------ models of shards

@@ -1,6 +1,7 @@
 """Alignment: units in another order compute the same, and are found again by what they compute."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,12 +76,22 @@ def test_the_order_is_that_of_the_least_distance_of_what_units_pass_on():
     assert found["0.weight"].tolist() == list(best)
 
 
+def test_units_of_which_some_lie_elsewhere_are_refused():
+    net, x, couplings, _, here, _ = shuffled("LeNet")
+    coupling = next(iter(couplings.values()))
+    site, (indices, units) = next(iter(coupling.sites.items()))
+    fewer = {**coupling.sites, site: (indices[1:], units[1:])}
+    apart = {coupling.name: replace(coupling, sites=fewer)}
+    with pytest.raises(ValueError, match=f"{coupling.name}: some of the channels lie in other tensors"):
+        matched(net, apart, here, here, [x])
+
+
 def test_units_that_no_layer_reads_in_full_are_refused():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=4), nn.Flatten(), nn.Tanh())
     x = torch.randn(2, 1, 2, 2)
     couplings = discover(nn.Sequential(net, nn.Linear(16, 2)), x)
     couplings = {n.removeprefix("0."): c for n, c in couplings.items()}
-    short = {n: type(c)(n, c.units, {}, c.filters, c.scales, c.structure) for n, c in couplings.items()}
+    short = {n: replace(c, sites={}) for n, c in couplings.items()}
     with pytest.raises(ValueError, match="no linear or convolutional layer without groups reads"):
         matched(net, short, net.state_dict(), net.state_dict(), [x])

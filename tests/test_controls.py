@@ -390,6 +390,10 @@ def test_a_small_dense_network_may_be_convolutional():
         assert narrow == pytest.approx(share * full, rel=0.15)
 
 
+class PowerCut(BaseException):
+    """No error of the run, after which it would be started anew."""
+
+
 @pytest.mark.parametrize(("hook", "n"), [("on_validation_end", 4), ("on_train_end", 2)])
 def test_an_interrupted_control_goes_on_to_the_same_records(hook, n, tmp_path, monkeypatch):
     long = ["steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1", "rounds=1"]
@@ -403,17 +407,43 @@ def test_an_interrupted_control_goes_on_to_the_same_records(hook, n, tmp_path, m
     def crash(self, trainer, module):
         calls.append(trainer.global_step)
         if len(calls) == n:
-            raise RuntimeError("power cut")
+            raise PowerCut
         original(self, trainer, module)
 
     monkeypatch.setattr(Records, hook, crash)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(PowerCut):
         run(config(tmp_path, *again))
     folder = tmp_path / "mnist1d" / "shuffled-1"
     assert [r["round"] for r in lines(folder)] == [0]
     assert (folder / "round-01" / "resume.ckpt").is_file()
+    assert not (folder / "FAILED").exists()
     monkeypatch.undo()
     assert lines(run(config(tmp_path, *again))) == straight
+
+
+def test_an_interrupted_alignment_trains_no_network_twice(tmp_path, monkeypatch):
+    long = ["steps_per_round=80", "evaluate_every=40", "checkpoint_every_n_epochs=1", "rounds=1"]
+    run(config(tmp_path, *long))
+    again = ["kind=aligned", "controls_at=[1]", *long]
+    folder = run(config(tmp_path, *again))
+    straight = lines(folder)
+    assert not (folder / "trained").exists()
+    shutil.rmtree(folder)
+
+    ends, original = [], Records.on_train_end
+
+    def crash(self, trainer, module):
+        ends.append(trainer.global_step)
+        if len(ends) == 2:  # of both dense networks
+            raise PowerCut
+        original(self, trainer, module)
+
+    monkeypatch.setattr(Records, "on_train_end", crash)
+    with pytest.raises(PowerCut):
+        run(config(tmp_path, *again))
+    assert len(list((folder / "trained").glob("*/end.pt"))) == 1
+    assert lines(run(config(tmp_path, *again))) == straight
+    assert len(ends) == 3  # of the second no step was left
 
 
 def test_a_control_without_a_finished_ticket_is_told_what_to_do(runs, tmp_path):

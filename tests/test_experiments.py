@@ -505,26 +505,26 @@ def test_claims_are_held_not_held_or_undecided():
     assert claims.Ladder("l", "s", [1.0, 0.21]).check(rows).verdict == "not held"
 
 
-def test_a_share_is_one_of_the_way_between_two_kinds_paired_by_seed():
+def test_a_ratio_with_a_floor_is_the_share_of_the_way_paired_by_seed():
     rows = [record("ticket", s, 1, 0.2, acc=0.90 + 0.01 * s) for s in range(4)]
     rows += [record("reinit", s, 1, 0.2, acc=0.80 + 0.01 * s) for s in range(4)]
     rows += [record("aligned", s, 1, 0.2, acc=0.84 + 0.01 * s + 0.001 * (s - 2)) for s in (1, 2, 3)]
 
-    def share(left=(0.2,), bound=0.0, rows=rows):
-        return claims.Share("c", "s", "acc", "aligned", left, bound, "ticket", floor="reinit").check(rows)
+    def claim(cls, bound=0.0, rows=rows, against="ticket"):
+        return cls("c", "s", "acc", "aligned", [0.2], bound, against, floor="reinit").check(rows)
 
-    found = share()
+    found = claim(claims.Ratio)
     assert found.verdict == "held"
-    assert found.numbers == "40 % [37.52, 42.48], 3 runs from 39 to 41; claimed >= 0"
-    assert share(bound=0.4).verdict == "undecided"
-    assert share(bound=0.5).verdict == "not held"
+    assert found.numbers == "0.4 times [0.3752, 0.4248], 3 runs from 0.39 to 0.41; claimed >= 0"
+    assert claim(claims.Ratio, 0.4).verdict == "undecided"
+    assert claim(claims.Ratio, 0.5).verdict == "not held"
+    assert claim(claims.Difference, -0.07).verdict == "held"  # a floor changes no difference
     rows = [r for r in rows if r["kind"] != "reinit"]
-    assert share(rows=rows).numbers == "not run: reinit"
+    assert claim(claims.Ratio, rows=rows).numbers == "not run: reinit"
     equal = [{**r, "kind": "reinit"} for r in rows if r["kind"] == "ticket"]
-    assert share(rows=rows + equal).numbers == "no finite acc at 20.0% left"
-    for wrong in ({"against": "ticket"}, {"floor": "reinit"}):
-        with pytest.raises(ValueError, match="Give both, such as floor=reinit and against=ticket"):
-            claims.Share("c", "s", "acc", "aligned", [0.2], 0.0, **wrong)
+    assert claim(claims.Ratio, rows=rows + equal).numbers == "no finite acc at 20.0% left"
+    with pytest.raises(ValueError, match="Give against=, too, or no floor"):
+        claim(claims.Ratio, against=None)
 
 
 def test_a_claim_may_be_from_above_within_a_tolerance_and_about_one_kind_alone():

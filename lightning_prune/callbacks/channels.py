@@ -34,7 +34,7 @@ from lightning_prune.pruning import by_argument, check_schedule, scheduled, spar
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.selection import Scores
 from lightning_prune.structured import Couplings, cut, cut_of, discover
-from lightning_prune.structured.calibration import calibrate, with_statistics
+from lightning_prune.structured.calibration import calibrate, without_effect
 from lightning_prune.structured.filters import unit_scores
 from lightning_prune.structured.loading import reshape
 from lightning_prune.structured.speed import speed
@@ -192,10 +192,9 @@ class StructuredChannelPruning(MaskedTraining):
         self.channels: Masks = {}
         self._couplings: Couplings = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
-        self._left_before: Masks = {}  # those before a checkpoint is loaded, in averages, too
         self._uses: dict[str | Site, float] = {}  # of each weight's elements in a forward pass
         self._measure: Callable[[Masks], float] | None = None  # the speed, in the round that begins
-        self._idle: set[str] = set()  # arguments of which it was said what comes out
+        self._told: set[str] = set()  # arguments of which it was said what comes out
         self._hooks: list[Any] = []
 
     @property
@@ -229,11 +228,11 @@ class StructuredChannelPruning(MaskedTraining):
         super().setup(trainer, pl_module, stage)
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         modules = (pl_module, *_lightning.averages_of(trainer))
-        self._left_before = self._left
+        before = self._left  # in averages, too, and they are loaded after the state
 
         def take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
             given = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-            reshape(module, given, self._full_sizes(module, self._left_before))
+            reshape(module, given, self._full_sizes(module, before))
 
         self._hooks = [module.register_load_state_dict_pre_hook(take_shapes) for module in modules]
 
@@ -270,11 +269,8 @@ class StructuredChannelPruning(MaskedTraining):
         return params
 
     def _say_what_has_no_effect(self, pl_module: LightningModule) -> None:
-        if self.calibrate and not with_statistics(pl_module):
-            warn(
-                f"calibrate={self.calibrate}: {type(pl_module).__name__} has no batch normalization with "
-                "running statistics, so there is nothing to take anew. Leave it out."
-            )
+        if self.calibrate and (idle := without_effect(pl_module)):
+            warn(f"calibrate={self.calibrate}: {idle}")
         if self.slimming and not any(coupling.scales for coupling in self._couplings.values()):
             warn(
                 f"slimming={self.slimming}: none of the channels that can go passes a batch normalization "
@@ -294,7 +290,7 @@ class StructuredChannelPruning(MaskedTraining):
         criterion = criteria.magnitude if runs_model(self.criterion) else self.criterion
         params = parameters(here, pl_module)
         found = unit_scores(here, criterion, params, masks=self.masks, generator=generator)
-        self._idle = set()
+        self._told = set()
         for round in dict.fromkeys((self.round + 1, self.rounds)):
             if round <= self.rounds:
                 sparsities = without_measuring(self._sparsities(round))
@@ -317,8 +313,8 @@ class StructuredChannelPruning(MaskedTraining):
     def _found(self, trainer: Trainer, pl_module: LightningModule) -> Couplings:
         """The channels that may go: they are trained, or included; and what copies them."""
         held, params = trained_by(trainer), dict(pl_module.named_parameters())
-        copied = {name for pattern in self.follow for name in fnmatch.filter(params, pattern)}
-        exclude = [*(self.exclude or []), *(p for p in self.follow if fnmatch.filter(params, p))]
+        copied = {pattern: fnmatch.filter(params, pattern) for pattern in self.follow}
+        exclude = [*(self.exclude or []), *(pattern for pattern, names in copied.items() if names)]
         found = self._traced(trainer, pl_module, exclude)
         makers = {name: [parameter(site) for site in c.filters] for name, c in found.items()}
         if held and self.include is None:
@@ -340,7 +336,7 @@ class StructuredChannelPruning(MaskedTraining):
         own = dict.fromkeys(parameter(site) for coupling in found.values() for site in coupling.sites)
         copies = following(self.follow, list(own), names)
         idle = [name for name, p in params.items() if held and id(p) not in held]
-        others = [name for name in idle if name not in own and name not in copied]
+        others = [name for name in idle if name not in own and not any(name in c for c in copied.values())]
         if alike := look_like_copies(pl_module, list(own), others):
             warn(
                 f"{', '.join(alike)} look like copies of a network that is cut. To cut these, too: "
@@ -456,10 +452,10 @@ class StructuredChannelPruning(MaskedTraining):
 
     def _say_what_comes_out(self, argument: str, said: str, do: str) -> None:
         """Say once in a fit that a schedule has no effect, or not the one asked for, in the last round."""
-        if argument not in self._idle:
+        if argument not in self._told:
             schedule = by_argument(self.schedule)[argument or "schedule"]
             warn(f"{argument or 'schedule'}={named(schedule)}: {said}. {do}.")
-        self._idle.add(argument)
+        self._told.add(argument)
 
     @override
     def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:

@@ -10,9 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from lightning_prune.evidence import undisturbed
 
 
-def with_statistics(model: nn.Module) -> list[BatchNorm]:
+def _with_statistics(model: nn.Module) -> list[BatchNorm]:
     """The batch normalizations that have running statistics."""
     return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+
+
+def without_effect(model: nn.Module) -> str | None:
+    """Why a calibration would change nothing, in words; None where it changes something."""
+    if _with_statistics(model):
+        return None
+    return (
+        f"{type(model).__name__} has no batch normalization with running statistics, so there is nothing to "
+        "take anew. Leave it out."
+    )
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
@@ -33,7 +43,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
 
     Reference: Li et al. (2020), EagleEye, arXiv:2007.02491, "adaptive batch normalization".
     """
-    norms = with_statistics(model)
+    norms = _with_statistics(model)
     found: list[tuple[Tensor, Tensor]] = []
     with undisturbed(model), torch.no_grad():
         model.eval()

@@ -25,7 +25,7 @@ from lightning_prune.schedules import Schedule
 from lightning_prune.selection import Keep, Scores
 from lightning_prune.shards import refuse, settle
 from lightning_prune.structured.calibration import calibrate as recalibrated
-from lightning_prune.structured.calibration import with_statistics
+from lightning_prune.structured.calibration import without_effect
 from lightning_prune.structured.discovery import discover
 from lightning_prune.structured.speed import Faster as Faster
 from lightning_prune.structured.speed import speed
@@ -217,12 +217,8 @@ def prune_channels(
         raise ValueError(
             "calibrate=True: data holds no batch; some are needed. Give some that stand for all."
         )
-    if calibrate and not with_statistics(model):
-        warnings.warn(
-            f"calibrate=True: {type(model).__name__} has no batch normalization with running statistics, "
-            "so there is nothing to take anew. Leave it out.",
-            stacklevel=2,
-        )
+    if calibrate and (idle := without_effect(model)):
+        warnings.warn(f"calibrate=True: {idle}", stacklevel=2)
     if optimizer is not None:
         _check_optimizer(optimizer, model)
     couplings = discover(model, example_input, include, exclude)

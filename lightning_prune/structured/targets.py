@@ -482,7 +482,7 @@ def next_units(
                 raise
             sparsity = found
         units = stay(sparsity)
-        as_asked = _is_target(wanted) or (round_to, at_least) != (1, 1)
+        as_asked = _compares(wanted) is not None or (round_to, at_least) != (1, 1)
         if say is not None and alive(units) == sum(mask.numel() for mask in own.values()):
             now = Now(partial(removed, 0.0), partial(stored, 0.0), partial(faster, 0.0))
             rest = f"round_to={round_to}, at_least={at_least}"
@@ -512,13 +512,16 @@ def without_measuring(wanted: Sequence[Wanted]) -> list[Wanted]:
 
 def _comparison(wanted: Sparsity, sparsity: float, now: Now, rest: str) -> str | None:
     """What is wanted of couplings that are whole, and what there is, in words; None where nothing is."""
-    if isinstance(wanted, partial) and isinstance(wanted.func, Target):  # and the round
-        return wanted.func.comparison(*wanted.args, now=now, **wanted.keywords)
+    if (compare := _compares(wanted)) is not None:
+        return compare(now=now)
     return f"{sparsity:g} of them is less than one with {rest}" if sparsity else None
 
 
-def _is_target(wanted: Sparsity) -> bool:
-    return isinstance(wanted, partial) and isinstance(wanted.func, Target)  # and the round
+def _compares(wanted: Sparsity) -> Callable[..., str | None] | None:
+    """How a target says in a round what is wanted and what there is; None of what is no target."""
+    if isinstance(wanted, partial) and isinstance(wanted.func, Target):  # and the round
+        return partial(wanted.func.comparison, *wanted.args, **wanted.keywords)
+    return None
 
 
 def _shortfall(sparsity: float, units: Masks, couplings: Couplings) -> str | None:

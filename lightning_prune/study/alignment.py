@@ -5,7 +5,9 @@ Two trainings from different initializations find much the same units in another
 network computes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -40,7 +42,7 @@ def matched(
     {'0.weight': tensor([1, 0])}
 
     Args:
-        network: any with these state dicts; it is changed.
+        network: any with these state dicts; it is not changed.
         couplings: what `lightning_prune.structured.discover` found in it.
         of: state dict of the one.
         to: state dict of the other.
@@ -50,22 +52,31 @@ def matched(
         {name of a coupling: at the place of each unit of `to` that unit of `of`}.
 
     Raises:
-        ValueError: when no linear or convolutional layer reads the units of a coupling.
+        ValueError: when no linear or convolutional layer reads the units of a coupling, or some of its units
+            lie in other tensors than the others, so that they cannot be exchanged.
 
     Reference: Ainsworth et al. (2023), "Git Re-Basin", arXiv:2209.04836, Section 3.1 (activation matching);
         as in Adnan et al. (2025), arXiv:2505.05143.
     """
+    if apart := [name for name, coupling in couplings.items() if coupling.parts]:
+        raise ValueError(
+            f"{', '.join(apart)}: some of the channels lie in other tensors than the others, so that they "
+            "cannot be exchanged. Allowed are channels that lie in the same. Leave kind=aligned out."
+        )
+    networks = [deepcopy(network).eval() for _ in range(2)]
+    for each, state in zip(networks, (of, to), strict=True):
+        each.load_state_dict(state)
     alike = {name: torch.zeros(c.units, c.units, dtype=torch.float64) for name, c in couplings.items()}
-    network.eval()
-    for batch in inputs:
-        for part in batch.split(_SLICE):
-            passed: list[dict[str, list[Tensor]]] = []
-            for state in (of, to):
-                network.load_state_dict(state)
-                passed.append(_passed_on(network, couplings, part))
-            for name, total in alike.items():
-                for y, z in zip(passed[0][name], passed[1][name], strict=True):
-                    total += (z.T @ y).double()
+    with ExitStack() as stack:
+        passed = [stack.enter_context(_passed_on(each, couplings)) for each in networks]
+        for batch in inputs:
+            for part in batch.split(_SLICE):
+                with torch.no_grad():
+                    for each in networks:
+                        each(part)
+                for name, total in alike.items():
+                    for y, z in zip(*(p.pop(name) for p in passed), strict=True):
+                        total += (z.T @ y).double()
     return {n: torch.as_tensor(linear_sum_assignment(s.numpy(), maximize=True)[1]) for n, s in alike.items()}
 
 
@@ -84,43 +95,41 @@ def permuted(tensors: State, couplings: Couplings, orders: Orders) -> dict[str, 
                 continue
             places = torch.arange(tensor.shape[site[2]])
             there = _by_unit(indices, units, coupling.units)
-            for unit, other in enumerate(orders[name].tolist()):
-                places[there[unit]] = there[other]
+            places[there] = there[orders[name]]
             found[key] = tensor.index_select(site[2], places.to(tensor.device))
     return found
 
 
-def _by_unit(indices: Tensor, units: Tensor, n: int) -> list[Tensor]:
-    """The indices of each unit, in their order."""
-    return [indices[units == unit].sort().values for unit in range(n)]
+def _by_unit(indices: Tensor, units: Tensor, n: int) -> Tensor:
+    """The indices of each unit, in their order: a row a unit."""
+    order = indices.argsort()
+    return indices[order][units[order].argsort(stable=True)].reshape(n, -1)
 
 
-def _passed_on(network: nn.Module, couplings: Couplings, inputs: Tensor) -> dict[str, list[Tensor]]:
-    """What the units of each coupling pass on: a matrix for each of its readers, with a column a unit."""
-    passed: dict[str, list[Tensor]] = {name: [] for name in couplings}
+@contextmanager
+def _passed_on(network: nn.Module, couplings: Couplings) -> Generator[dict[str, list[Tensor]]]:
+    """What the units of each coupling pass on, as the network runs: a matrix a reader, a column a unit."""
+    passed: dict[str, list[Tensor]] = {}
 
-    def note(name: str, places: list[Tensor], dim: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        read = args[0].movedim(dim, -1)
-        each = torch.stack([read[..., at] for at in places], -1)
-        passed[name].append(each.reshape(-1, len(places)))
+    def note(name: str, places: Tensor, dim: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        read = args[0].movedim(dim, -1)[..., places]
+        passed.setdefault(name, []).append(read.movedim(-2, -1).reshape(-1, len(places)))
 
     hooks: list[Any] = []
-    for name, coupling in couplings.items():
-        for layer, places in _readers(network, name, coupling):
-            dim = -1 if isinstance(layer, nn.Linear) else 1
-            hooks.append(layer.register_forward_pre_hook(partial(note, name, places, dim)))
     try:
-        with torch.no_grad():
-            network(inputs)
+        for name, coupling in couplings.items():
+            for layer, places in _readers(network, name, coupling):
+                dim = -1 if isinstance(layer, nn.Linear) else 1
+                hooks.append(layer.register_forward_pre_hook(partial(note, name, places, dim)))
+        yield passed
     finally:
         for hook in hooks:
             hook.remove()
-    return passed
 
 
-def _readers(network: nn.Module, name: str, coupling: Coupling) -> list[tuple[nn.Module, list[Tensor]]]:
+def _readers(network: nn.Module, name: str, coupling: Coupling) -> list[tuple[nn.Module, Tensor]]:
     """The layers that read all units of a coupling, and of each unit the indices of its inputs."""
-    found: list[tuple[nn.Module, list[Tensor]]] = []
+    found: list[tuple[nn.Module, Tensor]] = []
     for site, (indices, units) in coupling.sites.items():
         layer = network.get_submodule(site[0])
         if not is_maker(layer) or site[1] != "weight" or getattr(layer, "groups", 1) != 1:

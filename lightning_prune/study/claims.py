@@ -99,6 +99,8 @@ class Comparison(ABC):
         tolerance: how far beyond the bound is as good as at the bound, 0 or more.
         margin_from: where bound and tolerance are published. None: they are our own, and the verdict says so.
         at_one: the claim is that there is such a fraction among those `left`, not that all are such.
+        floor: kind of run from whose value, at the same fractions, both are counted: their ratio is then the
+            share of the way from there to `against`. None: they are counted from 0.
     """
 
     name: str
@@ -113,12 +115,18 @@ class Comparison(ABC):
     tolerance: float = 0.0
     margin_from: str | None = None
     at_one: bool = False
+    floor: str | None = None
 
     def __post_init__(self) -> None:
         if not self.left or self.tolerance < 0:
             raise ValueError(
                 f"left={self.left}, tolerance={self.tolerance}: a claim needs one fraction or more, and a "
                 "tolerance of 0 or more. Give it both, such as left=[0.2] and tolerance=0."
+            )
+        if self.floor is not None and self.against is None:
+            raise ValueError(
+                f"floor={self.floor}, against=None: two values are counted from a floor, and there is one. "
+                "Allowed is a floor beside another kind. Give against=, too, or no floor."
             )
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(
@@ -136,19 +144,22 @@ class Comparison(ABC):
 
     def _values(self, records: list[Record], left: float) -> tuple[list[float], int]:
         """A value for each seed, NaN where it is unknown; and of how many seeds a minimum is censored."""
-        of = nearest(records, self.of, left)
-        against = of if self.against is None else nearest(records, self.against, self.against_left or left)
-        seeds = sorted(of.keys() & against.keys())
-        read = [
-            [float(r["metrics"].get(self.metric, nan)) for r in (of[seed], against[seed])] for seed in seeds
-        ]
-        values = [a if self.against is None else self._compare(a, b) for a, b in read]
-        late = sum(any(r["metrics"].get("censored") for r in (of[seed], against[seed])) for seed in seeds)
+        kinds = [nearest(records, self.of, left)]
+        if self.against is not None:
+            kinds.append(nearest(records, self.against, self.against_left or left))
+        if self.floor is not None:
+            kinds.append(nearest(records, self.floor, left))
+        seeds = sorted(set.intersection(*map(set, kinds)))
+        read = [[float(kind[seed]["metrics"].get(self.metric, nan)) for kind in kinds] for seed in seeds]
+        if self.floor is not None:
+            read = [[value - floor for value in values] for *values, floor in read]
+        values = [self._compare(*each) if self.against is not None else each[0] for each in read]
+        late = sum(any(kind[seed]["metrics"].get("censored") for kind in kinds) for seed in seeds)
         return values, late
 
     def _kinds(self) -> Sequence[str]:
         """The kinds of run that the claim reads."""
-        return [kind for kind in (self.of, self.against) if kind is not None]
+        return [kind for kind in (self.of, self.against, self.floor) if kind is not None]
 
     def check(self, records: Iterable[Record]) -> Verdict:
         """Hold the claim against records."""
@@ -242,52 +253,6 @@ class Ratio(Comparison):
     @override
     def _unit(self) -> str:
         return super()._unit() if self.against is None else " times"
-
-
-@dataclass(frozen=True)
-class Share(Comparison):
-    """How much of the way from `floor` to `against` is made by `of`: 0 at the one, 1 at the other.
-
-    Where the two are equal it is unknown. Otherwise as `Comparison`.
-
-    Args:
-        floor: kind of run, read at the fractions of `left`.
-    """
-
-    floor: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.floor or self.against is None:
-            raise ValueError(
-                f"floor={self.floor!r}, against={self.against}: a share is one of the way between two; "
-                "allowed are two kinds of run. Give both, such as floor=reinit and against=ticket."
-            )
-
-    @override
-    def _kinds(self) -> Sequence[str]:
-        return [*super()._kinds(), self.floor]
-
-    @override
-    def _values(self, records: list[Record], left: float) -> tuple[list[float], int]:
-        kinds = [nearest(records, kind, left) for kind in (self.of, self.floor)]
-        kinds.append(nearest(records, self.against or "", self.against_left or left))
-        seeds = sorted(set.intersection(*(set(found) for found in kinds)))
-        read = [[float(found[s]["metrics"].get(self.metric, nan)) for found in kinds] for s in seeds]
-        late = sum(any(found[s]["metrics"].get("censored") for found in kinds) for s in seeds)
-        return [self._compare(of - floor, against - floor) for of, floor, against in read], late
-
-    @override
-    def _compare(self, of: float, against: float) -> float:
-        return of / against if against else nan
-
-    @override
-    def _equal(self) -> float:
-        return 0.0
-
-    @override
-    def _unit(self) -> str:
-        return " %"
 
 
 @dataclass(frozen=True)

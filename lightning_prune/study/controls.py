@@ -40,7 +40,7 @@ from lightning_prune.layers import layouts
 from lightning_prune.masks import Masks, alive
 from lightning_prune.pruning import Criterion, scheduled
 from lightning_prune.selection import Scores
-from lightning_prune.shards import in_words
+from lightning_prune.shards import checksum
 from lightning_prune.structured import discover
 from lightning_prune.study import tickets
 from lightning_prune.study.alignment import matched, permuted
@@ -331,7 +331,7 @@ class _Trained(_First):
     def trained(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         masks = {name: torch.ones_like(mask) for name, mask in self.ticket.start(0).masks.items()}
         begin = Begin(Start(dict(tensors), masks), self.ticket.snapshot)
-        own = self.folder / _TRAINED / in_words(tensors).rpartition(" ")[2]
+        own = self.folder / _TRAINED / f"{checksum(tensors):08x}"
         own.parent.mkdir(exist_ok=True)
         return trained_from(self.cfg, own, 0, self.ticket.steps, begin)
 
