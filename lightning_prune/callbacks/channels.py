@@ -192,6 +192,7 @@ class StructuredChannelPruning(MaskedTraining):
         self.channels: Masks = {}
         self._couplings: Couplings = {}  # in the coordinates of the full-size network
         self._left: Masks = {}  # the units that are still in the network
+        self._left_before: Masks = {}  # those before a checkpoint is loaded, in averages, too
         self._uses: dict[str | Site, float] = {}  # of each weight's elements in a forward pass
         self._measure: Callable[[Masks], float] | None = None  # the speed, in the round that begins
         self._told: set[str] = set()  # arguments of which it was said what comes out
@@ -228,11 +229,11 @@ class StructuredChannelPruning(MaskedTraining):
         super().setup(trainer, pl_module, stage)
         # Lightning loads a checkpoint into the model before it gives the callbacks their state.
         modules = (pl_module, *_lightning.averages_of(trainer))
-        before = self._left  # in averages, too, and they are loaded after the state
+        self._left_before = self._left  # averages are loaded after the state; copies keep an earlier hook
 
         def take_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
             given = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-            reshape(module, given, self._full_sizes(module, before))
+            reshape(module, given, self._full_sizes(module, self._left_before))
 
         self._hooks = [module.register_load_state_dict_pre_hook(take_shapes) for module in modules]
 
