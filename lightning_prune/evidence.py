@@ -5,7 +5,7 @@ is optional.
 """
 
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,13 @@ EVIDENCE = {
 # What runs the model, or reads the training data.
 OF_A_RUN = frozenset({"model", "batches", "loss", "forward", "grads"})
 
+# What is made of an argument of `prune` and `prune_channels`.
+USES = {
+    "data": frozenset({"batches", "loss", "forward", "grads"}),
+    "loss": frozenset({"loss", "grads"}),
+    "initial": frozenset({"initial"}),
+}
+
 Loss = Callable[[nn.Module, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -65,6 +72,26 @@ def runs_model(criterion: Callable[..., Any]) -> bool:
     (True, False)
     """
     return not OF_A_RUN.isdisjoint(asked(criterion))
+
+
+def without_use(
+    functions: Mapping[str, tuple[Callable[..., Any], int]], given: Mapping[str, object]
+) -> Iterator[str]:
+    """A sentence for each argument that was given, and that none of the functions asks for.
+
+    >>> list(without_use({"criterion": (lambda params: params, 1)}, {"data": [1], "loss": None}))
+    ['data has no effect: criterion=<lambda> does not ask for it. Leave it out.']
+
+    Args:
+        functions: name of an argument -> its function, and how many arguments that has before evidence.
+        given: `data`, `loss` and `initial`, or some of these; None is not given.
+    """
+    wanted = {name for function, first in functions.values() for name in asked(function, first)}
+    who = [f"{argument}={named(function)}" for argument, (function, _) in functions.items()]
+    for argument, value in given.items():
+        if value is not None and USES[argument].isdisjoint(wanted):
+            does = "does not ask" if len(who) == 1 else "do not ask"
+            yield f"{argument} has no effect: {' and '.join(who)} {does} for it. Leave it out."
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

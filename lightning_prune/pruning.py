@@ -23,6 +23,7 @@ from lightning_prune.evidence import (
     parameters_of,
     run,
     undisturbed,
+    without_use,
 )
 from lightning_prune.granularity import Granularity, single, within_outputs
 from lightning_prune.granularity import units as units_of
@@ -635,6 +636,9 @@ def prune(
         )
     if callable(sparsity) and not alive(new):
         raise _nothing_left(sparsity, sum(p.numel() for p in params.values()))
+    ask = {"criterion": (criterion, 1), "allocate": (allocate, 2)}
+    for said in without_use(ask, {"data": data, "loss": loss, "initial": initial}):
+        warnings.warn(said, stacklevel=2)
     for name, p in params.items():
         zero_dead_(p, bits(new[name], like=p))
     return new

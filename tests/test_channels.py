@@ -434,11 +434,46 @@ class Sequence(nn.Module):
         return self.last(self.recurrent(x)[0])
 
 
+WHY = (
+    r"{} is not supported: first.2.weight\.",
+    r"{} is recurrent, and its layers are not cut: first.2.weight\.",
+)
+
+
+class RootMeanSquare(nn.Module):
+    """As transformers' models have it: a scale for each channel, by the mean over all of them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (RootMeanSquare(8), "RootMeanSquare computes each of them from all of them"),
+        (Noisy(), "the model's outputs are random in evaluation, too, so nothing can be compared"),
+    ],
+)
+def test_the_reason_names_what_mixes_channels_or_is_random(between, why):
+    model = nn.Sequential(nn.Linear(6, 8), between, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match=rf"{why}: 0\.weight\."):
+        assert list(discover(model, torch.randn(4, 6))) == ["2.weight"]
+
+
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN, nn.GRUCell])
 def test_what_goes_into_a_recurrent_layer_stays_and_the_rest_goes(kind):
     options = {} if issubclass(kind, nn.RNNCellBase) else {"batch_first": True, "num_layers": 2}
     model, x = Sequence(kind(8, 7, **options)), torch.randn(2, 5, 6)
-    with pytest.warns(UserWarning, match=rf"{kind.__name__} is not supported: first.2.weight\."):
+    with pytest.warns(UserWarning, match=WHY[issubclass(kind, nn.RNNBase)].format(kind.__name__)):
         couplings = discover(model, x)
     assert list(couplings) == ["first.0.weight", "last.0.weight"]
     removed = structure.cut_of(couplings, alive(couplings))

@@ -168,7 +168,8 @@ def test_survivors_that_are_updated_change_the_network_less():
     ):
         net = deepcopy(model)
         by_layer = criterion is not criteria.magnitude or update is not None
-        lp.prune(net, 0.6, criterion, allocation.uniform, data=data, layer_by_layer=by_layer, update=update)
+        how = {"data": data, "layer_by_layer": True, "update": update} if by_layer else {}
+        lp.prune(net, 0.6, criterion, allocation.uniform, **how)
         errors[name] = sum(float((net(x) - model(x)).detach().square().sum()) for x in data)
     for name in ("magnitude", "wanda"):
         assert errors[f"{name}, refit"] < errors[name], errors

@@ -1,7 +1,9 @@
 """Pruning: what is prunable, exact budgets, and the same masks as the peers."""
 
 import sys
+import warnings
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune as peer
 
 import lightning_prune as lp
+from lightning_prune import criteria
 from lightning_prune.allocation import global_rank, per_output, uniform
 from lightning_prune.layers import prunable
 from lightning_prune.masks import alive
@@ -347,3 +350,26 @@ def test_functions_are_checked_before_anything_is_pruned(options, said):
     with pytest.raises(ValueError, match=said):
         lp.prune(layer, 0.5, **options)
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("prune", [lp.prune, partial(lp.prune_channels, example_input=[2, 4])])
+@pytest.mark.parametrize(
+    ("criterion", "given", "idle"),
+    [
+        (criteria.magnitude, ("data", "loss", "initial"), ("data", "loss", "initial")),
+        (criteria.taylor, ("data", "loss", "initial"), ("initial",)),
+        (criteria.wanda, ("data", "loss"), ("loss",)),
+        (criteria.movement, ("data", "initial"), ("data",)),
+    ],
+)
+def test_what_no_criterion_asks_for_is_said(prune, criterion, given, idle):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    options = {
+        "data": [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))],
+        "loss": nn.functional.cross_entropy,
+        "initial": {name: torch.randn_like(p) for name, p in model.named_parameters()},
+    }
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prune(model, 0.5, criterion=criterion, **{name: options[name] for name in given})
+    assert [str(w.message).split()[0] for w in said if "has no effect" in str(w.message)] == list(idle)

@@ -1,6 +1,7 @@
 """StructuredChannelPruning: when channels are chosen, and when they go."""
 
 import fnmatch
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import final, override
@@ -62,6 +64,8 @@ from lightning_prune.structured.units import (
     weight_masks,
     with_copies,
 )
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -547,6 +551,14 @@ class StructuredChannelPruning(MaskedTraining):
             self._cut(trainer, pl_module)
             self.masks = {}  # of weights that are no longer there
         super().on_fit_end(trainer, pl_module)
+        smaller = not all(bool(left.all()) for left in self._left.values())
+        if smaller and not is_overridden("on_load_checkpoint", pl_module):
+            name = type(pl_module).__name__
+            log.info(
+                f"{name} is smaller than its class builds it: lightning_prune.load_pruned({name}(...), path) "
+                f"loads its checkpoints, as does {name}.load_from_checkpoint(path) if its on_load_checkpoint "
+                "cuts it."
+            )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

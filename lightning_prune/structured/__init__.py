@@ -10,7 +10,7 @@ One word for each thing here:
 
 `discover` finds couplings (`coupling` knows torch-pruning, `trial` tries on a copy), `filters` says which
 units stay, `units` turns masks of units into cuts, `surgery` carries a cut out, and `loading` loads what was
-cut.
+cut; `configuration` is what a model of transformers says of its sizes then.
 """
 
 from lightning_prune.structured.discovery import discover

@@ -402,6 +402,8 @@ def _why_not(node: Any) -> str:
     kind = type(node.module).__name__
     if isinstance(node.module, (nn.LayerNorm, nn.GroupNorm)):
         return f"{kind} takes its mean over them"
+    if isinstance(node.module, nn.RNNBase):
+        return f"{kind} is recurrent, and its layers are not cut"
     if not kind.startswith("_"):
         return f"{kind} is not supported"
     operation = str(getattr(node.grad_fn, "name", str)()).lower()

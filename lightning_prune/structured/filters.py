@@ -18,7 +18,7 @@ from torch import Tensor, nn, optim
 from lightning_prune.allocation import Allocation, apportion, candidates_per_tensor, global_rank, uniform
 from lightning_prune.checks import check_callable, named, number, whole
 from lightning_prune.criteria import Criterion, magnitude
-from lightning_prune.evidence import asked, call, check_asked, inputs, runs_model, undisturbed
+from lightning_prune.evidence import asked, call, check_asked, inputs, runs_model, undisturbed, without_use
 from lightning_prune.masks import Masks
 from lightning_prune.pruning import Sparsity, score, sparsity_in, told
 from lightning_prune.schedules import Schedule
@@ -233,6 +233,9 @@ def prune_channels(
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
     with undisturbed(model) if runs_model(criterion) else nullcontext():
         scores = unit_scores(couplings, criterion, parameters(couplings, model), **evidence)
+    given = {"data": None if calibrate else data, "loss": loss, "initial": initial}
+    for said in without_use({"criterion": (criterion, 1)}, given):
+        warnings.warn(said, stacklevel=2)
     wanted: Sparsity = told(sparsity, 1) if callable(sparsity) else sparsity
     if callable(wanted):
         wanted = partial(wanted, 1) if asked(wanted) else sparsity_in(wanted, 1, "sparsity")

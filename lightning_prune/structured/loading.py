@@ -13,7 +13,7 @@ from lightning_prune import folders
 from lightning_prune.deploy.storage import load_safetensors
 from lightning_prune.files import check_archive, is_archive
 from lightning_prune.shards import is_sharded, like, settle
-from lightning_prune.structured import surgery
+from lightning_prune.structured import configuration, surgery
 from lightning_prune.structured.trial import first_line
 from lightning_prune.structured.units import after, cut_of, has_state, of_state, parameter
 
@@ -249,6 +249,8 @@ def reshape(
         layout = surgery.memory_format(tensor)
         new[id(tensor)] = (tensor, torch.empty_like(tensor.new_empty(there.shape), memory_format=layout))
     surgery.prepare(model, new, {}).commit()
+    if new:
+        configuration.follow(model)
 
 
 def _is_expanded(tensor: Tensor) -> bool:

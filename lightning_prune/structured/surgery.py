@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase as Norm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from lightning_prune.rewind import Snapshot
+from lightning_prune.structured import configuration
 from lightning_prune.structured.multihead import FewerHeads
 
 Site = tuple[str, str, int]  # name of a module, name of its parameter or buffer, dimension
@@ -109,6 +110,8 @@ def cut(
         ready.commit()
     for state, values in states:
         state.update(values)
+    for module in (model, *copies):
+        configuration.follow(module)
 
 
 def smaller(model: nn.Module, what: Cut) -> Prepared:

@@ -327,8 +327,8 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".rstrip(": ")
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    rng.seed(0)  # the generators are put back by the caller
+def _outputs(model: nn.Module, example: Any, seed: int = 0) -> list[Tensor]:
+    rng.seed(seed)  # the generators are put back by the caller
     found = tensors_in(run(model, example))
     return [(torch.view_as_real(t) if t.is_complex() else t).double() for t in found]
 
@@ -433,8 +433,19 @@ class _Trials:
             if rounded and next(self.model.parameters()).dtype != torch.float64:
                 with suppress(Exception):
                     return _Trials(copied(self.model).double(), _exact(self.example)).fails(couplings)
-            return "a network without some of them is not that in which they are zero", suspects
+            return self._why_different(removed, suspects, want), suspects
         return self._in_training(ready), set()
+
+    def _why_different(self, removed: Cut, suspects: set[str], want: list[Tensor]) -> str:
+        """Why the outputs are not those of the network in which channels are zero, if it can be told."""
+        for module in map(self.model.get_submodule, suspects):
+            if not is_maker(module):
+                return f"{type(module).__name__} computes each of them from all of them"
+        with zeroed(self.model, removed):
+            again = _outputs(self.model, self.example, seed=1)
+        if not _relative(want, again) <= TOLERANCE:
+            return "the model's outputs are random in evaluation, too, so nothing can be compared"
+        return "a network without some of them is not that in which they are zero"
 
     @cached_property
     def _trains(self) -> bool:
@@ -463,8 +474,12 @@ class _Trials:
         return {name for name in names.values() if name == inner or name.startswith(f"{inner}.")}
 
     def _differs(self, removed: Cut, ready: Prepared) -> set[str]:
-        """The first layer whose outputs are not those of the network in which channels are zero."""
-        layers = {name: m for name, m in self.model.named_modules() if is_maker(m)}
+        """The first layer whose outputs are not those of the network in which channels are zero.
+
+        A module with a weight for each channel, such as a normalization, is one of the layers.
+        """
+        scaling = {module for module, name, dim in removed if (name, dim) == ("weight", 0)}
+        layers = {name: m for name, m in self.model.named_modules() if is_maker(m) or name in scaling}
 
         def outputs() -> list[tuple[str, Tensor]]:
             seen: list[tuple[str, Tensor]] = []
@@ -485,8 +500,9 @@ class _Trials:
         with zeroed(self.model, removed):
             want = outputs()
         for (name, small), (_, wide) in zip(got, want, strict=False):
-            dim = -1 if layers[name].weight.dim() == 2 else 1  # pyright: ignore[reportCallIssue]
-            gone = removed.get((name, "weight", out_dimension(layers[name])))
+            dims = [dim for dim, size in enumerate(wide.shape) if small.shape[dim : dim + 1] != (size,)]
+            dim = dims[0] if dims else 0
+            gone = removed.get((name, "weight", out_dimension(layers[name]))) if dims else None
             stays = torch.ones(wide.shape[dim], dtype=torch.bool)
             if gone is not None:
                 stays[gone] = False
