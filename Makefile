@@ -17,7 +17,7 @@ $(VENV)/docs: NEEDS := --group docs
 $(VENV)/release: NEEDS := --group release
 INSTALLED := $(addprefix $(VENV)/,demo test lint docs release)
 
-.PHONY: demo test test-slow test-oldest bench docs lint dist clean
+.PHONY: demo test test-slow test-oldest bench gpu docs lint dist clean
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
 
@@ -36,6 +36,9 @@ test-oldest: oldest.txt  ## the test suite with the oldest versions that pyproje
 
 bench: $(VENV)/test  ## each claim of speed, against the named peer, as ratios, and one table; BENCH= are the names of some
 	$(RUN) experiments.benchmarks $(BENCH)
+
+gpu:  ## what holds on a GPU: tests, benchmarks, one experiment, within ten minutes; installs nothing where $(VENV) is missing
+	$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) -m experiments.gpu
 
 docs: $(VENV)/docs  ## the documentation, into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict

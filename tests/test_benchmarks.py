@@ -1,18 +1,21 @@
 """What benchmarks say: headlines in one table, which way is the fastest, what is left out and why."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from experiments import gpu
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import exports, inference, peers
+from experiments.benchmarks import device, exports, inference, peers
 from experiments.benchmarks.headlines import headline, headlines
 from experiments.benchmarks.inference import DENSE, Measured
 from experiments.benchmarks.peers import Case, Peer
 from lightning_prune.deploy.timing import Ratio
+from tests.test_conf import composed
 
 EXACT, WIDE = Ratio(1.0, 1.0, 1.0), Ratio(2.0, 1.0, 4.0)
 
@@ -69,6 +72,67 @@ def test_every_benchmark_of_the_table_is_a_module_and_has_headlines():
     for name in benchmarks.BENCHMARKS:
         source = (Path(benchmarks.__file__).parent / f"{name}.py").read_text()
         assert "headline(" in source, name
+
+
+def test_without_a_gpu_nothing_is_run_and_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--folder", str(tmp_path / "results")]) == 1
+    assert "no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(SystemExit, match="There is no GPU that torch can use here"):
+        device.main([])
+
+
+def test_what_ran_on_a_gpu_is_written_with_its_name_and_what_failed_is_said(tmp_path, monkeypatch):
+    (tmp_path / "writes.py").write_text(
+        "import pathlib, sys\nrun = pathlib.Path(sys.argv[1], 'name', 'ticket-1')\nrun.mkdir(parents=True)\n"
+        "(run / 'records.jsonl').write_text('a record')\nprint('it ran')"
+    )
+    (tmp_path / "fails.py").write_text("print('it began')\nraise SystemExit(3)")
+    (tmp_path / "lasts.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card 80 (PCIe)")
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu")
+    parts = (
+        gpu.Part("one", ("writes", "{}/runs"), 30),
+        gpu.Part("two", ("fails",), 30),
+        gpu.Part("three", ("lasts",), 1),
+    )
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    for _ in range(2):  # the second time anew
+        assert gpu.main([]) == 1
+    folder = tmp_path / "gpu" / "a_card_80_pcie"
+    assert (folder / "records.jsonl").read_text() == "a record"
+    assert (folder / "one.txt").read_text() == "it ran\n"
+    assert (folder / "two.txt").read_text() == "it began\n"
+    said = (folder / "README.md").read_text()
+    assert said.startswith("A Card 80 (PCIe), ")
+    assert "one: passed" in said
+    assert "two: failed with exit status 3" in said
+    assert "three: was ended after 1 s" in said
+
+
+def test_the_parts_that_run_on_a_gpu_exist_and_end_within_ten_minutes():
+    assert sum(part.seconds for part in gpu.PARTS) < 600
+    tests, benchmark, experiment = (part.command for part in gpu.PARTS)
+    assert tests[:4] == ("pytest", "-q", "-m", "gpu")
+    assert find_spec(benchmark[0])
+    cfg = composed(*(argument.format("results") for argument in experiment[1:]))
+    assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.runs) == ("gpu", 1, "results/runs")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_can_be_rehearsed_on_the_cpu(capsys):
+    device.main(["--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "a rehearsal at small sizes" in out
+    said = [row.what for row in headlines(out.splitlines())]
+    assert [what.split(",")[0] for what in said] == [
+        "a step with masks over one without",
+        "resnet18 without half of its channels",
+    ]
+    assert "100,000 weights to 80%" in out
 
 
 def fail(case):

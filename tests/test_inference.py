@@ -472,6 +472,7 @@ def test_a_copy_refuses_to_train(pair):
         fast.train()(torch.randn(2, 40))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)),
     reason="2:4 needs a GPU of compute capability 8.0 or above",

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from experiments.benchmarks.headlines import headline
 from lightning_prune import IterativeMagnitudePruning, prune
-from lightning_prune.deploy.timing import alternated, low, machine, ratio
+from lightning_prune.deploy.timing import alternated, low, machine, ratio, wait
 from lightning_prune.study.data import Sliced
 from lightning_prune.study.models import LeNet, ResNet20
 
@@ -54,10 +54,12 @@ class Stopwatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self.first:
+            wait()
             self.start = perf_counter()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        wait()
         self.a_step = (perf_counter() - self.start) / (trainer.global_step - self.first)
 
 
@@ -83,8 +85,9 @@ def step_time(
     batch: tuple[Tensor, Tensor],
     steps: int,
     callbacks: Callable[[Task], list[Callback]],
+    accelerator: str = "cpu",
 ) -> float:
-    """Seconds of a step."""
+    """Seconds of a step; on a GPU the batches lie there, and what was started has ended."""
     torch.manual_seed(0)
     task = Task(net(), optimizer)
     size = len(batch[0])
@@ -95,7 +98,8 @@ def step_time(
     )
     watch = Stopwatch(steps)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_steps=steps,
         callbacks=[*callbacks(task), watch],
         logger=False,

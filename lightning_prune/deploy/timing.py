@@ -47,13 +47,18 @@ class Ratio:
         )
 
 
+def wait() -> None:
+    """Wait for what was started on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds(work: Callable[[], object]) -> float:
     """Time of one call, with what it starts on a GPU."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    synchronize()
+    wait()
     start = perf_counter()
     work()
-    synchronize()
+    wait()
     return perf_counter() - start
 
 
@@ -151,7 +156,7 @@ def hardware(device: torch.device | None = None) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def machine() -> str:
+def machine(device: torch.device | None = None) -> str:
     """One line that says where and when figures were measured."""
     date, threads = datetime.now(timezone.utc).date(), torch.get_num_threads()
-    return f"{hardware()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, {date}"
+    return f"{hardware(device)}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, {date}"
