@@ -63,7 +63,7 @@ def prune_in_order(
         ValueError: what is asked for cannot be done layer by layer, or with these data. The model is then as
             it was.
     """
-    _check(criterion, granularity, update, evidence)
+    _check(criterion, allocate, granularity, update, evidence)
     laid_out = layouts(model, params)
     counts, sizes = budgets(params, masks, sparsity, allocate, granularity, laid_out, evidence)
     evidence = {**evidence, "layouts": laid_out, "sparsity": sparsity}
@@ -126,7 +126,11 @@ def _write(name: str, weight: Tensor, fitted: Tensor, mask: Tensor) -> None:
 
 
 def _check(
-    criterion: Criterion, granularity: Granularity, update: Update | None, evidence: Mapping[str, Any]
+    criterion: Criterion,
+    allocate: Allocation,
+    granularity: Granularity,
+    update: Update | None,
+    evidence: Mapping[str, Any],
 ) -> None:
     if not evidence.get("batches"):
         raise ValueError(
@@ -150,7 +154,7 @@ def _check(
         warnings.warn(
             f"layer_by_layer=True has no effect: {named(criterion)} does not look at what reaches a "
             "layer, and "
-            "nothing is updated. Leave it out, or give update=.",
+            f"nothing is updated. Leave it out, with allocate={named(allocate)}, or give update=.",
             stacklevel=5,
         )
 

@@ -616,7 +616,9 @@ def prune(
         for name, p in params.items():
             check_finite(name, p.detach())
         with undisturbed(model):
-            return prune_in_order(model, params, there, far, *axes, next_masks, evidence)
+            new = prune_in_order(model, params, there, far, *axes, next_masks, evidence)
+        _say_unused(criterion, axes[1], {"loss": loss, "initial": initial})
+        return new
     if update is not None:
         raise ValueError(
             f"update: {named(update)} needs what reaches a layer. Allowed with layer_by_layer=True "
@@ -636,12 +638,16 @@ def prune(
         )
     if callable(sparsity) and not alive(new):
         raise _nothing_left(sparsity, sum(p.numel() for p in params.values()))
-    ask = {"criterion": (criterion, 1), "allocate": (allocate, 2)}
-    for said in without_use(ask, {"data": data, "loss": loss, "initial": initial}):
-        warnings.warn(said, stacklevel=2)
+    _say_unused(criterion, allocate, {"data": data, "loss": loss, "initial": initial})
     for name, p in params.items():
         zero_dead_(p, bits(new[name], like=p))
     return new
+
+
+def _say_unused(criterion: Criterion, allocate: Allocation, given: Mapping[str, object]) -> None:
+    """Say which of the arguments that were given change nothing."""
+    for said in without_use({"criterion": (criterion, 1), "allocate": (allocate, 2)}, given):
+        warnings.warn(said, stacklevel=3)
 
 
 def _nothing_left(schedule: Schedule, size: int) -> ValueError:

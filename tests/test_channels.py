@@ -451,6 +451,11 @@ class RootMeanSquare(nn.Module):
         return self.weight * x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
+class Logarithm(nn.Module):
+    def forward(self, x):
+        return x.log()  # NaN where it is negative
+
+
 class Noisy(nn.Module):
     def forward(self, x):
         return x + torch.randn_like(x)
@@ -459,14 +464,23 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize(
     ("between", "why"),
     [
-        (RootMeanSquare(8), "RootMeanSquare computes each of them from all of them"),
-        (Noisy(), "the model's outputs are random in evaluation, too, so nothing can be compared"),
+        (RootMeanSquare(8), "RootMeanSquare computes something else without some of them"),
+        (
+            Noisy(),
+            "the model's outputs differ from one evaluation to the next, so nothing can be compared",
+        ),
     ],
 )
 def test_the_reason_names_what_mixes_channels_or_is_random(between, why):
     model = nn.Sequential(nn.Linear(6, 8), between, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.warns(UserWarning, match=rf"{why}: 0\.weight\."):
         assert list(discover(model, torch.randn(4, 6))) == ["2.weight"]
+
+
+def test_outputs_that_are_no_numbers_are_said():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), Logarithm())
+    with pytest.raises(ValueError, match="outputs hold NaN where some of them are zero"):
+        discover(model, torch.randn(4, 6))
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN, nn.GRUCell])

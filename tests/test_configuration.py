@@ -80,6 +80,56 @@ def test_layers_that_differ_leave_the_configuration_as_it_was(name):
     assert given.to_dict() == before
 
 
+def cut_evenly(model, sparsity, x, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what stays
+        lp.prune_channels(model.eval(), sparsity, x, allocate=lp.allocation.uniform, **options)
+    return model
+
+
+@pytest.mark.parametrize(("sparsity", "heads"), [(0.25, 8), (0.5, 4)])
+def test_numbers_that_a_configuration_refuses_leave_it_as_it_was(sparsity, heads, tmp_path):
+    """Of Llama the size of the hidden state must be a multiple of the number of heads, whatever theirs is."""
+    library = pytest.importorskip("transformers")
+    options = {
+        **TRANSFORMERS["Llama"][0],
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    model = library.LlamaModel(library.LlamaConfig(**options))
+    cut_evenly(model, sparsity, TRANSFORMERS["Llama"][1]).save_pretrained(tmp_path)
+    assert model.config.num_attention_heads == heads
+    assert model.layers[0].self_attn.q_proj.out_features == (48 if sparsity == 0.25 else 32)
+
+
+def test_a_configuration_with_numbers_of_each_stage_stays_as_it_was():
+    library = pytest.importorskip("transformers")
+    options = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [4, 8]}
+    model = library.SwinModel(library.SwinConfig(**options, window_size=4))
+    given, before = model.config, deepcopy(model.config.to_dict())
+    cut_evenly(model, 0.5, {"pixel_values": torch.randn(1, 3, 32, 32)})
+    assert sum(p.numel() for p in model.parameters()) < 0.8 * sum(
+        p.numel() for p in library.SwinModel(given).parameters()
+    )
+    assert model.config is given
+    assert given.to_dict() == before
+
+
+def test_a_class_of_the_users_own_is_not_built_by_a_cut():
+    library, built = pytest.importorskip("transformers"), []
+
+    class Own(library.Qwen2Model):
+        def __init__(self, config):
+            built.append(config)
+            super().__init__(config)
+
+    model = cut_evenly(Own(library.Qwen2Config(**TRANSFORMERS["Qwen2"][0])), 0.5, TRANSFORMERS["Qwen2"][1])
+    assert len(built) == 1
+    assert model.config.num_attention_heads == 4
+    assert model.layers[0].self_attn.q_proj.out_features == 16
+
+
 class Language(LightningModule):
     """A language model, trained on three batches of two texts."""
 
@@ -109,7 +159,7 @@ def language_model():
     return library.Qwen2ForCausalLM(library.Qwen2Config(**options))
 
 
-SPANNED = "ignore:.*RMSNorm computes each of them from all of them"
+SPANNED = "ignore:.*RMSNorm computes something else without some of them"
 
 
 @pytest.mark.filterwarnings(SPANNED)
@@ -129,7 +179,7 @@ def test_a_fit_that_cuts_all_layers_alike_leaves_a_folder_that_loads(remove, tmp
     assert far(loaded, model.net.eval(), TRANSFORMERS["Qwen2"][1]) == 0.0
 
 
-SPANNED = "ignore:.*RMSNorm computes each of them from all of them"
+SPANNED = "ignore:.*RMSNorm computes something else without some of them"
 
 
 @pytest.mark.filterwarnings(SPANNED)

@@ -401,3 +401,18 @@ def test_the_schedule_of_a_target_is_told_the_rounds():
     count = sum(p.numel() for p in model.parameters())
     fitter(pruner, epochs=3).fit(model)
     assert sum(p.numel() for p in model.parameters()) <= 0.6 * count
+
+
+@pytest.mark.parametrize("criterion", [criteria.large_init_large_final, criteria.SynFlow()], ids=in_words)
+def test_channels_are_scored_by_what_asks_for_masks_and_sparsity(criterion):
+    model, data = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), [torch.randn(4, 6)]
+    initial = None if isinstance(criterion, criteria.SynFlow) else deepcopy(model.state_dict())
+    lp.prune_channels(model, 0.5, [1, 6], criterion, data=None if initial else data, initial=initial)
+    assert model[0].out_features == 4
+
+
+def test_an_allocation_that_asks_for_more_than_scores_is_refused():
+    model, data = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), [torch.randn(4, 6)]
+    with pytest.raises(ValueError, match=r"allocate=OWL\(.*\) asks for batches, .*; allowed are allocations"):
+        lp.prune_channels(model, 0.5, [1, 6], criteria.wanda, allocation.OWL(), data=data)
+    assert model[0].out_features == 8

@@ -16,6 +16,7 @@ from lightning_prune.tables import table
 BENCHMARKS = (
     "selection",
     "sharded",
+    "scale",
     "step",
     "growth",
     "imports",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 from typing_extensions import final, override
@@ -552,7 +551,7 @@ class StructuredChannelPruning(MaskedTraining):
             self.masks = {}  # of weights that are no longer there
         super().on_fit_end(trainer, pl_module)
         smaller = not all(bool(left.all()) for left in self._left.values())
-        if smaller and not is_overridden("on_load_checkpoint", pl_module):
+        if smaller:
             name = type(pl_module).__name__
             log.info(
                 f"{name} is smaller than its class builds it: lightning_prune.load_pruned({name}(...), path) "

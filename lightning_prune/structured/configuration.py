@@ -14,9 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune import rng
+
 # What configurations call their numbers of heads, and the channels within their feed-forward networks.
 HEADS = ("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
-INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim")
+INNER = (
+    "intermediate_size",
+    "ffn_dim",
+    "d_ff",
+    "n_inner",
+    "hidden_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+)
 MOST = 16  # configurations that are tried for one model
 
 Shapes = dict[str, tuple[int, ...]]
@@ -40,8 +50,8 @@ def follow(model: nn.Module) -> None:
 
 
 def _described(model: nn.Module) -> Iterator[Any]:
-    """The outermost modules that are built from a configuration."""
-    if hasattr(type(model), "config_class") and vars(model).get("config") is not None:
+    """The outermost modules of transformers' own classes: to build one of another class may do anything."""
+    if type(model).__module__.startswith("transformers.models.") and hasattr(type(model), "config_class"):
         yield model
         return
     for child in model.children():
@@ -55,8 +65,8 @@ def _numbers(model: nn.Module, config: Any) -> dict[str, int]:
         return {}
     pairs = {pair for name in own for pair in zip(full[name], own[name], strict=False)}
     fewer = {(before, now) for before, now in pairs if before != now}
-    heads = getattr(config, "num_attention_heads", 0)
-    of_each = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(1, heads)
+    heads, hidden = _number(config, "num_attention_heads"), _number(config, "hidden_size")
+    of_each = _number(config, "head_dim") or hidden // max(1, heads)
     options: dict[str, list[int]] = {}
     for name in (*HEADS, *INNER):
         value, wide = getattr(config, name, 0), of_each if name in HEADS else 1
@@ -74,6 +84,12 @@ def _numbers(model: nn.Module, config: Any) -> dict[str, int]:
     return {}
 
 
+def _number(config: Any, name: str) -> int:
+    """A number that holds for all layers, or 0: some configurations have a list."""
+    value = getattr(config, name, 0)
+    return value if type(value) is int else 0
+
+
 def _with(config: Any, numbers: dict[str, int]) -> Any:
     """A copy of a configuration with other numbers."""
     new = deepcopy(config)
@@ -89,9 +105,9 @@ def _shapes(model: nn.Module) -> Shapes:
 
 
 def _built(model: nn.Module, config: Any) -> Shapes:
-    """The shapes of the model that a configuration builds; none where it builds none."""
+    """The shapes of the model that a configuration builds, when it is read from a file; none if none is."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return _shapes(type(model)(deepcopy(config)))
-    except Exception:  # whatever a model says to sizes that it was not written for
+        with rng.kept(), torch.device("meta"):
+            return _shapes(type(model)(type(config).from_dict(config.to_dict())))
+    except Exception:  # whatever a model or a configuration says to numbers that it was not written for
         return {}

@@ -231,8 +231,13 @@ def prune_channels(
         evidence["forward"] = lambda model, batch: model(inputs(batch))
         if loss is not None:
             evidence["loss"] = lambda model, batch: loss(model(batch[0]), batch[1])
+    if "sparsity" in asked(criterion) and not callable(sparsity):
+        evidence["sparsity"] = sparsity
+    params = parameters(couplings, model)
+    if "masks" in asked(criterion):
+        evidence["masks"] = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
     with undisturbed(model) if runs_model(criterion) else nullcontext():
-        scores = unit_scores(couplings, criterion, parameters(couplings, model), **evidence)
+        scores = unit_scores(couplings, criterion, params, **evidence)
     given = {"data": None if calibrate else data, "loss": loss, "initial": initial}
     for said in without_use({"criterion": (criterion, 1)}, given):
         warnings.warn(said, stacklevel=2)

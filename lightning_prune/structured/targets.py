@@ -441,6 +441,11 @@ def next_units(
     Raises:
         ValueError: when the score of a unit that is alive is not finite, or a target cannot be reached.
     """
+    if needed := {name for name, must in asked(allocate, 2).items() if must} - {"channels", "scores"}:
+        raise ValueError(
+            f"allocate={named(allocate)} asks for {', '.join(sorted(needed))}; allowed are allocations that "
+            "count channels by their scores alone, such as uniform and global_rank. Use one of these."
+        )
     if "channels" in asked(allocate, 2):
         allocate = partial(allocate, channels=couplings)
     dense, new = {name: torch.ones_like(mask) for name, mask in masks.items()}, Masks()

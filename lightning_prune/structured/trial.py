@@ -440,11 +440,13 @@ class _Trials:
         """Why the outputs are not those of the network in which channels are zero, if it can be told."""
         for module in map(self.model.get_submodule, suspects):
             if not is_maker(module):
-                return f"{type(module).__name__} computes each of them from all of them"
+                return f"{type(module).__name__} computes something else without some of them"
+        if any(bool(t.isnan().any()) for t in want):
+            return "the model's outputs hold NaN where some of them are zero, so nothing can be compared"
         with zeroed(self.model, removed):
             again = _outputs(self.model, self.example, seed=1)
         if not _relative(want, again) <= TOLERANCE:
-            return "the model's outputs are random in evaluation, too, so nothing can be compared"
+            return "the model's outputs differ from one evaluation to the next, so nothing can be compared"
         return "a network without some of them is not that in which they are zero"
 
     @cached_property
