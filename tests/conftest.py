@@ -24,3 +24,11 @@ def pytest_configure():
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     preloaded = ["tests.interrupted", "tests.ranks", "tests.sweeping"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests counted is shown, also where they ran in other processes."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "counts":
+                terminalreporter.write_line(f"{report.nodeid}: {value}")

@@ -11,6 +11,7 @@ import lightning_prune as lp
 from lightning_prune import allocation, criteria, rng, schedules
 from lightning_prune.granularity import NM, single
 from lightning_prune.masks import alive
+from tests.naming import in_words
 from tests.networks import Net, Watch, dead_are_zero, fitter, same, state
 from tests.ranks import started
 from tests.sharded import on_gpus
@@ -90,7 +91,7 @@ def test_random_scores_are_drawn_from_the_seed(device):
     assert same(on_the_cpu(lp.prune(network().to(device), 0.5, criteria.Random())), expected)
 
 
-@pytest.mark.parametrize("criterion", [criteria.wanda, criteria.snip, criteria.GraSP()], ids=str)
+@pytest.mark.parametrize("criterion", [criteria.wanda, criteria.snip, criteria.GraSP()], ids=in_words)
 def test_scores_that_run_the_model_leave_its_generators_alone(criterion, device):
     model = nn.Sequential(nn.Dropout(0.5), *network()).to(device)
     before = rng.capture()

@@ -543,7 +543,7 @@ def damaged(content, draw):
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_damage_gives_wrong_tensors_other_errors_or_much_memory(n, whole):
+def test_no_damage_gives_wrong_tensors_other_errors_or_much_memory(n, whole, record_property):
     draw, given, refused = random.Random(n), lp.load_sparse("whole"), 0
 
     def read_many():
@@ -565,8 +565,15 @@ def test_no_damage_gives_wrong_tensors_other_errors_or_much_memory(n, whole):
             else:
                 assert_same(loaded, given)
 
-    assert peak(read_many) < 5_000_000
+    most = peak(read_many)
+    assert most < 5_000_000
     assert refused > 0.8 * n
+    record_property(
+        "counts",
+        f"{n - n // 2:,} crafted files with valid checksums and {n // 2:,} damaged at random: {refused:,} "
+        f"refused, {n - refused:,} read as what they say, 0 wrong tensors, 0 other errors, at most "
+        f"{most / 1e6:.1f} MB",
+    )
 
 
 def test_foreign_files_are_refused(tmp_path):
