@@ -41,7 +41,9 @@ def parted(model, x, exclude=()):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_the_folder_of_a_cut_transformer_loads_without_this_library(name, tmp_path):
-    model, x, *_ = transformer(name)
+    model, x, (layer, _), _ = transformer(name)
+    if layer not in dict(model.named_modules()):
+        pytest.skip(f"the {name} of this version of transformers takes no size of a head")
     given, before = model.config, deepcopy(model.config.to_dict())
     found = couplings(randomized(model), x)
     random = torch.get_rng_state()
@@ -87,20 +89,20 @@ def cut_evenly(model, sparsity, x, **options):
     return model
 
 
-@pytest.mark.parametrize(("sparsity", "heads"), [(0.25, 8), (0.5, 4)])
+@pytest.mark.parametrize(("sparsity", "heads"), [(0.25, 6), (0.5, 4)])
 def test_numbers_that_a_configuration_refuses_leave_it_as_it_was(sparsity, heads, tmp_path):
-    """Of Llama the size of the hidden state must be a multiple of the number of heads, whatever theirs is."""
+    """From transformers 5 on Llama's hidden size must be a multiple of the number of heads."""
     library = pytest.importorskip("transformers")
-    options = {
-        **TRANSFORMERS["Llama"][0],
-        "hidden_size": 64,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    }
+    options = TRANSFORMERS["Llama"][0] | {"hidden_size": 64, "num_attention_heads": 8}
+    options |= {"num_key_value_heads": 4}
     model = library.LlamaModel(library.LlamaConfig(**options))
-    cut_evenly(model, sparsity, TRANSFORMERS["Llama"][1]).save_pretrained(tmp_path)
-    assert model.config.num_attention_heads == heads
-    assert model.layers[0].self_attn.q_proj.out_features == (48 if sparsity == 0.25 else 32)
+    cut_evenly(model, sparsity, x := TRANSFORMERS["Llama"][1]).save_pretrained(tmp_path)
+    assert model.layers[0].self_attn.q_proj.out_features == 8 * heads
+    if int(library.__version__.split(".")[0]) >= 5 and 64 % heads:
+        assert model.config.num_attention_heads == 8
+    else:
+        assert model.config.num_attention_heads == heads
+        assert far(library.LlamaModel.from_pretrained(tmp_path).eval(), model, x) == 0.0
 
 
 def test_a_configuration_with_numbers_of_each_stage_stays_as_it_was():

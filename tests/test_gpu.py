@@ -170,7 +170,7 @@ def test_growth_keeps_as_many_alive(grow, device):
     assert sum(row.metrics.get("grown", 0.0) for row in training.history) > 0
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ between versions
 def test_a_compiled_network_sees_the_masks(device):
     """On a GPU steps are recorded as CUDA graphs, which read weights where they lay when recorded."""
     model, pruning = Net(dropout=0.0), pruner()
