@@ -161,19 +161,24 @@ def language_model():
     return library.Qwen2ForCausalLM(library.Qwen2Config(**options))
 
 
-SPANNED = "ignore:.*RMSNorm computes something else without some of them"
-
-
-@pytest.mark.filterwarnings(SPANNED)
-@pytest.mark.parametrize("remove", ["end", "each_round"])
-def test_a_fit_that_cuts_all_layers_alike_leaves_a_folder_that_loads(remove, tmp_path):
+@pytest.fixture(params=["end", "each_round"])
+def fitted(request, tmp_path):
+    """(the trainer, its model, how channels were removed) after two rounds, with a checkpoint an epoch."""
     pruner = lp.StructuredChannelPruning(
-        lp.schedules.Linear(0.5, rounds=2), rounds=2, allocate=lp.allocation.uniform, remove=remove
+        lp.schedules.Linear(0.5, rounds=2), rounds=2, allocate=lp.allocation.uniform, remove=request.param
     )
-    model = Language(language_model())
-    fitter(pruner, epochs=3).fit(model)
-    model.net.save_pretrained(tmp_path)
-    loaded = type(model.net).from_pretrained(tmp_path).eval()
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    trainer, model = fitter(pruner, saver, epochs=3, enable_checkpointing=True), Language(language_model())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*RMSNorm computes something else without some of them")
+        trainer.fit(model)
+    return trainer, model, request.param
+
+
+def test_a_fit_that_cuts_all_layers_alike_leaves_a_folder_that_loads(fitted, tmp_path):
+    _, model, _ = fitted
+    model.net.save_pretrained(tmp_path / "folder")
+    loaded = type(model.net).from_pretrained(tmp_path / "folder").eval()
     assert (loaded.config.num_attention_heads, loaded.config.intermediate_size) == (2, 20)
     ids = TRANSFORMERS["Qwen2"][1]["input_ids"]
     same = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (loaded, model.net)]
@@ -181,18 +186,8 @@ def test_a_fit_that_cuts_all_layers_alike_leaves_a_folder_that_loads(remove, tmp
     assert far(loaded, model.net.eval(), TRANSFORMERS["Qwen2"][1]) == 0.0
 
 
-SPANNED = "ignore:.*RMSNorm computes something else without some of them"
-
-
-@pytest.mark.filterwarnings(SPANNED)
-@pytest.mark.parametrize("remove", ["end", "each_round"])
-def test_a_checkpoint_of_an_earlier_round_brings_its_configuration(remove, tmp_path):
-    pruner = lp.StructuredChannelPruning(
-        lp.schedules.Linear(0.5, rounds=2), rounds=2, allocate=lp.allocation.uniform, remove=remove
-    )
-    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    trainer = fitter(pruner, saver, epochs=3, enable_checkpointing=True)
-    trainer.fit(model := Language(language_model()))
+def test_a_checkpoint_of_an_earlier_round_brings_its_configuration(fitted, tmp_path):
+    trainer, model, remove = fitted
     for epoch, heads in enumerate((4, 3, 2)):
         loaded = lp.load_pruned(Language(language_model()), tmp_path / f"epoch={epoch}.ckpt")
         assert loaded.net.config.num_attention_heads == heads

@@ -21,10 +21,12 @@ ON = ["cpu", pytest.param("cuda", marks=GPU)]
 ACCELERATOR = {"cpu": "cpu", "cuda": "gpu"}
 HALF = {"cpu": "bf16-mixed", "cuda": "16-mixed"}  # on a GPU with a scaler of the loss
 
-pytestmark = [
-    pytest.mark.parametrize("device", ON),
-    pytest.mark.filterwarnings("ignore:.*the fit (has room for|ended in round)"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*the fit (has room for|ended in round)")
+
+
+@pytest.fixture(params=ON)
+def device(request):
+    return request.param
 
 
 def on(device, *callbacks, **options):
@@ -121,7 +123,7 @@ def test_dead_weights_are_zero_at_every_moment(precision, device):
     assert {mask.device.type for mask in pruning.masks.values()} <= {device, "cpu"}
 
 
-OPTIMIZERS = {
+OPTIMIZERS = {  # those that are capturable are for graphs of steps, which a GPU records
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
@@ -131,10 +133,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        *((name, "cpu") for name in OPTIMIZERS if "capturable" not in name),
+        *(pytest.param(name, "cuda", marks=GPU) for name in OPTIMIZERS),
+    ],
+)
 def test_dead_weights_are_zero_with_fused_and_captured_steps(name, device):
-    if device == "cpu" and "capturable" in name:
-        pytest.skip("graphs of steps are captured on a GPU")
     watch = Watch(pruning := pruner())
     on(device, pruning, watch, epochs=4).fit(Net(OPTIMIZERS[name]))
     assert watch.checked > 20
@@ -226,9 +232,10 @@ def test_a_summary_counts_and_times_on_the_device(device):
 # ------------------------------------------------------------------------------------ processes
 
 
-def test_masks_on_shards_of_one_process_are_those_of_the_cpu(device, tmp_path):
-    if device == "cpu":
-        pytest.skip("test_shards.py does that for processes on the CPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_masks_on_shards_of_one_process_are_those_of_the_cpu(tmp_path):
+    """On the CPU `test_shards.py` has processes."""
     (process,) = started(1, on_gpus, tmp_path)
     process.join(300)
     assert process.exitcode == 0

@@ -20,7 +20,7 @@ import lightning_prune as lp
 from experiments.benchmarks.headlines import headline
 from experiments.benchmarks.selection import peak
 from lightning_prune.deploy.timing import alternated, low, machine, timed
-from lightning_prune.masks import pack
+from lightning_prune.masks import bits, pack
 from lightning_prune.rewind import Snapshot
 
 LAYER = (4096, 1024)
@@ -40,7 +40,7 @@ class Part:
 
 
 def network(n: float) -> nn.Module:
-    """A network of about `n` weights, trained for a step, so that the optimizer knows each of them."""
+    """A network of about `n` weights."""
     torch.manual_seed(0)
     return nn.ModuleList(
         nn.Linear(*reversed(LAYER), bias=False) for _ in range(max(1, round(n / LAYER[0] / LAYER[1])))
@@ -48,7 +48,7 @@ def network(n: float) -> nn.Module:
 
 
 def trained(model: nn.Module) -> torch.optim.Optimizer:
-    """An Adam that has stepped."""
+    """An Adam that has stepped, so that it knows of each weight."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-3)
@@ -68,7 +68,7 @@ def measured(n: float, folder: Path) -> tuple[int, list[Part]]:
     states = [value for state in snapshot.optimizers for s in state["state"].values() for value in s.values()]
     kept += sum(value.nbytes for value in states)
     plain: dict[str, Any] = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
-    bits = {"masks": pack(masks)}
+    packed = pack(masks)
 
     def written(what: Any) -> Callable[[], None]:
         def write() -> None:
@@ -83,33 +83,35 @@ def measured(n: float, folder: Path) -> tuple[int, list[Part]]:
         write()
         return (folder / "file").stat().st_size
 
-    sparse = lambda: lp.save_sparse(model.state_dict(), folder / "file")  # noqa: E731
-    works: dict[str, Callable[[], object]] = {
-        "prune": lambda: lp.prune(model, SPARSITY, masks=masks),
-        "take a snapshot": lambda: Snapshot.take(model, [optimizer]),
-        "rewind to it": lambda: snapshot.restore(model, [optimizer]),
-        "masks on": lambda: lp.apply_masks(model, masks),
-        "pack masks": lambda: pack(masks),
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    in_memory: dict[str, tuple[Callable[[], object], float]] = {  # and the bytes that it takes
+        "prune": (
+            lambda: lp.prune(model, SPARSITY, masks=masks),
+            weights * peak("ours", max(weights // 4, 1_000_000), "float32"),
+        ),
+        "take a snapshot": (lambda: Snapshot.take(model, [optimizer]), kept),
+        "rewind to it": (lambda: snapshot.restore(model, [optimizer]), 0),
+        "masks on": (  # while they hold there are as many bits as the weight has, too
+            lambda: lp.apply_masks(model, masks),
+            sum(mask.nbytes + bits(mask, like=params[name]).nbytes for name, mask in masks.items()),
+        ),
+        "pack masks": (
+            lambda: pack(masks),
+            sum(torch.as_tensor(one["bits"]).nbytes for one in packed.values()),
+        ),
+    }
+    on_disk: dict[str, Callable[[], object]] = {
         "a checkpoint of weights and optimizer": written(plain),
-        "the masks in it": written(bits),
+        "the masks in it": written({"masks": packed}),
         "a snapshot in it": written(snapshot.tensors | {"optimizers": snapshot.optimizers}),
-        "a sparse file": sparse,
+        "a sparse file": lambda: lp.save_sparse(model.state_dict(), folder / "file"),
     }
-    times = {
-        name: low(t) / weights
-        for name, t in alternated({n: timed(w) for n, w in works.items()}, ROUNDS).items()
-    }
-    on_disk = {name: size(works[name]) / weights for name in list(works)[5:]}
-    held = {
-        "prune": peak("ours", max(weights // 4, 1_000_000), "float32"),
-        "take a snapshot": kept / weights,
-        "rewind to it": 0.0,
-        "masks on": 5.0,  # a mask in memory is a bool, and as many bits as the weight has while it is held
-        "pack masks": 1 / 8,
-    }
-    parts = [Part(name, "memory", held[name], times[name]) for name in held]
-    parts += [Part(name, "disk", on_disk[name], times[name]) for name in on_disk]
-    return weights, parts
+    works = {name: work for name, (work, _) in in_memory.items()} | on_disk
+    runs = alternated({name: timed(work) for name, work in works.items()}, ROUNDS)
+    takes = {name: n for name, (_, n) in in_memory.items()} | {n: size(work) for n, work in on_disk.items()}
+    where = dict.fromkeys(in_memory, "memory") | dict.fromkeys(on_disk, "disk")
+    each = {name: (takes[name] / weights, low(runs[name]) / weights) for name in works}
+    return weights, [Part(name, where[name], *each[name]) for name in works]
 
 
 def table(parts: list[Part]) -> Iterator[str]:

@@ -7,10 +7,13 @@ halves.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,6 +147,21 @@ def measure(n: int, dtype: str) -> tuple[str, dict[str, Ratio | float]]:
     return line, {**gains, "bytes": extra["ours"]}
 
 
+def profiled(n: int, times: int = 20) -> str:
+    """Where the time of one pruning of ours goes, and how many Python calls it makes for each tensor."""
+    work = ours(weights(n))
+    work()
+    profile = cProfile.Profile()
+    profile.runcall(lambda: [work() for _ in range(times)])
+    stats: Any = pstats.Stats(profile)
+    took = {key[2]: entry[3] for key, entry in stats.stats.items()}  # with what each function calls
+    shares = (
+        f"{name} {took[name] / stats.total_tt:.0%}" for name in ("threshold", "keep_top", "check_finite")
+    )
+    calls = stats.total_calls / times / TENSORS
+    return f"profile of {n:,} weights: {calls:.0f} calls for each tensor; of the time {', '.join(shares)}"
+
+
 def tell(n: int, figures: dict[str, Ratio | float]) -> None:
     """The headlines of a pruning of float32."""
     aims = {"torch": 12, "numpy": 1}
@@ -159,12 +177,16 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--largest", type=float, default=1e8, help="weights of the largest pruning")
+    parser.add_argument("--profile", type=int, metavar="N", help="only where the time goes for N weights")
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--n", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES)
     args = parser.parse_args()
     if args.peak:
         print(json.dumps(_peak_here(args.peak, args.n, args.dtype[0])))
+        return
+    if args.profile:
+        print(f"{profiled(args.profile)}. {machine()}")
         return
     print(f"One global pruning to {SPARSITY:.0%}, {TENSORS} tensors. {machine()}")
     print("Seconds and ns a weight of ours, times over ours, extra peak memory in bytes a weight, and in how")

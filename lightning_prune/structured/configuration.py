@@ -42,10 +42,13 @@ def follow(model: nn.Module) -> None:
         model: any module; most have no configuration.
     """
     for outermost in _described(model):
-        numbers = _numbers(outermost, outermost.config)
-        own = [module for module in outermost.modules() if hasattr(vars(module).get("config"), "to_dict")]
-        new = {id(module.config): _with(module.config, numbers) for module in own if numbers}
-        for module in own if numbers else ():
+        config = outermost.config
+        if not (numbers := _numbers(outermost, config)):
+            continue
+        # some parts have a copy of it; a configuration of another class is of something else
+        own = [module for module in outermost.modules() if type(vars(module).get("config")) is type(config)]
+        new = {id(module.config): _with(module.config, numbers) for module in own}
+        for module in own:
             module.config = new[id(module.config)]
 
 
