@@ -15,8 +15,8 @@ from lightning_prune.allocation import Allocation
 from lightning_prune.checks import number as check_number
 from lightning_prune.granularity import NM, Expand
 from lightning_prune.layers import Layout
-from lightning_prune.masks import Masks, alive, count
-from lightning_prune.selection import DEAD, Scores, keep_top, keep_top_of_rows, select
+from lightning_prune.masks import Masks, alive, count, integer
+from lightning_prune.selection import DEAD, Scores, Together, counted, keep_top, keep_top_of_rows, select
 
 
 def updates_before(step: int, every: int) -> int:
@@ -29,7 +29,12 @@ def updates_before(step: int, every: int) -> int:
 
 
 def exchanged(
-    masks: Masks, number: Mapping[str, int], drop: Scores, grow: Scores, before: Masks | None = None
+    masks: Masks,
+    number: Mapping[str, int],
+    drop: Scores,
+    grow: Scores,
+    before: Masks | None = None,
+    together: Together | None = None,
 ) -> Masks:
     """Exchange connections in each tensor: so many of the living go, and as many of the dead come.
 
@@ -50,6 +55,7 @@ def exchanged(
         grow: scores, higher = grow; those of the living do not matter.
         before: who was alive before the same update made the masks sparser or denser; None: it did not. What
             it has just taken does not come back, and what has just come does not go.
+        together: over processes that hold parts of the tensors. Numbers are then those of the whole tensors.
 
     Returns:
         New masks with as many alive in each tensor as before.
@@ -58,13 +64,9 @@ def exchanged(
         (RigL).
     """
     living, dead = _candidates(masks, before)
-    stay = select(
-        drop,
-        living,
-        alive(living) - sum(number.values()),
-        _as_many({n: count(m) - number[n] for n, m in living.items()}),
-    )
-    come = select(grow, dead, sum(number.values()), _as_many(number))
+    left = {name: there - number[name] for name, there in _counts(living, together).items()}
+    stay = select(drop, living, sum(left.values()), _as_many(left), together)
+    come = select(grow, dead, sum(number.values()), _as_many(number), together)
     return {name: stay[name] | come[name] | (masks[name] & ~living[name]) for name in masks}
 
 
@@ -196,8 +198,17 @@ def fits(granularity: NM | FanIn, mask: Tensor, layout: Layout) -> bool:
     return not len(living) or int(living.max() - living.min()) <= 1
 
 
-def regrown(living: Masks, total: int, grow: Scores, allocate: Allocation, **evidence: Any) -> Masks:
+def regrown(
+    living: Masks,
+    total: int,
+    grow: Scores,
+    allocate: Allocation,
+    together: Together | None = None,
+    **evidence: Any,
+) -> Masks:
     """Let the dead of the highest `grow` scores come until `total` weights are alive, where `allocate` says.
+
+    With `together`, masks and scores are those of the parts that this process has, and `total` is of all.
 
     >>> import torch
     >>> from lightning_prune.allocation import global_rank
@@ -206,36 +217,49 @@ def regrown(living: Masks, total: int, grow: Scores, allocate: Allocation, **evi
     {'w': tensor([ True, False,  True])}
     """
     dead = {name: ~mask for name, mask in living.items()}
-    come = select(grow, dead, total - alive(living), allocate, **evidence)
+    there = sum(_counts(living, together).values())
+    come = select(grow, dead, total - there, allocate, together, **evidence)
     return {name: mask | come[name] for name, mask in living.items()}
 
 
-def in_exchange(masks: Masks, fraction: float, before: Masks | None = None) -> dict[str, int]:
+def in_exchange(
+    masks: Masks, fraction: float, before: Masks | None = None, together: Together | None = None
+) -> dict[str, int]:
     """How many connections of each tensor are exchanged: this fraction of the living, at most all dead.
 
     Where the update has made the masks sparser or denser, at most as many as were dead, or alive, `before`
-    and still are.
+    and still are. With `together`, masks are the parts that this process has, and the numbers those of all.
 
     >>> import torch
     >>> in_exchange({"a": torch.arange(10) < 4, "b": torch.arange(10) < 9}, 0.5)
     {'a': 2, 'b': 1}
     """
-    numbers: dict[str, int] = {}
-    may_go, may_come = _candidates(masks, before)
-    for name, mask in masks.items():
-        numbers[name] = min(round(fraction * count(mask)), count(may_go[name]), count(may_come[name]))
-    return numbers
+    living, (may_go, may_come) = _counts(masks, together), _candidates(masks, before)
+    go, come = _counts(may_go, together), _counts(may_come, together)
+    return {name: min(round(fraction * n), go[name], come[name]) for name, n in living.items()}
 
 
-def tells_dead_apart(scores: Scores, masks: Masks) -> bool:
+def tells_dead_apart(scores: Scores, masks: Masks, together: Together | None = None) -> bool:
     """Whether the scores of the dead differ in a tensor; so they do where none has two of them.
 
     >>> masks = {"w": torch.tensor([True, False, False])}
     >>> [tells_dead_apart({"w": torch.tensor(w)}, masks) for w in ([5.0, 0.0, 0.0], [0.0, 1.0, 2.0])]
     [False, True]
     """
-    several = [dead for name, mask in masks.items() if len(dead := scores[name][~mask]) > 1]
-    return not several or any(bool((dead != dead[0]).any()) for dead in several)
+    there = _counts({name: ~mask for name, mask in masks.items()}, together)
+    several = [name for name, n in there.items() if n > 1]
+    return not several or any(_differ(scores[name][~masks[name]], together) for name in several)
+
+
+def _differ(values: Tensor, together: Together | None) -> bool:
+    """Whether several values differ; with `together`, of which this process may have none."""
+    # as integers, which processes can compare; no -0.0
+    keys = values.to(torch.promote_types(values.dtype, torch.float32)) + 0.0
+    keys = keys.view(integer(keys.dtype))
+    wide = torch.iinfo(torch.int64)
+    low, high = (int(keys.min()), int(keys.max())) if len(keys) else (wide.max, wide.min)
+    low, high = (low, high) if together is None else together.span(low, high)
+    return low < high
 
 
 def exchange_of(before: Masks, after: Masks, ever: Masks) -> dict[str, float]:
@@ -259,5 +283,13 @@ def exchange_of(before: Masks, after: Masks, ever: Masks) -> dict[str, float]:
     }
 
 
+def _counts(masks: Masks, together: Together | None) -> dict[str, int]:
+    """How many are alive in each whole tensor."""
+    return counted({name: count(mask) for name, mask in masks.items()}, together)
+
+
 def _as_many(numbers: Mapping[str, int]) -> Allocation:
-    return lambda scores, total: dict(numbers)
+    def counts(scores: Scores, total: int, *, together: Together | None = None) -> dict[str, int]:
+        return dict(numbers)
+
+    return counts

@@ -3,7 +3,8 @@
 Nothing is added to the model, and the hooks go when the hold is removed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any, TypeAlias
@@ -69,6 +70,7 @@ class Handle:
         self._views: list[_View] = []
         self._hooks: list[Any] = []
         self._gradients = False
+        self._lets_gradients_be = False
         check_fit(masks, self._params)
         self._hooks.append(_after_every_step(self._stepped))
         finalize(self, _dead.append, self._hooks[0])
@@ -157,13 +159,27 @@ class Handle:
 
         def hook(p: Tensor) -> None:
             held = reference()
-            living = None if held is None else held.bits_of(name)
+            living = None if held is None or held.lets_gradients_be else held.bits_of(name)
             if living is not None and p.grad is not None and p.grad.layout == torch.strided:
                 if is_sharded(p.grad):
                     p.grad = like(p.grad, p)  # that of a tensor parallel layer may lie in another way
                 zero_dead_(p.grad, living)
 
         return hook
+
+    @property
+    def lets_gradients_be(self) -> bool:
+        """Whether gradients of dead weights are left as they are for a while."""
+        return self._lets_gradients_be
+
+    @contextmanager
+    def gradients_of_all(self) -> Generator[None, None, None]:
+        """Inside, a backward pass leaves the gradients of the dead, too."""
+        self._lets_gradients_be = True
+        try:
+            yield
+        finally:
+            self._lets_gradients_be = False
 
     def bits_of(self, name: str) -> Tensor | None:
         """The mask of a weight as integers, ones where alive; None where nothing is dead."""

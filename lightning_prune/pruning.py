@@ -266,7 +266,7 @@ def _next_shards(
     try:  # what goes wrong is told to the others, so that none of them waits for this process
         if not laid_out and (model := evidence.get("model")) is not None:
             laid_out = layouts(model, weights)
-        check_shards(weights, sparsities, criterion, granularity, laid_out)
+        check_shards(weights, sparsities, {"criterion": criterion}, granularity, laid_out)
         for name, weight in weights.items():
             check_finite(name, local(weight))
     except Exception as error:
@@ -301,7 +301,7 @@ def _next_shards(
         failed = error
     together.agree(failed)
     if runs:
-        _check_alike(scores, weights, together)
+        check_replicas(scores, weights, together)
     here = {name: local(mask) for name, mask in masks.items()}
     of_a_run = {name: evidence[name] for name in OF_A_RUN & evidence.keys()}
     if granularity is not single:
@@ -312,8 +312,14 @@ def _next_shards(
     return {name: placed(mask, weights[name]) for name, mask in new.items()}
 
 
-def _check_alike(scores: Scores, weights: Mapping[str, Tensor], together: Shards) -> None:
-    """Refuse scores that differ between processes which have the weight whole: nobody reduced them."""
+def check_replicas(
+    scores: Scores, weights: Mapping[str, Tensor], together: Shards, argument: str = "criterion"
+) -> None:
+    """Refuse scores that differ between processes which have the weight whole: nobody reduced them.
+
+    Raises:
+        ValueError: on every process, naming the argument that gave them.
+    """
     sums = {
         n: int(s.view(integer(s.dtype)).sum(dtype=torch.int64))
         for n, s in scores.items()
@@ -322,7 +328,7 @@ def _check_alike(scores: Scores, weights: Mapping[str, Tensor], together: Shards
     first, *others = together.told(sums)
     if wrong := [name for name in sums if any(theirs[name] != first[name] for theirs in others)]:
         raise ValueError(
-            f"criterion: the scores of {', '.join(wrong)} differ between processes, on all of which the "
+            f"{argument}: the scores of {', '.join(wrong)} differ between processes, on all of which the "
             "weight is whole, and one mask is needed. Exclude it, or shard it as the others."
         )
 
@@ -330,11 +336,11 @@ def _check_alike(scores: Scores, weights: Mapping[str, Tensor], together: Shards
 def check_shards(
     weights: Mapping[str, Tensor],
     sparsities: Sequence[tuple[Sequence[str], Sparsity]],
-    criterion: Criterion,
+    criteria_of: Mapping[str, Criterion],
     granularity: Granularity,
     laid_out: Mapping[str, Layout],
 ) -> None:
-    """Refuse what cannot be done on shards.
+    """Refuse what cannot be done on shards, of criteria by the arguments that gave them.
 
     Raises:
         ValueError: naming it.
@@ -353,22 +359,21 @@ def check_shards(
                 "and, where whole outputs lie on a process, NM, Kernel, Filter(dim=0) and Block(rows=1), of "
                 "which it is known that their units lie within one output. Use one, or prune before sharding."
             )
-    if criterion is criteria.large_init_large_final:
-        raise ValueError(
-            f"criterion: {named(criterion)} ranks all weights of a layer, and they are sharded over "
-            "processes, each "
-            "of which has a part. Allowed are criteria that score each weight by itself, such as movement. "
-            "Use one of these."
-        )
-    wanted = (OF_A_RUN & asked(criterion).keys()) - {"grads"}
-    if wanted and criterion not in (criteria.taylor, criteria.wanda):
-        raise ValueError(
-            f"criterion: {named(criterion)} asks for {', '.join(sorted(wanted))}, to run the model "
-            "in a way of its "
-            "own, and weights are sharded over processes, which must put together what they find. Allowed "
-            "are criteria of the weights, of `grads`, such as snip, and taylor and wanda. Use one, or prune "
-            "before you shard the model."
-        )
+    for argument, criterion in criteria_of.items():
+        if criterion is criteria.large_init_large_final:
+            raise ValueError(
+                f"{argument}: {named(criterion)} ranks all weights of a layer, and they are sharded over "
+                "processes, each of which has a part. Allowed are criteria that score each weight by itself, "
+                "such as movement. Use one of these."
+            )
+        wanted = (OF_A_RUN & asked(criterion).keys()) - {"grads"}
+        if wanted and criterion not in (criteria.taylor, criteria.wanda):
+            raise ValueError(
+                f"{argument}: {named(criterion)} asks for {', '.join(sorted(wanted))}, to run the model in a "
+                "way of its own, and weights are sharded over processes, which must put together what they "
+                "find. Allowed are criteria of the weights, of `grads`, such as snip, and taylor and wanda. "
+                "Use one, or prune before you shard the model."
+            )
 
 
 def chosen(

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
-from lightning_prune import granularity
+from lightning_prune import granularity, growth
 from lightning_prune.adapters import attach
 from lightning_prune.allocation import (
     OWL,
@@ -45,6 +45,7 @@ from lightning_prune.allocation import (
 )
 from lightning_prune.deploy import pieces
 from lightning_prune.evidence import undisturbed
+from lightning_prune.selection import counted
 from lightning_prune.shards import Shards, is_sharded, like, local, placed, settle, whole
 from tests.networks import dead_are_zero, fitter, same
 
@@ -709,16 +710,23 @@ def fit(
     fail_at=None,
     save=False,
     pruning=None,
+    growing=None,
     to_step=2,
     others=(),
     **options,
 ):
-    """A lottery ticket in three rounds of two epochs, rewound to a step."""
-    pruner = lp.IterativeMagnitudePruning(
-        lp.schedules.Geometric(0.4), **{"rounds": 2, "every_n_epochs": 2, **(pruning or {})}
-    )
+    """A lottery ticket in three rounds of two epochs, rewound to a step; or masks that grow."""
+    if growing is None:
+        pruner = lp.IterativeMagnitudePruning(
+            lp.schedules.Geometric(0.4), **{"rounds": 2, "every_n_epochs": 2, **(pruning or {})}
+        )
+        others = [lp.LotteryTicketRewind(to_step), *others]
+    else:
+        pruner = lp.DynamicSparseTraining(
+            **{"sparsity": 0.7, "fraction": 0.4, "every_n_train_steps": 3, "until_step": 20, **growing}
+        )
     looks = Looks(pruner)
-    callbacks = [pruner, lp.LotteryTicketRewind(to_step), looks, *others]
+    callbacks = [pruner, looks, *others]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1))
         options["enable_checkpointing"] = True
@@ -747,12 +755,17 @@ def fit(
         "wrong": looks.wrong,
         "round": pruner.round,
         "sparsity": pruner.sparsity,
-        "history": [(row.round, row.alive, row.steps) for row in pruner.history],
+        "explored": getattr(pruner, "explored", None),
+        "history": [
+            (row.round, row.alive, row.steps, *(row.metrics.get(name) for name in EXCHANGED))
+            for row in pruner.history
+        ],
     }
 
 
 LIGHTNING = {2: ("fsdp", "tensor"), 4: ("fsdp", "both")}
-ENDS = ("masks", "weights", "optimizers", "seen", "round", "sparsity", "history")
+EXCHANGED = ("dropped", "grown", "returned", "explored")
+ENDS = ("masks", "weights", "optimizers", "seen", "round", "sparsity", "explored", "history")
 
 
 @run
@@ -774,6 +787,109 @@ def tickets_of_activations(world, rank, folder):
     """The criterion is tried, and the snapshot taken, after a validation that leaves the root's gathered."""
     options = {"pruning": {"criterion": lp.criteria.wanda}, "to_step": 0, "num_sanity_val_steps": 2}
     return {"alone": fit(None, 1, **options), "root": fit("root", world, **options)}
+
+
+GROWING = {
+    "set": {"grow": lp.criteria.Random(3)},
+    "rigl": {"grow": lp.criteria.gradient, "criterion": lp.criteria.magnitude},
+    "snfs": {"grow": lp.criteria.momentum, "allocate": uniform},
+    "granet": {"sparsity": lp.schedules.Cubic(0.8, rounds=6, initial=0.4), "allocate": global_rank},
+    "acdc": {"sparsity": lp.schedules.Alternating(0.7), "fraction": 0.0, "until_step": 16},
+    "saliency": {"drop": lp.criteria.saliency, "grow": lp.criteria.gradient},
+}
+
+
+@run
+def grown(world, rank, folder):
+    """Masks that grow on one process, and on shards of the same training; gradients of the dead are masked,
+    as something clips, and updates see them all the same."""
+    ways, found = LIGHTNING[world], {}
+    for name, growing in GROWING.items():
+        options = {"growing": growing}
+        if name == "rigl":
+            options |= {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
+        runs = ways[:1] if name == "rigl" else ways  # torch clips no whole tensors beside shards
+        found[name] = {"alone": fit(None, 1, **options), **{way: fit(way, world, **options) for way in runs}}
+    return found
+
+
+@run
+def grown_and_resumed(world, rank, folder):
+    """From files and from folders, in the middle of the updates and after them."""
+    found = {}
+    for save in (False, True):
+        place = folder / f"grown-{save}"
+        options = {"growing": GROWING["set"], "save": save}
+        straight = fit("fsdp", world, place, **options)
+        distributed.barrier()
+        runs = [fit("fsdp", world, ckpt_path=place / f"step={step}.ckpt", **options) for step in (7, 9, 22)]
+        found["folders" if save else "files"] = {"straight": straight, "resumed": runs}
+    distributed.barrier()
+    return found
+
+
+def exchange(seed, way):
+    """Random shapes, ties, masks: one update of the parts that processes have, and of the whole."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n, start=0):
+        return start + int(torch.randint(n, (), generator=g))
+
+    even = way.__name__ in ("tensor_parallel", "both")
+    model = linears([4 * draw(4, 1) if even else draw(12, 1) for _ in range(draw(3, 3))])
+    shapes = {n: p.shape for n, p in model.named_parameters() if p.dim() > 1}
+    masks = {n: torch.rand(s, generator=g) < draw(10) / 9 for n, s in shapes.items()}
+    drop, grow = (
+        {n: torch.randint(draw(9, 1), s, generator=g).float() for n, s in shapes.items()} for _ in "ab"
+    )
+    if draw(2):
+        grow = {n: torch.full(s, 2.0) for n, s in shapes.items()}
+    fraction, more = draw(9) / 10, draw(10) / 10
+    weights = {n: p.detach() for n, p in way(model).named_parameters() if n in shapes}
+
+    def update(masks, drop, grow, shards):
+        there = sum(growth.in_exchange(masks, 1.0, None, shards).values())  # an upper bound of what may come
+        number = growth.in_exchange(masks, fraction, None, shards)
+        living = sum(pieces_of(masks, shards).values())
+        new = growth.exchanged(masks, number, drop, grow, None, shards)
+        denser = growth.regrown(new, living + round(more * there), grow, global_rank, shards)
+        again = growth.exchanged(
+            denser, growth.in_exchange(denser, fraction, masks, shards), drop, grow, masks, shards
+        )
+        return new, denser, again, growth.tells_dead_apart(grow, masks, shards)
+
+    def pieces_of(masks, shards):
+        return counted({n: int(m.sum()) for n, m in masks.items()}, shards)
+
+    parts = [{n: local(like(t, weights[n])) for n, t in each.items()} for each in (masks, drop, grow)]
+    *expected, apart = update(masks, drop, grow, None)
+    *found, found_apart = update(*parts, Shards(weights))
+    found = [{n: whole(placed(m, weights[n])) for n, m in each.items()} for each in found]
+    changed = not same(expected[0], masks)
+    return same(found, expected) and apart == found_apart, changed
+
+
+@run
+def exchanges(world, rank, folder, n=20):
+    return [exchange(seed, way) for way in WAYS[world] for seed in range(n)]
+
+
+@run
+def many_exchanges(world, rank, folder):
+    return exchanges(world, rank, folder, 100)
+
+
+@run
+def refused_growth(world, rank, folder):
+    ways = {
+        "rows": {"granularity": growth.FanIn()},
+        "pattern": {"sparsity": 0.5, "granularity": lp.granularity.NM(2, 4)},
+        "runs": {"grow": lp.criteria.GraSP()},
+        "ranks": {"drop": lp.criteria.large_init_large_final},
+        "alone": {"allocate": lambda scores, total: dict.fromkeys(scores, total // 2)},
+        "same": {"grow": lp.criteria.magnitude},
+    }
+    return {name: said(lambda o=options: fit("fsdp", world, growing=o)) for name, options in ways.items()}
 
 
 @run

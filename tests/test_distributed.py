@@ -296,7 +296,7 @@ def said_of(kind, strategy):
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 @pytest.mark.parametrize("kind", KINDS)
 def test_strategies_that_shard_parameters_where_no_mask_can_be_put_are_refused(kind, strategy):
-    instead = ", DDP and ModelParallelStrategy" if kind is KINDS[0] else " and DDP"
+    instead = " and DDP" if kind is lp.StructuredChannelPruning else ", DDP and ModelParallelStrategy"
     assert (
         f"may shard parameters over devices, and masks need whole ones, or such as FSDP2 and tensor parallel \
 make. Allowed are a single device{instead}"
@@ -304,9 +304,8 @@ make. Allowed are a single device{instead}"
     )
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_what_needs_whole_weights_is_refused_on_shards(kind):
-    said = said_of(kind, ModelParallelStrategy)
+def test_what_needs_whole_weights_is_refused_on_shards():
+    said = said_of(lp.StructuredChannelPruning, ModelParallelStrategy)
     assert "Allowed are a single device and DDP. Use one of them, or IterativeMagnitudePruning." in said
 
 

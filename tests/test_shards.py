@@ -18,15 +18,18 @@ from lightning_prune.study.configs import load
 from lightning_prune.study.training import built
 from tests.networks import dead_are_zero, same
 from tests.ranks import processes, started
-from tests.sharded import ENDS, RUNS, Dies, Whole, be_left_alone, fit, live_and_die, on_gpus, work
+from tests.sharded import ENDS, GROWING, RUNS, Dies, Whole, be_left_alone, fit, live_and_die, on_gpus, work
 
 FAST = [
     *("parts", "cases", "held", "settings", "put_on", "refused", "tickets", "resumed", "resumed_folders"),
     *("stored", "drawn", "driven", "refused_fits", "tickets_of_gradients", "documented"),
     *("gathered", "tickets_of_activations", "spoilt_files", "given_otherwise", "summarized"),
+    *("grown", "grown_and_resumed", "exchanges", "refused_growth"),
 ]
 SLOW = [
-    name for name in RUNS if name not in ("cases", "driven", "documented", "refused_fits", "resumed_from_two")
+    name
+    for name in RUNS
+    if name not in ("cases", "driven", "documented", "exchanges", "refused_fits", "resumed_from_two")
 ]
 
 
@@ -214,6 +217,62 @@ def test_weights_that_a_forward_left_gathered_are_read_as_shards(two):
     assert two["gathered"] == [{}, {}]
 
 
+def check_grown(of_ranks):
+    for rank in of_ranks:
+        assert len(rank) == 6
+        for name, ways in rank.items():
+            alone = ways["alone"]
+            assert len(alone["prunings"]) > 3, name
+            assert alone["explored"] > 1 - alone["sparsity"], name
+            for way in sorted(ways.keys() - {"alone"}):
+                found = ways[way]
+                assert not found["wrong"], (name, way)
+                assert same(found["prunings"], alone["prunings"]), (name, way)
+                assert [what for what in ENDS if not same(found[what], alone[what])] == [], (name, way)
+
+
+def check_exchanges(of_ranks, n):
+    for rank in of_ranks:
+        assert len(rank) >= n
+        assert all(equal for equal, _ in rank)
+        assert sum(changed for _, changed in rank) > n / 2
+
+
+def test_masks_that_grow_on_shards_are_those_of_one_process(two):
+    check_grown(two["grown"])
+
+
+def test_exchanges_of_parts_are_those_of_the_whole(two):
+    check_exchanges(two["exchanges"], 40)
+
+
+@pytest.mark.parametrize("where", ["files", "folders"])
+def test_growth_that_is_resumed_on_shards_ends_with_the_same_bits(where, two):
+    ends = [what for what in ENDS if what != "optimizers"]
+    for rank in two["grown_and_resumed"]:
+        straight = rank[where]["straight"]
+        assert len(straight["prunings"]) == 7
+        for resumed in rank[where]["resumed"]:
+            assert [what for what in ends if not same(resumed[what], straight[what])] == []
+            assert not resumed["wrong"]
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["files", "folders"])
+def test_growth_on_shards_goes_on_with_one_process(save, two):
+    straight = two["grown_and_resumed"][0]["folders" if save else "files"]["straight"]
+    check_alone(two["folder"] / f"grown-{save}" / "step=9.ckpt", straight, growing=GROWING["set"])
+
+
+def test_growth_that_shards_cannot_do_is_refused_by_name(two):
+    for rank in two["refused_growth"]:
+        assert "granularity=FanIn(ablate=0.3): its rows share the weights of a layer" in rank["rows"]
+        assert "granularity=NM(n=2, m=4): its rows share the weights of a layer" in rank["pattern"]
+        assert rank["runs"].startswith("ValueError: grow: GraSP")
+        assert rank["ranks"].startswith("ValueError: drop: large_init_large_final ranks")
+        assert "does not ask for `together`" in rank["alone"]
+        assert "gives all dead weights of a layer the same score" in rank["same"]
+
+
 def check_resumed(of_ranks):
     # what the optimizer knows of dead weights may be zeroed as a run is resumed
     ends = [what for what in ENDS if what != "optimizers"]
@@ -227,11 +286,11 @@ def test_a_resumed_run_on_shards_ends_with_the_same_bits(two):
     check_resumed(two["resumed"])
 
 
-def check_alone(path, straight):
+def check_alone(path, straight, **options):
     """A checkpoint of two processes goes on with one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # generators of two processes, and here is one
-        alone = fit(None, 1, ckpt_path=path)
+        alone = fit(None, 1, ckpt_path=path, **options)
     assert [what for what in ENDS if not same(alone[what], straight[what])] == []
 
 
@@ -375,6 +434,8 @@ def test_shards_of_two_and_of_four_processes(many):
     check_held(many)
     check_tickets(many["tickets"])
     check_tickets(many["tickets_of_gradients"])
+    check_grown(many["grown"])
+    check_exchanges(many["many_exchanges"], 200)
     check_resumed(many["resumed"])
     check_resumed(many["resumed_folders"])
     assert not any(any(rank.values()) for rank in many["settings"])

@@ -45,10 +45,19 @@ from lightning_prune.growth import (
 )
 from lightning_prune.holding import ELEMENTWISE, check_fit
 from lightning_prune.layers import LAYERS, Layout, check_layers, layouts, prunable
-from lightning_prune.masks import Masks, alive, count, pack, unpack
-from lightning_prune.pruning import budget, check_finite, next_masks, score, sparsity_in
+from lightning_prune.masks import Masks, alive, count, pack_whole, unpack
+from lightning_prune.pruning import (
+    budget,
+    check_finite,
+    check_replicas,
+    check_shards,
+    next_masks,
+    score,
+    sparsity_in,
+)
 from lightning_prune.schedules import CosineDecay, Schedule
-from lightning_prune.selection import select
+from lightning_prune.selection import Scores, select
+from lightning_prune.shards import Shards, is_sharded, like, local, placed
 
 log = logging.getLogger(__name__)
 
@@ -206,6 +215,7 @@ class DynamicSparseTraining(MaskedTraining):
         self._start_from = masks
         self._last: int | None = None  # the step from which masks stay, fixed by the first fit
         self._ever: Masks = {}  # who has ever been alive
+        self._lived: tuple[Masks, int] | None = None  # these masks, and how many that are
         self._exchange: dict[str, float] = {}  # what the last update did, in numbers of connections
         self._batch: Any = None  # that the step trains on
         self._layouts: dict[str, Layout] = {}
@@ -221,7 +231,13 @@ class DynamicSparseTraining(MaskedTraining):
     def explored(self) -> float:
         """Fraction of the prunable weights that has ever been alive, 0 before the first fit."""
         total = sum(mask.numel() for mask in self._ever.values())
-        return alive(self._ever) / total if total else 0.0
+        return self._lived_of(self._ever) / total if total else 0.0
+
+    def _lived_of(self, ever: Masks) -> int:
+        """How many of these have ever been alive, counted once, as `_alive_of` does."""
+        if self._lived is None or self._lived[0] is not ever:
+            self._lived = ever, alive(ever)
+        return self._lived[1]
 
     def sparsity_of(self, update: int) -> float:
         """The sparsity that the weights have after an update; 0: as training begins."""
@@ -243,7 +259,7 @@ class DynamicSparseTraining(MaskedTraining):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer, whole="what grows is drawn from the gradients of whole weights")
+        check_strategy(trainer)
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -268,6 +284,8 @@ class DynamicSparseTraining(MaskedTraining):
         checked = ("criterion", "drop", "grow") if self._changes else ("criterion",)
         for argument in checked:
             check_run(pl_module, getattr(self, argument), argument)
+        if any(map(is_sharded, params.values())):
+            self._check_shards(params, checked)
         for argument in checked[1:]:
             if "momentum" in asked(getattr(self, argument)):
                 _check_momentum(trainer, argument)
@@ -296,7 +314,19 @@ class DynamicSparseTraining(MaskedTraining):
         if self._start_from is not None or self.round or self.resumption:
             self._check_pattern()
         self._say_without_effect(trainer)
+        self._ever = {n: like(mask.to(params[n].device), params[n]) for n, mask in self._ever.items()}
+        self._lived_of(self._ever)  # now, by all processes
         return params
+
+    def _check_shards(self, params: Mapping[str, nn.Parameter], arguments: Sequence[str]) -> None:
+        """Refuse what cannot be done on weights that are sharded over processes."""
+        if self.granularity is not single:
+            raise ValueError(
+                f"granularity={self.granularity}: its rows share the weights of a layer, which are sharded "
+                "over processes, each of which has a part. Allowed are single weights. Leave granularity "
+                "out, or train with DDP."
+            )
+        check_shards(params, [], {name: getattr(self, name) for name in arguments}, single, {})
 
     def _say_without_effect(self, trainer: Trainer) -> None:
         """Say what has no effect: another sparsity than that of masks=, dead layers, a time that is over."""
@@ -457,15 +487,18 @@ class DynamicSparseTraining(MaskedTraining):
             with suppress(NoEvidence):  # this batch has none; others may
                 scores = together(trainer, run)
                 if argument == "grow" and self._exchanges:
-                    together(trainer, partial(self._check_apart, scores))
+                    together(trainer, partial(self._check_apart, scores, params))
 
-    def _check_apart(self, scores: dict[str, Tensor]) -> None:
+    def _check_apart(self, scores: dict[str, Tensor], params: Mapping[str, Tensor]) -> None:
         """Refuse what would grow weights in the order in which they lie.
 
         Raises:
             ValueError: then. What gradients say of the dead differs from batch to batch, and is left out.
         """
-        if {"grads", "loss", "momentum"} & asked(self.grow).keys() or tells_dead_apart(scores, self.masks):
+        if {"grads", "loss", "momentum"} & asked(self.grow).keys():
+            return
+        shards = Shards(params) if self._running.sharded else None
+        if tells_dead_apart(scores, {name: local(mask) for name, mask in self.masks.items()}, shards):
             return
         raise ValueError(
             f"grow={named(self.grow)}: it gives all dead weights of a layer the same score, so that they "
@@ -499,22 +532,33 @@ class DynamicSparseTraining(MaskedTraining):
             with evidence_of(trainer, pl_module, self.criterion, 1, self._seed) as evidence:
                 given = params, self.masks, [(list(params), self.sparsity_of(0))], self.criterion
                 return next_masks(*given, allocate, pattern, layouts=self._layouts, **evidence)
-        masks, before, fraction = self.masks, self.masks, self._fraction_of(round)
-        if not fraction and not callable(self.target):
-            return masks
+        there = self._alive_of(self.masks) if callable(self.target) else total
+        fraction = self._fraction_of(round)
+        if not fraction and total == there:
+            return self.masks
+        # Of shards the parts that this process has; numbers are those of whole tensors.
+        shards = Shards(params) if self._running.sharded else None
+        masks = before = {name: local(mask) for name, mask in self.masks.items()}
         drop = self._scores(trainer, pl_module, "drop", params, round)
-        if callable(self.target) and total < alive(masks):
+        if total < there:
             allocate = self.allocate if isinstance(self.allocate, AtLeast) else AtLeast(1, of=self.allocate)
-            masks = select(drop, masks, total, allocate, params=params, masks=masks)
-        falls = callable(self.target) and total > alive(masks)
-        if not falls and not fraction:
+            masks = select(drop, masks, total, allocate, shards, params=params, masks=masks)
+        if total > there or fraction:
+            grow = self._scores(trainer, pl_module, "grow", params, round)
+            if total > there:
+                masks = regrown(masks, total, grow, self.allocate, shards, params=params, masks=masks)
+            masks = self._exchanged(masks, before, fraction, drop, grow, shards)
+        return {name: placed(mask, params[name]) for name, mask in masks.items()}
+
+    def _exchanged(
+        self, masks: Masks, before: Masks, fraction: float, drop: Scores, grow: Scores, shards: Shards | None
+    ) -> Masks:
+        """The masks with a fraction of the living exchanged, within the granularity."""
+        if not fraction:
             return masks
-        grow = self._scores(trainer, pl_module, "grow", params, round)
-        if falls:
-            masks = regrown(masks, total, grow, self.allocate, params=params, masks=masks)
         if not isinstance(pattern := self.granularity, (NM, FanIn)):
-            number = in_exchange(masks, fraction, before)
-            return exchanged(masks, number, drop, grow, before)
+            number = in_exchange(masks, fraction, before, shards)
+            return exchanged(masks, number, drop, grow, before, shards)
         rows = {name: pattern.rows(mask, self._layouts[name])[0] for name, mask in masks.items()}
         return exchanged_within(pattern, masks, in_exchange(rows, fraction), drop, grow, self._layouts)
 
@@ -538,6 +582,8 @@ class DynamicSparseTraining(MaskedTraining):
     ) -> dict[str, Tensor]:
         """The scores by which connections go, or come, of the batch that the step trains on.
 
+        Of shards those of the parts that this process has.
+
         Raises:
             NoEvidence: on all processes, when the loss of this batch is None, or a gradient is not finite, on
                 one of them.
@@ -546,7 +592,7 @@ class DynamicSparseTraining(MaskedTraining):
         criterion = self._anew(getattr(self, argument), round)
         wanted = asked(criterion)
         for name, p in params.items():
-            check_finite(name, p)
+            check_finite(name, local(p))
         with evidence_of(trainer, pl_module, criterion, 1, self._seed + round, [self._batch]) as evidence:
             if "momentum" in wanted:
                 evidence["momentum"] = (
@@ -556,9 +602,13 @@ class DynamicSparseTraining(MaskedTraining):
                 )
             if "grads" in wanted:
                 run = (evidence.pop(name) for name in ("model", "loss", "batches"))
-                evidence["grads"] = _of_all_batches(trainer, argument, params, *run)
+                with self._running.gradients_of_all():
+                    evidence["grads"] = _of_all_batches(trainer, argument, params, *run)
             make = partial(_scored, criterion, params, {"masks": self.masks, **evidence}, argument)
-            return together(trainer, make, NoEvidence)
+            scores = together(trainer, make, NoEvidence)
+        if self._running.sharded:
+            check_replicas(scores, params, Shards(params), argument)
+        return scores
 
     @override
     def _put_on(self, trainer: Trainer, pl_module: LightningModule, units: Masks) -> None:
@@ -693,7 +743,7 @@ class DynamicSparseTraining(MaskedTraining):
         return {
             **super().state_dict(),
             "last": self._last,
-            "ever": pack(self._ever),
+            "ever": pack_whole(self._ever),
             "exchange": self._exchange,
         }
 
@@ -791,24 +841,32 @@ def _of_all_batches(
         NoEvidence: on all of them, when one has no loss, or the mean is not finite.
     """
     grads = together(trainer, lambda: mean_gradients(params, model, loss, batches), NoEvidence)
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not any(map(is_sharded, params.values())):  # of shards they are the mean
         for g in grads.values():
             distributed.all_reduce(g)
             g /= trainer.world_size
-    if wrong := [name for name, g in grads.items() if not bool(g.isfinite().all())]:
-        raise NoEvidence(
-            f"{argument}: the gradient of {', '.join(wrong)} holds NaN or infinity on this batch; allowed "
-            "are finite numbers. Look whether the loss is finite."
-        )
-    return grads
+
+    def finite() -> dict[str, Tensor]:
+        if wrong := [name for name, g in grads.items() if not bool(local(g).isfinite().all())]:
+            raise NoEvidence(
+                f"{argument}: the gradient of {', '.join(wrong)} holds NaN or infinity on this batch; "
+                "allowed are finite numbers. Look whether the loss is finite."
+            )
+        return grads
+
+    return together(trainer, finite, NoEvidence)
 
 
 def _scored(
     criterion: Criterion, params: dict[str, Tensor], evidence: dict[str, Any], argument: str
 ) -> dict[str, Tensor]:
-    """The scores of a criterion, all of them finite; what is wrong with them names the argument."""
+    """The scores of a criterion, all of them finite; what is wrong with them names the argument.
+
+    Of shards those of the parts that this process has.
+    """
     try:
         scores = score(criterion, params, evidence, argument)
+        scores = {name: local(like(values, params[name])) for name, values in scores.items()}
         for name, values in scores.items():
             check_finite(name, values, torch.ones_like(values, dtype=torch.bool))
     except NoEvidence:

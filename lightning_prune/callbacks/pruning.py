@@ -215,7 +215,7 @@ class IterativeMagnitudePruning(MaskedTraining):
                 self._sparsities(list(params), self.rounds),
                 layouts(pl_module, list(params)),
             )
-            check_shards(params, sparsities, self.criterion, self.granularity, laid_out)
+            check_shards(params, sparsities, {"criterion": self.criterion}, self.granularity, laid_out)
         self._check_others(trainer, pl_module, params)
         names = [name for name, _ in pl_module.named_parameters()]
         self._running.followed = following(self.follow, list(params), names)
