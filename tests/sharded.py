@@ -798,13 +798,16 @@ GROWING = {
     "saliency": {"drop": lp.criteria.saliency, "grow": lp.criteria.gradient},
 }
 
+GROWN = {2: ("rigl", "snfs", "granet", "acdc"), 4: (*GROWING,)}  # of two processes "set" is resumed
+
 
 @run
 def grown(world, rank, folder):
     """Masks that grow on one process, and on shards of the same training; gradients of the dead are masked,
     as something clips, and updates see them all the same."""
     ways, found = LIGHTNING[world], {}
-    for name, growing in GROWING.items():
+    for name in GROWN[world]:
+        growing = GROWING[name]
         options = {"growing": growing}
         if name == "rigl":
             options |= {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
@@ -822,7 +825,7 @@ def grown_and_resumed(world, rank, folder):
         options = {"growing": GROWING["set"], "save": save}
         straight = fit("fsdp", world, place, **options)
         distributed.barrier()
-        runs = [fit("fsdp", world, ckpt_path=place / f"step={step}.ckpt", **options) for step in (7, 9, 22)]
+        runs = [fit("fsdp", world, ckpt_path=place / f"step={step}.ckpt", **options) for step in (9, 22)]
         found["folders" if save else "files"] = {"straight": straight, "resumed": runs}
     distributed.barrier()
     return found

@@ -89,7 +89,7 @@ def test_averages_load_into_the_network_in_hand_after_the_cut(averages, remove, 
         # Our own file: the SWALR of torch 2.6 keeps a function in it, which weights_only refuses.
         wants = fitter().validate(load_pruned(networks.Net(), path, weights_only=False), verbose=False)
         for own in (model, networks.Net()):
-            (got,) = trainer.validate(own, ckpt_path=path, verbose=False)
+            (got,) = trainer.validate(own, ckpt_path=path, verbose=False, weights_only=False)
             assert got == pytest.approx(wants[0], rel=1e-5)
         assert own.stem.out_features == (16 if remove == "end" else width)
 
