@@ -60,6 +60,7 @@ class Handle:
         optimizers: Iterable[optim.Optimizer],
         *,
         gradients: bool,
+        forget: bool = True,
     ) -> None:
         self._params = dict(params)
         self._ids = {id(p) for p in self._params.values()}
@@ -75,7 +76,9 @@ class Handle:
         self._hooks.append(_after_every_step(self._stepped))
         finalize(self, _dead.append, self._hooks[0])
         self.watch(optimizers, gradients=gradients)
-        self.set(masks)
+        self._put_on(masks)
+        if forget:
+            self.forget()
 
     def watch(self, optimizers: Iterable[optim.Optimizer], *, gradients: bool) -> None:
         """Hold with these optimizers from now on, such as some that were made anew."""
@@ -108,6 +111,10 @@ class Handle:
                 "masks: this hold was removed, and nothing would keep them on; allowed is before remove(). "
                 "Call lightning_prune.hold again."
             )
+        self._put_on(masks)
+        self.forget()
+
+    def _put_on(self, masks: Masks) -> None:
         check_fit(masks, self._params)
         masks = {name: like(masks[name], p) for name, p in self._params.items()}
         # of shards, the parts that this process has
@@ -117,7 +124,6 @@ class Handle:
         for name, p in pruned.items():
             zero_dead_(p.detach(), self._bits[name])
             self._mask_gradient(name)(p)
-        self.forget()
 
     def _is_kept_alive(self, *args: Any) -> None:
         """Done by the hook after every step; this one keeps the hold alive as long as its optimizer."""

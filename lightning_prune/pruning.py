@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune import allocation, criteria
 from lightning_prune.allocation import Allocation, AtLeast
-from lightning_prune.checks import check_callable, check_takes, named, number
+from lightning_prune.checks import check_alike, check_callable, check_takes, named, number
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import (
     OF_A_RUN,
@@ -279,6 +279,8 @@ def _next_shards(
             f"batches: processes have {', '.join(map(str, numbers))} of them, and they run the model "
             "together. Allowed are as many on each. Give each as many."
         )
+    told = [{"sparsity": s} for s in together.told(", ".join(f"{s}" for _, s in sparsities))]
+    check_alike(told)
     evidence |= _known(weights, sparsities)
     scores: Scores = {}
     try:

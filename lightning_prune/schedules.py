@@ -290,8 +290,8 @@ class Explicit:
     [0.0, 0.5, 0.75, 0.75]
 
     Args:
-        sparsities: at least one, each in [0, 1), none below the one before it. `[0.9]` prunes at
-            initialization.
+        sparsities: at least one, each in [0, 1); none below the one before it where masks only shrink.
+            `[0.9]` prunes at initialization.
     """
 
     sparsities: Sequence[float]
@@ -309,11 +309,6 @@ class Explicit:
         for sparsity in self.sparsities:
             number(
                 "sparsities", sparsity, "are fractions from 0 to below 1, such as 0.5", lambda v: 0 <= v < 1
-            )
-        if list(self.sparsities) != sorted(self.sparsities):
-            raise ValueError(
-                f"sparsities={self.sparsities}: allowed are some that do not fall, as masks only "
-                "shrink. Sort them."
             )
 
     def __call__(self, round: int) -> float:

@@ -655,7 +655,8 @@ class Whole(LightningModule):
         self.log("val_loss", self.net(batch[0]), sync_dist=True)
 
     def configure_optimizers(self):
-        o = torch.optim.SGD(self.parameters(), lr=2.0**-3, momentum=0.5)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        o = torch.optim.SGD(trained, lr=2.0**-3, momentum=0.5)
         return [o], [torch.optim.lr_scheduler.StepLR(o, 1, 0.5)]
 
     def train_dataloader(self):
@@ -711,6 +712,7 @@ def fit(
     save=False,
     pruning=None,
     growing=None,
+    frozen=False,
     to_step=2,
     others=(),
     **options,
@@ -737,6 +739,7 @@ def fit(
             *sizes, save_distributed_checkpoint=save, process_group_backend="gloo"
         )
     model = Whole(way, fail_at)
+    model.net[1].requires_grad_(not frozen)
     trainer = fitter(*callbacks, epochs=6, **options)
     died = False
     try:
@@ -822,7 +825,7 @@ def grown_and_resumed(world, rank, folder):
     found = {}
     for save in (False, True):
         place = folder / f"grown-{save}"
-        options = {"growing": GROWING["set"], "save": save}
+        options = {"growing": GROWING["snfs" if save else "set"], "save": save}
         straight = fit("fsdp", world, place, **options)
         distributed.barrier()
         runs = [fit("fsdp", world, ckpt_path=place / f"step={step}.ckpt", **options) for step in (9, 22)]
@@ -892,7 +895,16 @@ def refused_growth(world, rank, folder):
         "alone": {"allocate": lambda scores, total: dict.fromkeys(scores, total // 2)},
         "same": {"grow": lp.criteria.magnitude},
     }
-    return {name: said(lambda o=options: fit("fsdp", world, growing=o)) for name, options in ways.items()}
+
+    def own(update):
+        return 0.5 + 0.1 * rank
+
+    ways |= {"sparsity": {"sparsity": own}, "fraction": {"fraction": own}}
+    words = {name: said(lambda o=options: fit("fsdp", world, growing=o)) for name, options in ways.items()}
+    words["grown elsewhere"] = said(lambda: fit("fsdp", world, growing={}, frozen=rank))
+    words["pruned elsewhere"] = said(lambda: fit("fsdp", world, frozen=rank))
+    words["schedule"] = said(lambda: lp.prune(fsdp(linears()), own))
+    return words
 
 
 @run

@@ -114,6 +114,18 @@ def test_a_fraction_is_a_function_of_progress_alone(fraction, message):
         grows(fraction=fraction)
 
 
+@pytest.mark.parametrize("argument", ["criterion", "drop", "grow"])
+def test_a_criterion_of_the_weights_at_initialization_is_refused(argument):
+    with pytest.raises(ValueError, match=f"{argument}: movement compares with the weights at initialization"):
+        fitter(grows(**{argument: criteria.movement}), epochs=4).fit(Net())
+
+
+def test_a_list_of_sparsities_may_fall():
+    pruner = grows(sparsity=schedules.Explicit([0.5, 0.8, 0.6]))
+    fitter(pruner, epochs=4).fit(Net())
+    assert [round(row.sparsity, 2) for row in pruner.history] == [0.5, 0.8, 0.6, 0.6, 0.6]
+
+
 def of_zero_weights(params, model, batches):
     return {name: p.abs() * len(batches) for name, p in params.items()}
 

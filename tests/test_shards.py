@@ -248,19 +248,20 @@ def test_exchanges_of_parts_are_those_of_the_whole(two):
 
 @pytest.mark.parametrize("where", ["files", "folders"])
 def test_growth_that_is_resumed_on_shards_ends_with_the_same_bits(where, two):
-    ends = [what for what in ENDS if what != "optimizers"]
     for rank in two["grown_and_resumed"]:
         straight = rank[where]["straight"]
         assert len(straight["prunings"]) == 7
         for resumed in rank[where]["resumed"]:
-            assert [what for what in ends if not same(resumed[what], straight[what])] == []
+            assert [what for what in ENDS if not same(resumed[what], straight[what])] == []
             assert not resumed["wrong"]
 
 
 @pytest.mark.parametrize("save", [False, True], ids=["files", "folders"])
 def test_growth_on_shards_goes_on_with_one_process(save, two):
     straight = two["grown_and_resumed"][0]["folders" if save else "files"]["straight"]
-    check_alone(two["folder"] / f"grown-{save}" / "step=12.ckpt", straight, growing=GROWING["set"])
+    check_alone(
+        two["folder"] / f"grown-{save}" / "step=12.ckpt", straight, growing=GROWING["snfs" if save else "set"]
+    )
 
 
 def test_growth_that_shards_cannot_do_is_refused_by_name(two):
@@ -268,17 +269,24 @@ def test_growth_that_shards_cannot_do_is_refused_by_name(two):
         assert "granularity=FanIn(ablate=0.3): its rows share the weights of a layer" in rank["rows"]
         assert "granularity=NM(n=2, m=4): its rows share the weights of a layer" in rank["pattern"]
         assert rank["runs"].startswith("ValueError: grow: GraSP")
-        assert rank["ranks"].startswith("ValueError: drop: large_init_large_final ranks")
+        assert rank["ranks"].startswith("ValueError: drop: large_init_large_final compares")
         assert "does not ask for `together`" in rank["alone"]
         assert "gives all dead weights of a layer the same score" in rank["same"]
+        assert re.match(
+            "ValueError: sparsity in update 0: process 1 has 0.6, and process 0", rank["sparsity"]
+        )
+        assert re.match(
+            "ValueError: fraction in update 0: process 1 has 0.6, and process 0", rank["fraction"]
+        )
+        assert re.match("ValueError: sparsity: process 1 has 0.6, and process 0", rank["schedule"])
+        for where in ("grown elsewhere", "pruned elsewhere"):
+            assert "allowed is the same model on all" in rank[where]
 
 
 def check_resumed(of_ranks):
-    # what the optimizer knows of dead weights may be zeroed as a run is resumed
-    ends = [what for what in ENDS if what != "optimizers"]
     for rank in of_ranks:
         for resumed in rank["resumed"]:
-            assert [what for what in ends if not same(resumed[what], rank["straight"][what])] == []
+            assert [what for what in ENDS if not same(resumed[what], rank["straight"][what])] == []
             assert not resumed["wrong"]
 
 

@@ -92,13 +92,18 @@ class Fit:
         return any(map(is_sharded, self.params.values()))
 
     def hold(self, pl_module: LightningModule, masks: Masks, gradients: bool) -> None:
-        """Hold these masks on the weights and on what follows them, under the trainer's optimizers."""
+        """Hold these masks on the weights and on what follows them, under the trainer's optimizers.
+
+        Where the state of a checkpoint came late, optimizers know of dead weights what they did then.
+        """
         check_fit(masks, self.params)
         copies = {name: pl_module.get_parameter(name) for name in self.followed}
         held, optimizers = self._with_copies(masks), self.trainer.optimizers
         if self._handle is not None:
             self._handle.remove()
-        self._handle = Handle({**self.params, **copies}, held, optimizers, gradients=gradients)
+        self._handle = Handle(
+            {**self.params, **copies}, held, optimizers, gradients=gradients, forget=not self.late
+        )
         self._optimizers = list(optimizers)
         self.trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         mask_averages(self.trainer, masks)

@@ -1,7 +1,7 @@
 """DynamicSparseTraining: when connections are exchanged, and how many."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,12 +23,12 @@ from lightning_prune.callbacks.evidence import NoEvidence, check_run, evidence_o
 from lightning_prune.callbacks.masked import MaskedTraining
 from lightning_prune.callbacks.messages import warn
 from lightning_prune.callbacks.pruning import trained
-from lightning_prune.callbacks.ranks import together
+from lightning_prune.callbacks.ranks import gathered, together
 from lightning_prune.callbacks.rewinding import LotteryTicketRewind
 from lightning_prune.callbacks.rounds import Clock, Rounds, end_of_fit
 from lightning_prune.callbacks.shortfall import cut_off
 from lightning_prune.callbacks.strategies import check_strategy
-from lightning_prune.checks import check_callable, named, number, whole
+from lightning_prune.checks import check_alike, check_callable, named, number, whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.evidence import Loss, asked, mean_gradients, parameters_of
 from lightning_prune.granularity import NM, Granularity, single
@@ -284,6 +284,7 @@ class DynamicSparseTraining(MaskedTraining):
         checked = ("criterion", "drop", "grow") if self._changes else ("criterion",)
         for argument in checked:
             check_run(pl_module, getattr(self, argument), argument)
+            _check_initial(getattr(self, argument), argument)
         if any(map(is_sharded, params.values())):
             self._check_shards(params, checked)
         for argument in checked[1:]:
@@ -326,6 +327,7 @@ class DynamicSparseTraining(MaskedTraining):
                 "over processes, each of which has a part. Allowed are single weights. Leave granularity "
                 "out, or train with DDP."
             )
+        Shards(params)  # the same weights on all processes, or some would wait for the others
         check_shards(params, [], {name: getattr(self, name) for name in arguments}, single, {})
 
     def _say_without_effect(self, trainer: Trainer) -> None:
@@ -471,11 +473,21 @@ class DynamicSparseTraining(MaskedTraining):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             if not self._running.tried:
                 self._running.tried = True
+                self._check_alike(trainer, range(min(self.rounds, _FIRST) + 1))
                 self._try_scores(trainer, pl_module)
         finally:
             self._batch = None
         if not self._ever:  # it began with masks
             self._ever = {name: mask.clone() for name, mask in self.masks.items()}
+
+    def _check_alike(self, trainer: Trainer, updates: Iterable[int]) -> None:
+        """Refuse functions that give other numbers on each process, of which none decides for all."""
+        if not self._running.sharded:
+            return
+        of_ranks = gathered(trainer, lambda: [(self.sparsity_of(u), self._fraction_of(u)) for u in updates])
+        for update, numbers in zip(updates, zip(*of_ranks, strict=True), strict=True):
+            where = f"in update {update}"
+            check_alike([{f"sparsity {where}": f"{s}", f"fraction {where}": f"{f}"} for s, f in numbers])
 
     def _try_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first step: score once as an update will, so that what is wrong is found now."""
@@ -521,6 +533,7 @@ class DynamicSparseTraining(MaskedTraining):
     @override
     def _next(self, trainer: Trainer, pl_module: LightningModule, round: int) -> Masks:
         assert self._seed is not None
+        self._check_alike(trainer, [round])
         params = {name: p.detach() for name, p in self._running.params.items()}
         total = budget(self.sparsity_of(round), sum(p.numel() for p in params.values()))
         if not round:
@@ -787,6 +800,16 @@ def _check_granularity(
         raise ValueError(
             f"allocate={named(allocate)}, granularity={named(granularity)}: the pattern says how many are "
             "alive where, and no allocation is allowed beside it. Leave it out, or give growth.FanIn()."
+        )
+
+
+def _check_initial(criterion: Criterion, argument: str) -> None:
+    """Refuse a criterion that compares with the weights at initialization: what grows begins at 0."""
+    if "initial" in asked(criterion):
+        raise ValueError(
+            f"{argument}: {named(criterion)} compares with the weights at initialization, and what grows "
+            "begins at 0 while it trains; allowed are criteria of the weights as they are, of gradients, of "
+            "the momentum, and Random. Use one, such as criteria.magnitude."
         )
 
 

@@ -366,8 +366,8 @@ class MaskedTraining(Callback, ABC):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._running.late:
-            self._running.late = False
             self.on_fit_start(trainer, pl_module)
+            self._running.late = False
         self._running.begun, self._running.since = True, trainer.global_step
         others = _lightning.callbacks_of(trainer)
         self._running.varies = any(getattr(other, "varies_rounds", False) for other in others)

@@ -40,7 +40,7 @@ from lightning_prune.pruning import (
     sparsities_of,
 )
 from lightning_prune.schedules import Geometric, Schedule
-from lightning_prune.shards import is_sharded, like
+from lightning_prune.shards import Shards, is_sharded, like
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +211,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         scheduled(list(params), self.schedule, self.rounds)
         check_run(pl_module, self.criterion)
         if any(map(is_sharded, params.values())):
+            Shards(params)  # the same weights on all processes, or some would wait for the others
             sparsities, laid_out = (
                 self._sparsities(list(params), self.rounds),
                 layouts(pl_module, list(params)),
