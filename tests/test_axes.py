@@ -101,10 +101,20 @@ def test_an_option_wins_whole_over_what_an_experiment_sets(experiment, axis, opt
     composes(experiment, axis, option)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_whole_grid_composes(experiment):
+TURNS = range(max(map(len, OPTIONS.values())))
+
+# At every push a third of the turns of each experiment, and others of the next one.
+THIRDS = [
+    pytest.param(experiment, first, marks=[] if first == n % 3 else pytest.mark.slow)
+    for n, experiment in enumerate(EXPERIMENTS)
+    for first in range(3)
+]
+
+
+@pytest.mark.parametrize(("experiment", "first"), THIRDS)
+def test_the_grid_composes(experiment, first):
     """Options of all axes at once, until each of every axis has had its turn."""
-    for turn in range(max(map(len, OPTIONS.values()))):
+    for turn in TURNS[first::3]:
         choice = {axis: options[turn % len(options)] for axis, options in OPTIONS.items()}
         cfg = composed(f"experiment={experiment}", *(f"{axis}={option}" for axis, option in choice.items()))
         for axis in AXES:
