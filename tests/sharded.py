@@ -856,16 +856,13 @@ def exchange(seed, way):
     def update(masks, drop, grow, shards):
         there = sum(growth.in_exchange(masks, 1.0, None, shards).values())  # an upper bound of what may come
         number = growth.in_exchange(masks, fraction, None, shards)
-        living = sum(pieces_of(masks, shards).values())
+        living = sum(counted({n: int(m.sum()) for n, m in masks.items()}, shards).values())
         new = growth.exchanged(masks, number, drop, grow, None, shards)
         denser = growth.regrown(new, living + round(more * there), grow, global_rank, shards)
         again = growth.exchanged(
             denser, growth.in_exchange(denser, fraction, masks, shards), drop, grow, masks, shards
         )
         return new, denser, again, growth.tells_dead_apart(grow, masks, shards)
-
-    def pieces_of(masks, shards):
-        return counted({n: int(m.sum()) for n, m in masks.items()}, shards)
 
     parts = [{n: local(like(t, weights[n])) for n, t in each.items()} for each in (masks, drop, grow)]
     *expected, apart = update(masks, drop, grow, None)

@@ -120,6 +120,15 @@ def test_a_criterion_of_the_weights_at_initialization_is_refused(argument):
         fitter(grows(**{argument: criteria.movement}), epochs=4).fit(Net())
 
 
+def test_a_criterion_that_can_do_without_the_weights_at_initialization_is_taken():
+    def own(params, initial=None):
+        return criteria.magnitude(params)
+
+    pruner = grows(drop=own)
+    fitter(pruner, epochs=4).fit(Net())
+    assert pruner.round == 4
+
+
 def test_a_list_of_sparsities_may_fall():
     pruner = grows(sparsity=schedules.Explicit([0.5, 0.8, 0.6]))
     fitter(pruner, epochs=4).fit(Net())

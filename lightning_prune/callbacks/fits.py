@@ -1,7 +1,7 @@
 """Fits: what lives as long as a fit, and is gone with it, however it ends."""
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -124,11 +124,9 @@ class Fit:
         if self._handle is not None:
             self._handle.forget()
 
-    @contextmanager
-    def gradients_of_all(self) -> Generator[None, None, None]:
+    def gradients_of_all(self) -> AbstractContextManager[None]:
         """Inside, a backward pass leaves the gradients of the dead, too, wherever they are masked."""
-        with self._handle.gradients_of_all() if self._handle is not None else nullcontext():
-            yield
+        return nullcontext() if self._handle is None else self._handle.gradients_of_all()
 
     def has_new_optimizers(self) -> bool:
         """Whether the trainer has other optimizers than those that are watched: they were made anew."""

@@ -479,6 +479,7 @@ class DynamicSparseTraining(MaskedTraining):
             self._batch = None
         if not self._ever:  # it began with masks
             self._ever = {name: mask.clone() for name, mask in self.masks.items()}
+            self._lived_of(self._ever)  # now, by all processes
 
     def _check_alike(self, trainer: Trainer, updates: Iterable[int]) -> None:
         """Refuse functions that give other numbers on each process, of which none decides for all."""
@@ -805,7 +806,7 @@ def _check_granularity(
 
 def _check_initial(criterion: Criterion, argument: str) -> None:
     """Refuse a criterion that compares with the weights at initialization: what grows begins at 0."""
-    if "initial" in asked(criterion):
+    if asked(criterion).get("initial"):
         raise ValueError(
             f"{argument}: {named(criterion)} compares with the weights at initialization, and what grows "
             "begins at 0 while it trains; allowed are criteria of the weights as they are, of gradients, of "
